@@ -1,0 +1,36 @@
+# Every target sets up .venv by itself; the second run of the set-up takes a moment.
+PYTHON := .venv/bin/python
+export HF_HUB_OFFLINE = 1
+export PYTHONPATH = .
+
+.PHONY: help setup quickstart test check lint format types clean
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+setup: ## make .venv with the CPU requirements
+	@tools/setup_env.sh cpu
+
+setup-gpu: ## make .venv with the GPU requirements
+	@tools/setup_env.sh gpu
+
+quickstart: setup ## the three stages on a tiny model: runs/quickstart/report.html
+	$(PYTHON) -m recipes.launch tiny_pipeline --name quickstart
+
+test: setup ## all tests
+	$(PYTHON) -m pytest
+
+check: lint types test ## lint, format, types, layers and tests
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: setup ## rewrite the sources as ruff formats them
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+types: setup
+	.venv/bin/mypy
+
+clean: ## forget the environment and all runs
+	rm -rf .venv runs

@@ -1,0 +1,249 @@
+"""Typed configuration of every stage. A recipe fills it in; dotted overrides change it; unknown keys are errors.
+
+Defaults here are what is neutral or what Megatron uses. Everything the method or a model size decides (learning rates,
+group sizes, lengths) has no default and lives in the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+FINISHED = "finished.json"  # written last into a stage's folder
+
+
+@dataclass
+class ParallelConfig:
+    """Megatron's parallel degrees. Data parallelism is what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoint to start from, and how to run it. Sizes are read from its ``config.json``."""
+
+    hf_checkpoint: str = MISSING
+    precision: str = "fp32"  # fp32 | bf16
+    freeze: list[str] = field(default_factory=list)  # any of: vision, merger, language_model
+    recompute: bool = False  # recompute every transformer layer in the backward pass
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule. ``warmup_fraction`` and the decay are over the stage's ``train_iters``."""
+
+    lr: float = MISSING
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    warmup_fraction: float = 0.0
+    decay_style: str = "constant"  # constant | cosine | linear
+    use_distributed_optimizer: bool = False
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling and the engine's own sizes. ``tensor_model_parallel_size`` 0 means the trainer's."""
+
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_response_tokens: int = MISSING
+    max_model_len: int = MISSING
+    max_num_seqs: int = 256
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.5
+    enforce_eager: bool = True
+    tensor_model_parallel_size: int = 0
+
+
+@dataclass
+class EvalConfig:
+    """Greedy evaluation on held-out questions after the stage. ``num_questions`` 0 turns it off."""
+
+    data: str = ""
+    num_questions: int = 0
+
+
+@dataclass
+class RunConfig:
+    """Where a stage writes, how long it runs and how often it saves."""
+
+    name: str = MISSING
+    dir: str = "runs"
+    seed: int = 1
+    train_iters: int = MISSING
+    save_interval: int = 100
+    keep_checkpoints: int = 2
+    log_rollouts_per_iteration: int = 4
+
+
+@dataclass
+class StageConfig:
+    """What every stage has."""
+
+    stage: str = MISSING
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    max_tokens_per_microbatch: int = MISSING
+
+
+@dataclass
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning: cross-entropy on the response (spec 2)."""
+
+    data: str = MISSING
+    global_batch_size: int = MISSING
+
+
+@dataclass
+class CollectConfig(StageConfig):
+    """After SFT: student responses for the discriminator's warm-up (spec 1.5), pass rates for RLVR (spec 1.4)."""
+
+    alignment_data: str = MISSING
+    pair_samples_per_prompt: int = MISSING
+    candidates: str = MISSING
+    num_candidates: int = 0  # 0: all of them
+    band_low: float = MISSING
+    band_high: float = MISSING
+
+
+@dataclass
+class DiscriminatorConfig:
+    """The mixture-of-experts discriminator (spec 3).
+
+    ``experts`` dedicated: perception tokens route only to the perception experts, reasoning tokens only to the
+    reasoning experts, one score head each. shared: one pool and one head, as in the paper's released code.
+    """
+
+    hf_checkpoint: str = MISSING  # the dense model that is upcycled, or an already upcycled directory
+    num_experts: int = MISSING
+    topk: int = MISSING
+    experts: str = "dedicated"  # dedicated | shared
+    upcycle_noise: float = MISSING  # std of expert noise relative to each weight's own std
+    load_balance_coeff: float = MISSING
+    freeze: list[str] = field(default_factory=list)
+
+
+@dataclass
+class WarmupConfig(StageConfig):
+    """Pairwise warm-up of the discriminator (spec 3.3)."""
+
+    data: str = MISSING
+    global_batch_size: int = MISSING  # lines of the pair file; each gives a caption pair and a reasoning pair
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+
+@dataclass
+class AlignConfig(StageConfig):
+    """Adversarial alignment (spec 4)."""
+
+    data: str = MISSING
+    prompts_per_iteration: int = MISSING
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    perception_weight: float = MISSING  # alpha of Eq. 1
+    format_penalty: float = MISSING
+    score_regularizer: float = MISSING
+    combine: str = "per_branch"  # per_branch (the released code) | weighted_sum (the paper's Eq. 1 and 3)
+    advantage_eps: float = 1e-6
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+
+@dataclass
+class RLVRConfig(StageConfig):
+    """Reinforcement learning with verifiable rewards (spec 5)."""
+
+    data: str = MISSING
+    prompts_per_iteration: int = MISSING
+    accuracy_weight: float = MISSING
+    format_weight: float = MISSING
+    algorithm: str = "grpo"
+    advantage_eps: float = 1e-6
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[str]) -> ConfigT:
+    """Apply dotted overrides such as ``optimizer.lr=1e-5`` and check that nothing is missing.
+
+    Raises ValueError naming the override, its key and the keys that exist there.
+    """
+    tree = OmegaConf.structured(config)
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {override!r} is not of the form key=value, for example optimizer.lr=1e-5")
+        _check_key(config, key)
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"override {override!r} is refused: {str(error).splitlines()[0]}") from error
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise ValueError(f"recipe leaves {', '.join(missing)} unset; give {missing[0]}=VALUE on the command line")
+    resolved = OmegaConf.to_object(tree)
+    assert isinstance(resolved, type(config))
+    return resolved
+
+
+def _check_key(config: Any, key: str) -> None:
+    node, walked = config, []
+    for part in key.split("."):
+        names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        if part not in names:
+            place = ".".join(walked) or "this recipe"
+            raise ValueError(f"unknown key {key!r}: {place} has {', '.join(sorted(names)) or 'no keys'}")
+        walked.append(part)
+        node = getattr(node, part, None)
+
+
+def to_yaml(config: StageConfig) -> str:
+    """The resolved configuration as YAML, as it is kept in the run's folder."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def stage_dir(config: StageConfig) -> Path:
+    """Folder of this stage: ``<run.dir>/<run.name>``; a pipeline names its stages ``<name>/<stage>``."""
+    return Path(config.run.dir) / config.run.name
+
+
+def is_finished(config: StageConfig) -> bool:
+    """Whether this stage has ended before, with this very configuration."""
+    marker = stage_dir(config) / FINISHED
+    return marker.is_file() and bool(json.loads(marker.read_text())["config"] == to_yaml(config))
+
+
+def read_config[ConfigT: StageConfig](path: Path, kind: type[ConfigT]) -> ConfigT:
+    """Read back what ``to_yaml`` wrote."""
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.load(path))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path} is not a {kind.__name__}: {str(error).splitlines()[0]}") from error
+    resolved = OmegaConf.to_object(tree)
+    assert isinstance(resolved, kind)
+    return resolved

@@ -1,0 +1,1 @@
+"""Weights between HF names and Megatron shards."""

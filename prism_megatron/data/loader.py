@@ -1,0 +1,36 @@
+"""Which rows an iteration sees: a pure function of the iteration, so there is no loader state to save or lose."""
+
+from __future__ import annotations
+
+import random
+
+
+def batch_indices(num_rows: int, batch_size: int, iteration: int, seed: int) -> list[int]:
+    """Rows of iteration ``iteration`` (from 0): epochs follow each other, each a new shuffle, none shortened."""
+    assert num_rows > 0, "readers refuse an empty data set"
+    start = iteration * batch_size
+    indices: list[int] = []
+    for position in range(start, start + batch_size):
+        epoch, offset = divmod(position, num_rows)
+        indices.append(_epoch_order(num_rows, epoch, seed)[offset])
+    return indices
+
+
+_orders: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _epoch_order(num_rows: int, epoch: int, seed: int) -> list[int]:
+    key = (num_rows, epoch, seed)
+    if key not in _orders:
+        if len(_orders) > 4:  # a run needs this epoch and the next
+            _orders.clear()
+        order = list(range(num_rows))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        _orders[key] = order
+    return _orders[key]
+
+
+def rank_share(indices: list[int], rank: int, size: int) -> list[int]:
+    """This data-parallel rank's part, contiguous so that it does not depend on how the others are cut."""
+    low, high = len(indices) * rank // size, len(indices) * (rank + 1) // size
+    return indices[low:high]

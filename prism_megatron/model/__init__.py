@@ -1,0 +1,1 @@
+"""Qwen3-VL and the discriminator on Megatron-core."""

@@ -1,0 +1,252 @@
+"""From an HF ``config.json`` to a Megatron model on this rank. Sizes are read, never listed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from prism_megatron.config import DiscriminatorConfig, ModelConfig, ParallelConfig
+from prism_megatron.model.discriminator import BranchLayer, BranchRouter, Discriminator
+from prism_megatron.model.layer_spec import decoder_block_spec
+from prism_megatron.model.qwen3_vl import Qwen3VL, TextSizes
+from prism_megatron.model.vision import VisionSizes
+from prism_megatron.parallel.groups import ModelDegrees
+
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MOE = {
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "none",
+    "moe_grouped_gemm": torch.cuda.is_available(),
+}
+_FREEZABLE = {
+    "vision": ("vision.patch_embed.", "vision.pos_embed.", "vision.layers."),
+    "merger": ("vision.merger.", "vision.deepstack_mergers."),
+    "language_model": ("embedding.", "decoder.", "output_layer."),
+}
+
+
+@dataclass(frozen=True)
+class HFSizes:
+    """The two halves of an HF Qwen3-VL ``config.json``."""
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    tie_embeddings: bool
+
+    @property
+    def num_experts(self) -> int | None:
+        return self.text.get("num_experts")
+
+    def degrees(self, num_moe_experts: int | None = None) -> ModelDegrees:
+        return ModelDegrees(
+            num_layers=self.text["num_hidden_layers"],
+            num_attention_heads=self.text["num_attention_heads"],
+            num_query_groups=self.text["num_key_value_heads"],
+            vision_heads=self.vision["num_heads"],
+            num_moe_experts=num_moe_experts or self.num_experts,
+        )
+
+
+def read_sizes(checkpoint_dir: Path) -> HFSizes:
+    """Read ``config.json``. Raises ValueError if the directory is not a Qwen3-VL checkpoint."""
+    path = checkpoint_dir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{checkpoint_dir} has no config.json; give the directory of an HF Qwen3-VL checkpoint")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
+    kind = config.get("model_type", "")
+    if kind not in ("qwen3_vl", "qwen3_vl_moe"):
+        raise ValueError(f"{path} has model_type {kind!r}; this trainer needs qwen3_vl or qwen3_vl_moe")
+    text, vision = config["text_config"], config["vision_config"]
+    tie = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    return HFSizes(text, vision, bool(tie))
+
+
+def build_policy(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -> Qwen3VL:
+    """The policy on this rank, unwrapped, with undefined weights: load them next."""
+    moe = {}
+    if sizes.num_experts is not None:
+        moe = {
+            "num_moe_experts": sizes.num_experts,
+            "moe_ffn_hidden_size": sizes.text["moe_intermediate_size"],
+            "moe_router_topk": sizes.text["num_experts_per_tok"],
+        }
+    config = text_config(model, parallel, sizes, moe)
+    policy = Qwen3VL(
+        config,
+        vision_config(model, parallel, sizes),
+        _text_sizes(sizes),
+        _vision_sizes(sizes),
+        decoder_block_spec(config, config.num_layers, TransformerLayer),
+    )
+    return _place(policy, model.freeze)
+
+
+def build_discriminator(
+    model: ModelConfig, parallel: ParallelConfig, discriminator: DiscriminatorConfig, sizes: HFSizes
+) -> Discriminator:
+    """The discriminator on this rank, unwrapped, with undefined weights."""
+    check_discriminator(discriminator, sizes)
+    moe = {
+        "num_moe_experts": discriminator.num_experts,
+        "moe_ffn_hidden_size": sizes.text["intermediate_size"],
+        "moe_router_topk": discriminator.topk,
+        "moe_aux_loss_coeff": discriminator.load_balance_coeff,
+    }
+    config = text_config(model, parallel, sizes, moe)
+    built = Discriminator(
+        config,
+        vision_config(model, parallel, sizes),
+        _text_sizes(sizes),
+        _vision_sizes(sizes),
+        decoder_block_spec(config, config.num_layers, BranchLayer, BranchRouter),
+        dedicated_experts=discriminator.experts == "dedicated",
+    )
+    return _place(built, discriminator.freeze)
+
+
+def check_discriminator(discriminator: DiscriminatorConfig, sizes: HFSizes) -> None:
+    """Raises ValueError for an expert layout that cannot be built."""
+    experts, topk = discriminator.num_experts, discriminator.topk
+    if sizes.num_experts is not None and sizes.num_experts != experts:
+        raise ValueError(
+            f"discriminator.hf_checkpoint has {sizes.num_experts} experts but discriminator.num_experts is {experts}"
+        )
+    if discriminator.experts not in ("dedicated", "shared"):
+        raise ValueError(f"discriminator.experts must be dedicated or shared, got {discriminator.experts!r}")
+    pool = experts // 2 if discriminator.experts == "dedicated" else experts
+    if discriminator.experts == "dedicated" and experts % 2:
+        raise ValueError(f"discriminator.num_experts ({experts}) must be even for dedicated experts")
+    if not 1 <= topk <= pool:
+        raise ValueError(f"discriminator.topk ({topk}) must be between 1 and the {pool} experts a token may use")
+
+
+def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, moe: dict[str, Any]) -> TransformerConfig:
+    """Megatron's configuration of the language model; ``moe`` holds its expert sizes, or nothing for a dense one."""
+    text = sizes.text
+    tp = parallel.tensor_model_parallel_size
+    if text["vocab_size"] % tp:
+        raise ValueError(f"vocab_size ({text['vocab_size']}) must be divisible by tensor_model_parallel_size ({tp})")
+    return TransformerConfig(
+        num_layers=text["num_hidden_layers"],
+        hidden_size=text["hidden_size"],
+        num_attention_heads=text["num_attention_heads"],
+        num_query_groups=text["num_key_value_heads"],
+        kv_channels=text["head_dim"],
+        ffn_hidden_size=text["intermediate_size"],
+        layernorm_epsilon=text["rms_norm_eps"],
+        init_method_std=text.get("initializer_range", 0.02),
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        # Megatron's MoE layer refuses tensor parallelism without sequence parallelism.
+        sequence_parallel=tp > 1 and (parallel.sequence_parallel or bool(moe)),
+        recompute_granularity="full" if model.recompute else None,
+        recompute_method="uniform" if model.recompute else None,
+        recompute_num_layers=1 if model.recompute else None,
+        **_common(model, parallel),
+        **(_MOE | moe if moe else {}),
+    )
+
+
+def vision_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -> TransformerConfig:
+    """Megatron's configuration of the vision tower: plain layers with biases, patches replicated over ranks."""
+    vision = sizes.vision
+    return TransformerConfig(
+        num_layers=vision["depth"],
+        hidden_size=vision["hidden_size"],
+        num_attention_heads=vision["num_heads"],
+        kv_channels=vision["hidden_size"] // vision["num_heads"],
+        ffn_hidden_size=vision["intermediate_size"],
+        init_method_std=vision.get("initializer_range", 0.02),
+        normalization="LayerNorm",
+        sequence_parallel=False,
+        **_common(model, parallel),
+    )
+
+
+def _common(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    if model.precision not in _PRECISIONS:
+        raise ValueError(f"model.precision must be one of {', '.join(_PRECISIONS)}, got {model.precision!r}")
+    dtype = _PRECISIONS[model.precision]
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "perform_initialization": False,  # every weight comes from a checkpoint
+        # Losses carry their own global normalisation, so gradients are summed over micro-batches and ranks.
+        "calculate_per_token_loss": True,
+        # Fused kernels below need apex or CUDA; none changes the result.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+    }
+
+
+def _text_sizes(sizes: HFSizes) -> TextSizes:
+    rope = sizes.text.get("rope_parameters") or {**sizes.text["rope_scaling"], "rope_theta": sizes.text["rope_theta"]}
+    time, height, width = rope["mrope_section"]
+    return TextSizes(sizes.text["vocab_size"], rope["rope_theta"], (time, height, width), sizes.tie_embeddings)
+
+
+def _vision_sizes(sizes: HFSizes) -> VisionSizes:
+    vision = sizes.vision
+    return VisionSizes(
+        depth=vision["depth"],
+        patch_dim=vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
+        merge_size=vision["spatial_merge_size"],
+        out_hidden_size=vision["out_hidden_size"],
+        num_position_embeddings=vision["num_position_embeddings"],
+        deepstack_layers=tuple(vision["deepstack_visual_indexes"]),
+    )
+
+
+def _place(model: Any, freeze: Iterable[str]) -> Any:
+    for part in freeze:
+        if part not in _FREEZABLE:
+            raise ValueError(f"freeze names {part!r}; it may hold {', '.join(_FREEZABLE)}")
+        for name, parameter in model.named_parameters():
+            if name.startswith(_FREEZABLE[part]):
+                parameter.requires_grad_(False)
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def wrap_for_training(model: Any, use_distributed_optimizer: bool) -> DistributedDataParallel:
+    """Megatron's DDP: gradients summed in float32 over the data-parallel ranks."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer, overlap_grad_reduce=False
+    )
+    wrapped = DistributedDataParallel(model.config, ddp, model)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def tensor_parallel_rank_and_size() -> tuple[int, int]:
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )

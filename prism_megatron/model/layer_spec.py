@@ -1,0 +1,206 @@
+"""Which building blocks a layer is made of: Transformer Engine on CUDA, our own few on a CPU.
+
+The two sets give the same parameter names (norms are never fused into the linear after them), so weights and
+checkpoints move between them untouched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from prism_megatron.model.rotary import rotate
+
+
+@dataclass
+class PackedContext(PackedSeqParams):
+    """What every layer needs to know about a packed batch, beside its hidden states.
+
+    rope_cos, rope_sin  [T, 1, head_dim], the angles of each token
+    token_branch        [T] int64 or None: 0 perception, 1 reasoning, -1 padding (discriminator only)
+    token_share         this micro-batch's part of the global batch's tokens (weight of its load-balancing loss)
+    load_balance        what each router's load-balancing loss was, detached, for the log
+    """
+
+    rope_cos: Tensor | None = None
+    rope_sin: Tensor | None = None
+    token_branch: Tensor | None = None
+    token_share: float = 0.0
+    load_balance: list[Tensor] = field(default_factory=list)
+
+
+def packed_context(cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor) -> PackedContext:
+    return PackedContext(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        rope_cos=cos,
+        rope_sin=sin,
+    )
+
+
+class RotaryAttention(MegatronModule):
+    """Core attention that turns queries and keys first.
+
+    Megatron's own packed rotary restarts positions at every sequence, which is wrong for M-RoPE: here each token brings
+    its angles along in the :class:`PackedContext`.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config=config)
+        self.inner = backend().core_attention()(config, *args, **kwargs)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        context = kwargs["packed_seq_params"]
+        query = rotate(query, context.rope_cos, context.rope_sin)
+        key = rotate(key, context.rope_cos, context.rope_sin)
+        attended: Tensor = self.inner(query, key, value, *args, **kwargs)
+        return attended
+
+
+class PackedSDPA(MegatronModule):
+    """Scaled dot-product attention over packed sequences, for machines without Transformer Engine.
+
+    Sequences are laid out as a padded batch for one fused call; padding is never attended to by a real token (it comes
+    last under a causal mask, and is masked otherwise).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams,
+        **kwargs: Any,
+    ) -> Tensor:
+        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
+        cu_seqlens = packed_seq_params.cu_seqlens_q.long()
+        lengths = cu_seqlens.diff()
+        longest = int(packed_seq_params.max_seqlen_q)
+        real = torch.arange(longest, device=query.device) < lengths[:, None]  # [N, longest]
+        query, key, value = (_padded(x, real).transpose(1, 2) for x in (query, key, value))
+        even = bool((lengths == longest).all())
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if self.causal or even else real[:, None, None],
+            is_causal=self.causal,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return attended.transpose(1, 2)[real].flatten(1)
+
+
+def _padded(x: Tensor, real: Tensor) -> Tensor:
+    """Packed [T, heads, d] as a batch [N, longest, heads, d], zero where ``real`` [N, longest] is false."""
+    batch = x.new_zeros(*real.shape, *x.shape[1:])
+    batch[real] = x
+    return batch
+
+
+class RMSNorm(torch.nn.Module):
+    """RMS normalisation whose weight gradient is summed over the tensor-parallel ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.eps)
+
+
+class CPUSpecProvider(LocalSpecProvider):
+    """Megatron's local blocks, with the norm and the attention it lacks without Transformer Engine."""
+
+    def layer_norm(self, *args: Any, **kwargs: Any) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return PackedSDPA
+
+
+def backend() -> BackendSpecProvider:
+    """Transformer Engine where there is a GPU, the CPU blocks otherwise."""
+    if torch.cuda.is_available():
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider()
+    return CPUSpecProvider()
+
+
+def decoder_block_spec(
+    config: TransformerConfig, num_layers: int, layer: type = TransformerLayer, router: type | None = None
+) -> TransformerBlockSubmodules:
+    """Submodules of a Qwen3-VL decoder with ``num_layers`` layers on this rank, dense or mixture-of-experts."""
+    blocks = backend()
+    norm = blocks.layer_norm(rms_norm=True)
+    if config.num_moe_experts is None:
+        mlp = partial(
+            MLP.as_mlp_submodule,
+            submodules=MLPSubmodules(
+                linear_fc1=blocks.column_parallel_linear(), linear_fc2=blocks.row_parallel_linear()
+            ),
+        )
+    else:
+        experts = blocks.grouped_mlp_modules(config.moe_grouped_gemm)
+        submodules = MoESubmodules(experts=experts) if router is None else MoESubmodules(experts=experts, router=router)
+        mlp = partial(MoELayer, submodules=submodules)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.padding_causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=blocks.column_parallel_linear(),
+            core_attention=RotaryAttention,
+            linear_proj=blocks.row_parallel_linear(),
+            q_layernorm=blocks.layer_norm(rms_norm=True, for_qk=True),
+            k_layernorm=blocks.layer_norm(rms_norm=True, for_qk=True),
+        ),
+    )
+    spec = ModuleSpec(
+        module=layer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)

@@ -1,0 +1,1 @@
+"""Optimizer, schedule and the training step."""

@@ -1,0 +1,145 @@
+"""The only file that knows megatron-core can run without a GPU.
+
+Megatron-core names ``torch.cuda`` directly in many places. :func:`install` gives those names a CPU meaning, in this
+process only, before the first ``megatron`` import, and does nothing at all where CUDA is available. Everything a
+configuration flag can avoid is avoided by flag (see ``model/build.py``); what is here has no flag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+_CPU = torch.device("cpu")
+# A TorchFunctionMode would be tidier, but it is not active inside autograd.Function.backward, where recompute runs.
+_FACTORIES = (
+    *("zeros", "ones", "empty", "full", "tensor", "arange", "as_tensor", "rand", "randn", "randint"),
+    *("zeros_like", "ones_like", "empty_like", "full_like"),
+)
+
+
+class _NoStream:
+    """Stands in for a CUDA stream or event: on a CPU everything has already happened."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _NoStream)
+
+    __hash__ = object.__hash__
+
+    def record_event(self, *args: Any) -> _NoStream:
+        return self
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    wait_event = record = wait = synchronize = wait_stream
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _NoStream) -> float:
+        return 0.0
+
+
+class _DefaultGenerators:
+    """``torch.cuda.default_generators[i]``: the one CPU generator, whichever device is asked for."""
+
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+
+def install() -> None:
+    """Make megatron-core importable and runnable on a CPU. Idempotent; a no-op where CUDA is available."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "_prism_cpu_backend", False):
+        return
+    torch.cuda._prism_cpu_backend = True  # type: ignore[attr-defined]
+    # Compiling Megatron's and vLLM's small fused functions costs a CPU far more than they ever give back.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    _patch_cuda_module()
+    _patch_tensor_methods()
+    # `with torch.device(...)` recognises factories by identity: let it remember the originals.
+    _device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _patch_megatron()
+
+
+def _nothing() -> Callable[..., None]:
+    """A fresh function that does nothing: torch._dynamo refuses one object under two names of torch's."""
+    return lambda *args, **kwargs: None
+
+
+def _patch_cuda_module() -> None:
+    stream = _NoStream()
+    generator = torch.default_generator
+    replacements: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "current_stream": lambda *a, **k: stream,
+        "default_stream": lambda *a, **k: stream,
+        "stream": lambda *a, **k: contextlib.nullcontext(),
+        "synchronize": _nothing(),
+        "empty_cache": _nothing(),
+        "set_device": _nothing(),
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": generator.manual_seed,
+        "default_generators": _DefaultGenerators(),
+        "Stream": _NoStream,
+        "Event": _NoStream,
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _nothing(), _nothing()  # type: ignore[assignment]
+
+
+def _patch_tensor_methods() -> None:
+    tensor_type = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Megatron tells dtypes apart by comparing with names such as "torch.cuda.FloatTensor".
+        result = tensor_type(self, dtype, *args, **kwargs) if dtype is not None else tensor_type(self)
+        return result.replace("torch.", "torch.cuda.", 1) if dtype is None and ".cuda." not in result else result
+
+    torch.Tensor.type = cuda_type  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = _nothing()  # type: ignore[method-assign, assignment]
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _patch_megatron() -> None:
+    import megatron.core.tensor_parallel.random as tp_random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Upstream converts split sizes to host integers only when the tensor is on a GPU.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    tp_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    tp_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    # With one generator for everything, Megatron's check that the CPU state did not change always fires.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

@@ -1,0 +1,98 @@
+"""Between SFT and the rest: what the SFT model says becomes data.
+
+Its responses to the alignment prompts are the student side of the warm-up pairs (spec 1.5). Its pass rate on candidate
+prompts decides which of them RLVR trains on: those inside a band, neither hopeless nor solved (spec 1.4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from prism_megatron.config import CollectConfig
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.dataset import read_alignment, read_rlvr, write_pairs, write_prompts
+from prism_megatron.data.loader import rank_share
+from prism_megatron.parallel import groups
+from prism_megatron.parallel.collectives import gather_over_data_parallel
+from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.stages.evaluate import judge
+from prism_megatron.stages.rollouts import Sample, open_engine, sample_responses
+from prism_megatron.stages.setup import finish, load_processor, open_stage
+from prism_megatron.types import Example, PreferencePair
+
+PAIRS, PROMPTS = "warmup_pairs.jsonl", "rlvr.parquet"
+_CHUNK = 64  # prompts per engine call, so that progress is seen
+
+
+def run_collect(config: CollectConfig) -> None:
+    demonstrations = read_alignment(Path(config.alignment_data))
+    candidates = read_rlvr(Path(config.candidates))[: config.num_candidates or None]
+    with open_stage(config) as stage:
+        processor = load_processor(config)
+        with open_engine(config, Path(config.model.hf_checkpoint)) as engine:
+            per_prompt = dataclasses.replace(
+                config, rollout=dataclasses.replace(config.rollout, samples_per_prompt=config.pair_samples_per_prompt)
+            )
+            pairs = [
+                pair
+                for number, sample in enumerate(_sample(engine, processor, demonstrations, per_prompt))
+                if (pair := _pair(sample, number)) is not None
+            ]
+            rates = _pass_rates(_sample(engine, processor, candidates, config))
+        kept = [row for row in candidates if config.band_low <= rates[row.id] <= config.band_high]
+        if not pairs:
+            raise ValueError(
+                "no student response was in the grammar, so there is no pair to warm up on; train SFT longer"
+            )
+        if not kept:
+            raise ValueError(
+                f"no candidate has a pass rate in [{config.band_low}, {config.band_high}]; widen band_low or band_high"
+            )
+        if groups.is_main_rank():
+            write_pairs(stage.dir / PAIRS, pairs)
+            write_prompts(stage.dir / PROMPTS, kept)
+            print(
+                f"collect: {len(pairs)} warm-up pairs; {len(kept)} of {len(candidates)} candidates have a pass rate in "
+                f"[{config.band_low}, {config.band_high}]",
+                flush=True,
+            )
+        finish(stage, {"pairs": len(pairs), "rlvr_prompts": len(kept)})
+
+
+def _sample(
+    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], config: CollectConfig
+) -> list[Sample]:
+    """Samples for all rows on every rank; each data-parallel rank generates its share."""
+    share = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
+    mine: list[Sample] = []
+    for low in range(0, len(share), _CHUNK):
+        mine += sample_responses(engine, processor, [rows[i] for i in share[low : low + _CHUNK]], 0, config)
+    return gather_over_data_parallel(mine)
+
+
+def _pair(sample: Sample, number: int) -> PreferencePair | None:
+    row, response = sample.example, sample.response
+    if response is None:
+        return None
+    assert row.teacher_caption is not None
+    assert row.teacher_reasoning is not None
+    return PreferencePair(
+        id=f"{row.id}-{number}",
+        messages=row.messages,
+        images=row.images,
+        source=row.source,
+        teacher_caption=row.teacher_caption,
+        teacher_reasoning=row.teacher_reasoning,
+        student_caption=response.caption_block,
+        student_reasoning=response.reasoning_block,
+    )
+
+
+def _pass_rates(samples: Sequence[Sample]) -> dict[str, float]:
+    verdicts: dict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        verdicts[sample.example.id].append(judge(sample))
+    return {row_id: sum(passed) / len(passed) for row_id, passed in verdicts.items()}

@@ -1,0 +1,120 @@
+"""How good a policy is on held-out questions, and the end of every stage that trains one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from prism_megatron.data import shapes
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.dataset import read_rlvr
+from prism_megatron.data.loader import rank_share
+from prism_megatron.observe import metrics as names
+from prism_megatron.parallel import groups
+from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
+from prism_megatron.reward.answer import answers_match
+from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.stages.rollouts import Sample, greedy_responses, open_engine, push_weights
+from prism_megatron.stages.setup import Stage, Trained, finish
+
+RESULTS = "results.json"
+_Z95 = 1.959964  # two-sided 95 % normal quantile
+
+
+def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: RolloutEngine | None = None) -> None:
+    """Export the trained policy to ``hf/``, evaluate it, and mark the stage as finished."""
+    policy.export(stage.dir / "hf")
+    if not stage.config.eval.num_questions:
+        finish(stage, {})
+        return
+    with ExitStack() as stack:
+        engine = engine or stack.enter_context(open_engine(stage.config, stage.dir / "hf"))
+        push_weights(engine, policy, stage.config.run.train_iters)
+        result = evaluate(engine, processor, stage)
+    if groups.is_main_rank():
+        place = stage.dir / RESULTS
+        place.with_suffix(".partial").write_text(json.dumps([result], indent=2) + "\n")
+        os.replace(place.with_suffix(".partial"), place)
+        print(
+            f"{stage.config.stage}: accuracy {result['accuracy']:.3f} on {result['num_questions']} held-out questions, "
+            f"format valid {result['format_valid']:.3f}",
+            flush=True,
+        )
+    finish(stage, {"result": result})
+
+
+def evaluate(engine: RolloutEngine, processor: ChatProcessor, stage: Stage) -> dict[str, Any]:
+    """Greedy accuracy and format validity with 95 % Wilson intervals, and what the built-in task can verify."""
+    config = stage.config
+    rows = read_rlvr(Path(config.eval.data))
+    if len(rows) < config.eval.num_questions:
+        raise ValueError(
+            f"{config.eval.data} has {len(rows)} rows, eval.num_questions asks for {config.eval.num_questions}"
+        )
+    share = rank_share(list(range(config.eval.num_questions)), groups.data_parallel_rank(), groups.data_parallel_size())
+    samples = greedy_responses(engine, processor, [rows[i] for i in share], config)
+    outcomes = gather_over_data_parallel([_outcome(sample) for sample in samples])
+    correct = sum(outcome["correct"] for outcome in outcomes)
+    valid = sum(outcome["valid"] for outcome in outcomes)
+    result: dict[str, Any] = {
+        "stage": config.stage,
+        "accuracy": correct / len(outcomes),
+        "accuracy_ci95": wilson_interval(correct, len(outcomes)),
+        "format_valid": valid / len(outcomes),
+        "format_valid_ci95": wilson_interval(valid, len(outcomes)),
+        "num_questions": len(outcomes),
+        "response_tokens": sum(outcome["tokens"] for outcome in outcomes) / len(outcomes),
+    }
+    for measure in ("caption_recall", "step_correct"):
+        values = [outcome[measure] for outcome in outcomes if outcome[measure] is not None]
+        if values:
+            mean = sum(values) / len(values)
+            result[measure] = mean
+            result[f"{measure}_stderr"] = math.sqrt(sum((v - mean) ** 2 for v in values)) / len(values)
+    return result
+
+
+def judge(sample: Sample) -> bool:
+    """Whether the response is in the grammar and its answer is right."""
+    assert sample.example.answer is not None, "the readers refuse prompts without an answer"
+    return sample.response is not None and answers_match(sample.response.answer, sample.example.answer)
+
+
+def response_metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """Means over all ranks' samples: accuracy, format validity, length."""
+    correct, valid, tokens, count = sum_over_data_parallel(
+        sum(judge(s) for s in samples),
+        sum(s.response is not None for s in samples),
+        sum(len(s.rollout.token_ids) for s in samples),
+        len(samples),
+    )
+    return {
+        names.ACCURACY: correct / count,
+        names.FORMAT_VALID: valid / count,
+        names.RESPONSE_TOKENS: tokens / count,
+    }
+
+
+def wilson_interval(successes: int, trials: int) -> list[float]:
+    """Wilson's 95 % interval of a proportion: honest at 0 and 1, unlike the normal one."""
+    p, z2 = successes / trials, _Z95**2
+    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z95 * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def _outcome(sample: Sample) -> dict[str, Any]:
+    measures = dict.fromkeys(("caption_recall", "step_correct"))
+    if shapes.describes(sample.example.extra):
+        measures = shapes.verify(sample.example.extra, sample.response)
+    return {
+        "correct": judge(sample),
+        "valid": sample.response is not None,
+        "tokens": len(sample.rollout.token_ids),
+        **measures,
+    }

@@ -1,0 +1,124 @@
+"""Sampling responses in a stage: rows to requests, engine to samples, samples to what is logged."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prism_megatron import config as cfg
+from prism_megatron.convert.transfer import export_weights
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.data.response import Response, parse_response
+from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
+from prism_megatron.rollout.requests import sample_seed
+from prism_megatron.stages.setup import Trained
+from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout and the prompt it answers. ``response`` is None when the text breaks the grammar."""
+
+    example: Example
+    prompt: EncodedPrompt
+    rollout: Rollout
+    response: Response | None
+    group: int
+
+    def sequence(self) -> TrainingSequence:
+        return TrainingSequence(self.prompt, self.rollout.token_ids)
+
+
+@contextmanager
+def open_engine(config: cfg.StageConfig, checkpoint: Path) -> Iterator[RolloutEngine]:
+    """A vLLM engine in this process, on the checkpoint's weights until others are pushed."""
+    rollout = config.rollout
+    engine_config = EngineConfig(
+        tensor_parallel_size=rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[config.model.precision],
+        max_model_len=rollout.max_model_len,
+        max_num_seqs=rollout.max_num_seqs,
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        seed=config.run.seed,
+    )
+    with RolloutEngine(checkpoint, engine_config) as engine:
+        yield engine
+
+
+def push_weights(engine: RolloutEngine, policy: Trained, version: int) -> None:
+    """Give the engine the policy's current weights."""
+    engine.update_weights(export_weights(policy.model, policy.table), version)
+
+
+def sample_responses(
+    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], iteration: int, config: cfg.StageConfig
+) -> list[Sample]:
+    """``samples_per_prompt`` responses to each row, in order; seeds depend on run, iteration and row only."""
+    rollout = config.rollout
+    sampling = Sampling(rollout.samples_per_prompt, rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+    return _samples(engine, processor, rows, sampling, config.run.seed, iteration)
+
+
+def greedy_responses(
+    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], config: cfg.StageConfig
+) -> list[Sample]:
+    """The most likely response to each row."""
+    return _samples(engine, processor, rows, Sampling(1, 0.0, 1.0, config.rollout.max_response_tokens), 0, 0)
+
+
+def _samples(
+    engine: RolloutEngine,
+    processor: ChatProcessor,
+    rows: Sequence[Example],
+    sampling: Sampling,
+    seed: int,
+    iteration: int,
+) -> list[Sample]:
+    requests = [
+        RolloutRequest(processor.prompt_ids(row.messages), row.images, sample_seed(seed, iteration, row.id))
+        for row in rows
+    ]
+    answers = engine.generate(requests, sampling)
+    prompts = processor.encode_prompts(rows)
+    return [
+        Sample(row, prompt, rollout, parse_response(rollout.text) if rollout.finished else None, group)
+        for group, (row, prompt, rollouts) in enumerate(zip(rows, prompts, answers, strict=True))
+        for rollout in rollouts
+    ]
+
+
+def gallery_row(
+    sample: Sample,
+    stage: str,
+    iteration: int,
+    correct: bool,
+    perception_score: float | None = None,
+    reasoning_score: float | None = None,
+    advantage: float | None = None,
+) -> dict[str, Any]:
+    """A rollout as it is kept in ``rollouts.jsonl`` and shown in the report."""
+    response = sample.response
+    return {
+        "stage": stage,
+        "iteration": iteration,
+        "sample_id": sample.example.id,
+        "question": sample.example.messages[-1].content.replace("<image>", "").strip(),
+        "image_png_base64": base64.b64encode(sample.example.images[0]).decode(),
+        "response": sample.rollout.text,
+        "caption": response.caption if response else None,
+        "think": response.think if response else None,
+        "answer": response.answer if response else None,
+        "ground_truth": sample.example.answer,
+        "correct": correct,
+        "format_valid": response is not None,
+        "perception_score": perception_score,
+        "reasoning_score": reasoning_score,
+        "advantage": advantage,
+    }

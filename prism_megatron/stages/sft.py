@@ -1,0 +1,51 @@
+"""Stage 1: supervised fine-tuning on demonstrations (spec 2)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from prism_megatron.config import SFTConfig
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.dataset import read_sft
+from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.observe import metrics as names
+from prism_megatron.parallel.collectives import sum_over_data_parallel
+from prism_megatron.stages.evaluate import conclude
+from prism_megatron.stages.policy import sft_step
+from prism_megatron.stages.setup import load_policy, load_processor, open_stage, rows_of_iteration
+from prism_megatron.types import Example
+
+
+def run_sft(config: SFTConfig) -> None:
+    rows = read_sft(Path(config.data))
+    run = config.run
+    with open_stage(config) as stage:
+        processor = load_processor(config)
+        policy = load_policy(config)
+        parts = {"policy": policy}
+        stage.resume(parts)
+
+        for iteration in range(stage.start, run.train_iters):
+            began = time.monotonic()
+            with stage.timers("data"):
+                mine = rows_of_iteration(rows, config.global_batch_size, iteration, run.seed)
+                sequences = demonstrations(mine, processor)
+            with stage.timers("train"):
+                lr = policy.learning_rate(iteration, run.train_iters)
+                measured = sft_step(policy, sequences, processor, config, lr)
+            (tokens,) = sum_over_data_parallel(sum(map(len, sequences)))
+            measured[names.TOKENS_PER_SECOND] = tokens / (time.monotonic() - began)
+            stage.log.log(iteration + 1, measured | stage.timers.pop())
+            stage.save_if_due(iteration + 1, parts)
+
+        conclude(stage, policy, processor)
+
+
+def demonstrations(rows: list[Example], processor: ChatProcessor) -> list[TrainingSequence]:
+    """Prompt and demonstration of each row; the loss is on the demonstration and its terminator."""
+    sequences = []
+    for row, prompt in zip(rows, processor.encode_prompts(rows), strict=True):
+        assert row.response is not None, "the reader refuses rows without a demonstration"
+        sequences.append(TrainingSequence(prompt, (*processor.encode_text(row.response), processor.terminator_id)))
+    return sequences

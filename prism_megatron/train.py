@@ -1,0 +1,73 @@
+"""Run one stage: ``torchrun --nproc-per-node N -m prism_megatron.train RECIPE [key=value ...]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from prism_megatron import config as cfg
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stage that the recipe describes. A user's mistake is one line on stderr and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        from recipes import STAGE_RECIPES
+
+        print(f"{__doc__}\n\nRecipes: {', '.join(sorted(STAGE_RECIPES))}")
+        return 0
+    try:
+        run_stage(load(arguments[0], arguments[1:]))
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("PRISM_DEBUG"):
+            raise
+        return 2
+    return 0
+
+
+def load(recipe: str, overrides: Sequence[str]) -> cfg.StageConfig:
+    """The recipe's configuration with dotted overrides applied. Raises ValueError for unknown names and keys."""
+    from recipes import STAGE_RECIPES
+
+    if recipe not in STAGE_RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(sorted(STAGE_RECIPES))}")
+    return cfg.apply_overrides(STAGE_RECIPES[recipe](), overrides)
+
+
+def run_stage(config: cfg.StageConfig) -> None:
+    """Run a stage from wherever it was left."""
+    if cfg.is_finished(config):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{config.stage}: already finished in {cfg.stage_dir(config)}", flush=True)
+        return
+    from prism_megatron.parallel import cpu
+
+    cpu.install()  # before anything imports megatron
+    if isinstance(config, cfg.SFTConfig):
+        from prism_megatron.stages.sft import run_sft
+
+        run_sft(config)
+    elif isinstance(config, cfg.CollectConfig):
+        from prism_megatron.stages.collect import run_collect
+
+        run_collect(config)
+    elif isinstance(config, cfg.WarmupConfig):
+        from prism_megatron.stages.warmup import run_warmup
+
+        run_warmup(config)
+    elif isinstance(config, cfg.AlignConfig):
+        from prism_megatron.stages.align import run_align
+
+        run_align(config)
+    else:
+        assert isinstance(config, cfg.RLVRConfig)
+        from prism_megatron.stages.rlvr import run_rlvr
+
+        run_rlvr(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The records that travel between layers. Plain data: no Megatron, no vLLM, no behaviour.
+
+Tensor letters used everywhere: T tokens of a packed batch, N sequences or rollouts, P image patches, V merged visual
+tokens, H hidden size, D DeepStack levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The discriminator's two branches, as they are numbered in ``branch_ids``.
+PERCEPTION, REASONING = 0, 1
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat turn. ``content`` holds one ``<image>`` placeholder per image the turn shows."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one or more images, whichever file it was read from.
+
+    ``messages`` ends with the user's turn. ``response`` is a full demonstration in the response grammar;
+    ``teacher_caption`` and ``teacher_reasoning`` are its two halves as the discriminator sees them (with tags).
+    ``source`` says where the row came from ("alignment.parquet, row 12") and is quoted in every error about it.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[bytes, ...]
+    source: str
+    response: str | None = None
+    answer: str | None = None
+    teacher_caption: str | None = None
+    teacher_reasoning: str | None = None
+    data_source: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One line of the discriminator's warm-up file (spec 1.5): the same prompt answered by teacher and student."""
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[bytes, ...]
+    source: str
+    teacher_caption: str
+    teacher_reasoning: str
+    student_caption: str
+    student_reasoning: str
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """What the engine needs to answer a prompt: token ids with one image token per image, and the encoded images."""
+
+    prompt_token_ids: tuple[int, ...]
+    images: tuple[bytes, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. ``logprobs[i]`` is the engine's log-probability of ``token_ids[i]`` (nats)."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the trainer sees it: image tokens expanded, patches ready for the vision tower.
+
+    ``pixel_values`` is [P, patch_dim] float32 and ``image_grid_thw`` [images, 3] int64 in patches.
+    """
+
+    token_ids: tuple[int, ...]
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences laid end to end (Megatron's THD), each seeing only itself.
+
+    tokens, targets        [T] int64; ``targets[t]`` is the token after ``tokens[t]`` in the same sequence (0: none)
+    loss_mask              [T] float32, 1 where ``targets[t]`` is trained on
+    position_ids           [3, T] int64, M-RoPE (time, height, width)
+    cu_seqlens             [N+1] int32
+    pixel_values           [P, patch_dim] float32; each distinct image once
+    image_grid_thw         [images, 3] int64
+    visual_index           [T] int64: row of the merged visual features that replaces this token, -1 for text
+    sequence_ids           [T] int64 in [0, N)
+    branch_ids             [N] int64 or None: 0 perception, 1 reasoning (discriminator only)
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    visual_index: Tensor
+    sequence_ids: Tensor
+    branch_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> PackedBatch:
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return PackedBatch(**moved)

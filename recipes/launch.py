@@ -1,0 +1,104 @@
+"""Run a pipeline through NeMo-Run: ``python -m recipes.launch tiny_pipeline [--name NAME] [stage.key=value ...]``.
+
+Stages that are finished are skipped, one that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes.pipeline import Step, collect_results, tiny_steps
+
+PIPELINES = ("tiny_pipeline",)
+
+
+def main() -> int:
+    """Parse the command line; a user's mistake is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pipeline", help=f"one of: {', '.join(PIPELINES)}")
+    parser.add_argument("overrides", nargs="*", help="stage.key=value, for example rlvr.run.train_iters=40")
+    parser.add_argument("--name", default="quickstart", help="the run's folder under runs/")
+    parser.add_argument("--ranks", type=int, default=1, help="processes per stage")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return launch(arguments.pipeline, arguments.name, arguments.overrides, arguments.ranks)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def launch(pipeline: str, name: str, overrides: Sequence[str], ranks: int) -> int:
+    """Run every unfinished step of the pipeline in order; returns the exit status."""
+    if pipeline not in PIPELINES:
+        raise ValueError(f"unknown pipeline {pipeline!r}; there are {', '.join(PIPELINES)}")
+    steps = tiny_steps(name, overrides)
+    for step in steps:
+        step.config()  # refuse a bad override before anything runs
+    run_dir = Path("runs") / name
+    began = time.monotonic()
+    _prepare(run_dir)
+    _say("data and base model", began)
+    for step in steps:
+        began = time.monotonic()
+        if not _finished(step):
+            run_locally(step, ranks, run_dir)
+            if not _finished(step):
+                print(f"{step.recipe} did not finish; run the same command to go on from its last checkpoint")
+                return 1
+        _say(step.recipe, began)
+        collect_results(run_dir, steps)
+        _report(run_dir)
+    print(f"results: {run_dir}/results.json   report: {run_dir}/report.html   model: {run_dir}/hf", flush=True)
+    return 0
+
+
+def run_locally(step: Step, ranks: int, run_dir: Path) -> None:
+    """One stage through NeMo-Run's LocalExecutor and torchrun, its output on this terminal."""
+    os.environ.setdefault("NEMORUN_HOME", str((run_dir / "nemo_run").resolve()))
+    import nemo_run as run
+
+    threads = max((os.cpu_count() or 1) // ranks, 1)
+    executor = run.LocalExecutor(
+        ntasks_per_node=ranks,
+        launcher="torchrun",
+        env_vars={"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"},
+    )
+    task = run.Script(path="prism_megatron.train", m=True, entrypoint="python", args=[step.recipe, *step.overrides])
+    with run.Experiment(step.recipe, base_dir=os.environ["NEMORUN_HOME"]) as experiment:
+        experiment.add(task, executor=executor, name=step.recipe, tail_logs=True)
+        experiment.run(tail_logs=True)
+
+
+def _prepare(run_dir: Path) -> None:
+    from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
+    from tools.make_tiny_model import make_tiny_model
+
+    write_shapes_data(run_dir / "data", ShapesConfig())
+    if not (run_dir / "base" / "config.json").is_file():
+        make_tiny_model(run_dir / "base", seed=1)
+
+
+def _finished(step: Step) -> bool:
+    from prism_megatron.config import is_finished
+
+    return is_finished(step.config())
+
+
+def _report(run_dir: Path) -> None:
+    subprocess.run([sys.executable, "-m", "tools.report", str(run_dir)], check=True)
+
+
+def _say(what: str, began: float) -> None:
+    print(f"== {what}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

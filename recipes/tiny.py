@@ -1,0 +1,121 @@
+"""The tiny model and the built-in visual task: every stage on two CPU cores.
+
+Numbers were chosen by running them (README quotes what they give). Each stage alone reads and writes under
+``runs/tiny``; a pipeline gives it another place.
+"""
+
+from __future__ import annotations
+
+from prism_megatron.config import (
+    AlignConfig,
+    CollectConfig,
+    DiscriminatorConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RLVRConfig,
+    RolloutConfig,
+    RunConfig,
+    SFTConfig,
+    WarmupConfig,
+)
+
+ROOT = "runs/tiny"
+_MAX_TOKENS = 6144
+
+
+def _rollout(samples_per_prompt: int) -> RolloutConfig:
+    return RolloutConfig(samples_per_prompt=samples_per_prompt, max_response_tokens=160, max_model_len=256)
+
+
+def _discriminator(checkpoint: str) -> DiscriminatorConfig:
+    return DiscriminatorConfig(
+        hf_checkpoint=checkpoint, num_experts=4, topk=2, upcycle_noise=0.1, load_balance_coeff=0.01
+    )
+
+
+def tiny_sft() -> SFTConfig:
+    return SFTConfig(
+        stage="sft",
+        run=RunConfig(name="tiny/sft", train_iters=700, save_interval=100),
+        model=ModelConfig(hf_checkpoint=f"{ROOT}/base"),
+        optimizer=OptimizerConfig(
+            lr=2e-3,
+            min_lr=1e-4,
+            weight_decay=0.01,
+            adam_beta2=0.95,
+            decay_style="cosine",
+            warmup_fraction=0.07,
+        ),
+        rollout=_rollout(1),
+        eval=EvalConfig(data=f"{ROOT}/data/heldout.parquet", num_questions=512),
+        max_tokens_per_microbatch=_MAX_TOKENS,
+        data=f"{ROOT}/data/sft.jsonl",
+        global_batch_size=32,
+    )
+
+
+def tiny_collect() -> CollectConfig:
+    return CollectConfig(
+        stage="collect",
+        run=RunConfig(name="tiny/collect", train_iters=1),
+        model=ModelConfig(hf_checkpoint=f"{ROOT}/sft/hf"),
+        optimizer=OptimizerConfig(lr=0.0),
+        rollout=_rollout(4),
+        max_tokens_per_microbatch=_MAX_TOKENS,
+        alignment_data=f"{ROOT}/data/alignment.parquet",
+        pair_samples_per_prompt=2,
+        candidates=f"{ROOT}/data/rlvr_candidates.parquet",
+        num_candidates=256,
+        band_low=0.2,
+        band_high=0.8,
+    )
+
+
+def tiny_warmup() -> WarmupConfig:
+    return WarmupConfig(
+        stage="warmup",
+        run=RunConfig(name="tiny/warmup", train_iters=60, save_interval=20),
+        model=ModelConfig(hf_checkpoint=f"{ROOT}/sft/hf"),
+        optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
+        rollout=_rollout(1),
+        max_tokens_per_microbatch=_MAX_TOKENS,
+        data=f"{ROOT}/collect/warmup_pairs.jsonl",
+        global_batch_size=16,
+        discriminator=_discriminator(f"{ROOT}/sft/hf"),
+    )
+
+
+def tiny_align() -> AlignConfig:
+    return AlignConfig(
+        stage="align",
+        run=RunConfig(name="tiny/align", train_iters=20, save_interval=5),
+        model=ModelConfig(hf_checkpoint=f"{ROOT}/sft/hf"),
+        optimizer=OptimizerConfig(lr=2e-4, weight_decay=0.01),
+        rollout=_rollout(8),
+        eval=EvalConfig(data=f"{ROOT}/data/heldout.parquet", num_questions=512),
+        max_tokens_per_microbatch=_MAX_TOKENS,
+        data=f"{ROOT}/data/alignment.parquet",
+        prompts_per_iteration=8,
+        discriminator=_discriminator(f"{ROOT}/warmup/hf"),
+        discriminator_optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.01),
+        perception_weight=0.5,
+        format_penalty=1.5,
+        score_regularizer=1e-3,
+    )
+
+
+def tiny_rlvr() -> RLVRConfig:
+    return RLVRConfig(
+        stage="rlvr",
+        run=RunConfig(name="tiny/rlvr", train_iters=20, save_interval=5),
+        model=ModelConfig(hf_checkpoint=f"{ROOT}/align/hf"),
+        optimizer=OptimizerConfig(lr=2e-4, weight_decay=0.01),
+        rollout=_rollout(8),
+        eval=EvalConfig(data=f"{ROOT}/data/heldout.parquet", num_questions=512),
+        max_tokens_per_microbatch=_MAX_TOKENS,
+        data=f"{ROOT}/collect/rlvr.parquet",
+        prompts_per_iteration=16,
+        accuracy_weight=0.8,
+        format_weight=0.2,
+    )

@@ -1,0 +1,85 @@
+"""What every test may use: the tiny checkpoint and its data, made once per session, and a launcher of real ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A freshly initialised tiny Qwen3-VL in HF format."""
+    from tools.make_tiny_model import make_tiny_model
+
+    directory = tmp_path_factory.mktemp("tiny") / "base"
+    make_tiny_model(directory, seed=1)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of the built-in visual task."""
+    from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
+
+    directory = tmp_path_factory.mktemp("data")
+    write_shapes_data(directory, ShapesConfig(sft_rows=64, alignment_rows=16, rlvr_rows=16, heldout_rows=40))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., str]:
+    """Start real ranks: ``launch(ranks, ["-m", "module", ...])`` returns their output, or fails with it."""
+    return _launch
+
+
+def _launch(
+    ranks: int, arguments: Sequence[str], cwd: Path = ROOT, timeout: float = 300, expect: int | None = 0
+) -> str:
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1)),
+        # A rank that hangs prints its stack before the launcher is killed.
+        "PYTHONFAULTHANDLER": "1",
+        "PRISM_HANG_SECONDS": str(timeout - 15),
+    }
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--master-port",
+        str(port),
+    ]
+    process = subprocess.Popen(
+        [*command, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, _ = process.communicate()
+        pytest.fail(f"{' '.join(arguments)}: no end after {timeout} s\n{output[-8000:]}")
+    if expect is not None and process.returncode != expect:
+        pytest.fail(f"{' '.join(arguments)}: exit status {process.returncode}, not {expect}\n{output[-8000:]}")
+    return output

@@ -1,0 +1,58 @@
+"""Recipes and their overrides."""
+
+from __future__ import annotations
+
+import pytest
+
+from prism_megatron import config as cfg
+from prism_megatron.train import load
+from recipes import STAGE_RECIPES
+
+
+@pytest.mark.parametrize("name", sorted(STAGE_RECIPES))
+def test_every_recipe_is_complete(name: str) -> None:
+    config = cfg.apply_overrides(STAGE_RECIPES[name](), [])
+    assert cfg.to_yaml(config) == cfg.to_yaml(cfg.apply_overrides(config, []))
+
+
+def test_dotted_override() -> None:
+    config = load("tiny_sft", ["optimizer.lr=3e-5", "parallel.tensor_model_parallel_size=2", "model.freeze=[vision]"])
+    assert config.optimizer.lr == 3e-5
+    assert config.parallel.tensor_model_parallel_size == 2
+    assert config.model.freeze == ["vision"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimiser.lr=1"], "unknown key 'optimiser.lr': this recipe has data, eval, global_batch_size"),
+        (["optimizer.learning_rate=1"], "unknown key 'optimizer.learning_rate': optimizer has adam_beta1"),
+        (["optimizer.lr"], "override 'optimizer.lr' is not of the form key=value"),
+        (["optimizer.lr=fast"], "override 'optimizer.lr=fast' is refused"),
+    ],
+)
+def test_bad_overrides_say_what_is_wrong(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load("tiny_sft", overrides)
+    assert message in str(error.value)
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(ValueError, match="unknown recipe 'tiny_stf'; there are tiny_align, tiny_collect"):
+        load("tiny_stf", [])
+
+
+def test_a_value_left_out_is_named() -> None:
+    with pytest.raises(ValueError, match="unset; give data=VALUE"):
+        cfg.apply_overrides(
+            cfg.SFTConfig(
+                stage="sft",
+                run=cfg.RunConfig(name="x", train_iters=1),
+                model=cfg.ModelConfig(hf_checkpoint="x"),
+                optimizer=cfg.OptimizerConfig(lr=1.0),
+                rollout=cfg.RolloutConfig(max_response_tokens=1, max_model_len=1),
+                max_tokens_per_microbatch=1,
+                global_batch_size=1,
+            ),
+            [],
+        )

@@ -1,0 +1,66 @@
+"""The order of the layers and who may import what (prism_megatron/README.md)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "prism_megatron"
+ORDER = (
+    *("config", "types", "observe", "parallel", "data", "model", "convert", "rollout", "reward", "advantage", "loss"),
+    *("optim", "checkpoint", "stages", "train"),
+)
+ONLY_IN = {
+    "megatron": {"parallel", "model", "convert", "optim", "checkpoint"},
+    "transformer_engine": {"model"},
+    "vllm": {"rollout"},
+    "nemo_run": set(),
+}
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts != ("__init__.py",))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every imported module, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "prism_megatron":
+                yield from (f"prism_megatron.{alias.name}" for alias in node.names)
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_from_the_left(path: Path) -> None:
+    mine = ORDER.index(layer(path))
+    for module in imports(path):
+        top, _, rest = module.partition(".")
+        if top == "prism_megatron" and rest:
+            assert ORDER.index(rest.split(".")[0]) <= mine, f"{path.name} imports {module}"
+        allowed = ONLY_IN.get(top)
+        assert allowed is None or layer(path) in allowed, f"{path.name} may not import {top}"
+
+
+def test_the_package_names_no_recipe_but_to_look_one_up() -> None:
+    users = [path for path in SOURCES if any(module.split(".")[0] in ("recipes", "tools") for module in imports(path))]
+    assert [path.name for path in users] == ["train.py"]
+
+
+def test_files_stay_small() -> None:
+    long = {
+        str(p.relative_to(ROOT)): n
+        for folder in ("prism_megatron", "recipes", "tools", "tests")
+        for p in (ROOT / folder).rglob("*.py")
+        for n in [len(p.read_text().splitlines())]
+        if n > 500
+    }
+    assert not long

