@@ -40,6 +40,9 @@ class ModelConfig:
     freeze: list[str] = field(default_factory=list)  # any of: vision, merger, language_model
     recompute: bool = False  # recompute every transformer layer in the backward pass
 
+    def __post_init__(self) -> None:
+        _one_of("model.precision", self.precision, "fp32", "bf16")
+
 
 @dataclass
 class OptimizerConfig:
@@ -55,6 +58,9 @@ class OptimizerConfig:
     warmup_fraction: float = 0.0
     decay_style: str = "constant"  # constant | cosine | linear
     use_distributed_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("decay_style", self.decay_style, "constant", "cosine", "linear")
 
 
 @dataclass
@@ -144,6 +150,9 @@ class DiscriminatorConfig:
     load_balance_coeff: float = MISSING
     freeze: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        _one_of("discriminator.experts", self.experts, "dedicated", "shared")
+
 
 @dataclass
 class WarmupConfig(StageConfig):
@@ -170,6 +179,9 @@ class AlignConfig(StageConfig):
     clip_low: float = 0.2
     clip_high: float = 0.2
 
+    def __post_init__(self) -> None:
+        _one_of("combine", self.combine, "per_branch", "weighted_sum")
+
 
 @dataclass
 class RLVRConfig(StageConfig):
@@ -183,6 +195,9 @@ class RLVRConfig(StageConfig):
     advantage_eps: float = 1e-6
     clip_low: float = 0.2
     clip_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        _one_of("algorithm", self.algorithm, "grpo")
 
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
@@ -211,8 +226,14 @@ def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[s
     return resolved
 
 
+def _one_of(key: str, value: str, *allowed: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key} must be {' or '.join(allowed)}, got {value!r}")
+
+
 def _check_key(config: Any, key: str) -> None:
-    node, walked = config, []
+    node: Any = config
+    walked: list[str] = []
     for part in key.split("."):
         names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if part not in names:

@@ -6,6 +6,7 @@ tokens, H hidden size, D DeepStack levels.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,5 +119,6 @@ class PackedBatch:
     branch_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return PackedBatch(**moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return dataclasses.replace(self, **moved)

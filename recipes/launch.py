@@ -63,6 +63,8 @@ def launch(pipeline: str, name: str, overrides: Sequence[str], ranks: int) -> in
 def run_locally(step: Step, ranks: int, run_dir: Path) -> None:
     """One stage through NeMo-Run's LocalExecutor and torchrun, its output on this terminal."""
     os.environ.setdefault("NEMORUN_HOME", str((run_dir / "nemo_run").resolve()))
+    # torchrun and python by their bare names: those of this environment, activated or not.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     import nemo_run as run
 
     threads = max((os.cpu_count() or 1) // ranks, 1)

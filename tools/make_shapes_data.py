@@ -6,24 +6,31 @@ python tools/make_shapes_data.py --out runs/shapes_data
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+import json
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
+
+
+def load_config(path: Path) -> ShapesConfig:
+    """Read a ShapesConfig from a JSON object of the fields that differ from its defaults."""
+    values: dict[str, Any] = json.loads(path.read_text())
+    unknown = sorted(set(values) - {field.name for field in fields(ShapesConfig)})
+    if unknown:
+        raise ValueError(f"{path}: unknown key(s) {unknown}; known: {[field.name for field in fields(ShapesConfig)]}")
+    changed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return replace(ShapesConfig(), **changed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    for field in fields(ShapesConfig):
-        several = {"nargs": len(field.default)} if isinstance(field.default, tuple) else {}
-        kind = type(field.default[0]) if several else type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, **several)
-    args = vars(parser.parse_args())
-    out = args.pop("out")
-    config = ShapesConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in args.items()})
-    write_shapes_data(out, config)
-    print(f"wrote {out}")
+    parser.add_argument("--config", type=Path, help="JSON object of ShapesConfig fields")
+    args = parser.parse_args()
+    write_shapes_data(args.out, load_config(args.config) if args.config else ShapesConfig())
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -59,11 +59,15 @@ def _unchunk_each(shards: Sequence[Tensor], parts: int) -> Tensor:
     return torch.cat([torch.cat(pieces) for pieces in zip(*(shard.chunk(parts) for shard in shards), strict=True)])
 
 
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(list(tensors), dim)
+
+
 REPLICATED = Layout(_first, _alone, _whole, _first)
-ROWS = Layout(_first, _alone, partial(_chunk, dim=0), torch.cat)
-COLUMNS = Layout(_first, _alone, partial(_chunk, dim=1), partial(torch.cat, dim=1))
+ROWS = Layout(_first, _alone, partial(_chunk, dim=0), _cat)
+COLUMNS = Layout(_first, _alone, partial(_chunk, dim=1), partial(_cat, dim=1))
 # SwiGLU's first linear: [gate; up], each cut on its own.
-GATED = Layout(torch.cat, lambda t: list(t.chunk(2)), partial(_chunk_each, parts=2), partial(_unchunk_each, parts=2))
+GATED = Layout(_cat, lambda t: list(t.chunk(2)), partial(_chunk_each, parts=2), partial(_unchunk_each, parts=2))
 
 
 def flattened(shape: tuple[int, ...]) -> Layout:
@@ -83,7 +87,7 @@ def grouped_qkv(num_heads: int, num_groups: int, head_dim: int) -> Layout:
         groups = tensor.view(num_groups, per_group + 2, head_dim, *tensor.shape[1:])
         return [part.flatten(0, 2) for part in groups.split((per_group, 1, 1), dim=1)]
 
-    return Layout(join, split, partial(_chunk, dim=0), torch.cat)
+    return Layout(join, split, partial(_chunk, dim=0), _cat)
 
 
 def headwise_qkv(num_heads: int) -> Layout:
@@ -95,7 +99,7 @@ def headwise_qkv(num_heads: int) -> Layout:
     def split(tensor: Tensor) -> list[Tensor]:
         return [tensor.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)]
 
-    return Layout(join, split, partial(_chunk, dim=0), torch.cat)
+    return Layout(join, split, partial(_chunk, dim=0), _cat)
 
 
 def expert_up(index: int) -> Layout:

@@ -60,7 +60,7 @@ class ShapesConfig:
     sft_rows: int = 10_000
     alignment_rows: int = 1_000
     rlvr_rows: int = 1_000
-    heldout_rows: int = 500
+    heldout_rows: int = 512
     min_objects: int = 2
     max_objects: int = 6
     choice_rate: float = 0.25

@@ -1,8 +1,8 @@
 """Demonstrations of the built-in visual task, written and graded by program.
 
-Two qualities exist. ``faithful`` names every object and enumerates before it counts. ``broad`` is a mixture like a large
-distilled corpus: captions grow vague towards the bottom, most reasoning is a glance that states totals without the
-enumeration, and some of it looks at the picture wrongly.
+Two qualities exist. ``faithful`` names every object and enumerates before it counts. ``broad`` is a mixture, as a
+large distilled corpus is: captions grow vague towards the bottom, most reasoning is a glance that states totals without
+the enumeration, and some of it looks at the picture wrongly.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -243,10 +242,3 @@ def wrap_for_training(model: Any, use_distributed_optimizer: bool) -> Distribute
     wrapped = DistributedDataParallel(model.config, ddp, model)
     wrapped.broadcast_params()
     return wrapped
-
-
-def tensor_parallel_rank_and_size() -> tuple[int, int]:
-    return (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )

@@ -19,7 +19,7 @@ from prism_megatron.loss.policy import PolicyLossConfig
 from prism_megatron.stages.discriminator import Pair, discriminator_step, score
 from prism_megatron.stages.evaluate import conclude, judge, response_metrics
 from prism_megatron.stages.policy import Objective, policy_gradient_step
-from prism_megatron.stages.rollouts import Sample, gallery_row, open_engine, push_weights, sample_responses
+from prism_megatron.stages.rollouts import Sample, gallery_row, push_weights, sample_responses, start_engine
 from prism_megatron.stages.setup import (
     Trained,
     load_discriminator,
@@ -44,36 +44,36 @@ def run_align(config: AlignConfig) -> None:
         parts = {"policy": policy, "discriminator": discriminator}
         stage.resume(parts)
 
-        with open_engine(config, policy.source) as engine:
-            for iteration in range(stage.start, run.train_iters):
-                mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
-                with stage.timers("sync"):
-                    push_weights(engine, policy, iteration)
-                with stage.timers("rollout"):
-                    samples = sample_responses(engine, processor, mine, iteration, config)
-                with stage.timers("score"):
-                    branches = score_branches(discriminator, samples, processor, config)
-                advantages = branches.advantages(samples, config)
-                with stage.timers("discriminator"):
-                    measured = discriminator_step(
-                        discriminator,
-                        branches.pairs,
-                        processor,
-                        config,
-                        branch_weights=_BRANCH_WEIGHTS,
-                        regularizer=config.score_regularizer,
-                        lr=discriminator.learning_rate(iteration, run.train_iters),
-                    )
-                with stage.timers("train"):
-                    lr = policy.learning_rate(iteration, run.train_iters)
-                    measured |= policy_gradient_step(policy, samples, advantages, processor, objective, config, lr)
-                measured |= response_metrics(samples)
-                stage.log.log(iteration + 1, measured | stage.timers.pop())
-                stage.log.rollouts(iteration + 1, branches.gallery(samples, advantages, iteration + 1, config))
-                stage.save_if_due(iteration + 1, parts)
+        engine = start_engine(config, policy.source)
+        for iteration in range(stage.start, run.train_iters):
+            mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
+            with stage.timers("sync"):
+                push_weights(engine, policy, iteration)
+            with stage.timers("rollout"):
+                samples = sample_responses(engine, processor, mine, iteration, config)
+            with stage.timers("score"):
+                branches = score_branches(discriminator, samples, processor, config)
+            advantages = branches.advantages(samples, config)
+            with stage.timers("discriminator"):
+                measured = discriminator_step(
+                    discriminator,
+                    branches.pairs,
+                    processor,
+                    config,
+                    branch_weights=_BRANCH_WEIGHTS,
+                    regularizer=config.score_regularizer,
+                    lr=discriminator.learning_rate(iteration, run.train_iters),
+                )
+            with stage.timers("train"):
+                lr = policy.learning_rate(iteration, run.train_iters)
+                measured |= policy_gradient_step(policy, samples, advantages, processor, objective, config, lr)
+            measured |= response_metrics(samples)
+            stage.log.log(iteration + 1, measured | stage.timers.pop())
+            stage.log.rollouts(iteration + 1, branches.gallery(samples, advantages, iteration + 1, config))
+            stage.save_if_due(iteration + 1, parts)
 
-            discriminator.export(stage.dir / "discriminator_hf")
-            conclude(stage, policy, processor, engine)
+        discriminator.export(stage.dir / "discriminator_hf")
+        conclude(stage, policy, processor, engine)
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class ScoredBranches:
         rows = []
         for i in range(min(config.run.log_rollouts_per_iteration, len(samples))):
             valid = samples[i].response is not None
-            scores = (float(self.perception[i]), float(self.reasoning[i])) if valid else (None, None)
-            rows.append(gallery_row(samples[i], "align", iteration, judge(samples[i]), *scores, advantages[i]))
+            scores = (float(self.perception[i]), float(self.reasoning[i])) if valid else None
+            rows.append(gallery_row(samples[i], "align", iteration, judge(samples[i]), advantages[i], scores))
         return rows
 
 

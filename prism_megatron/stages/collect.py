@@ -19,7 +19,7 @@ from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.rollout.engine import RolloutEngine
 from prism_megatron.stages.evaluate import judge
-from prism_megatron.stages.rollouts import Sample, open_engine, sample_responses
+from prism_megatron.stages.rollouts import Sample, sample_responses, start_engine
 from prism_megatron.stages.setup import finish, load_processor, open_stage
 from prism_megatron.types import Example, PreferencePair
 
@@ -32,16 +32,11 @@ def run_collect(config: CollectConfig) -> None:
     candidates = read_rlvr(Path(config.candidates))[: config.num_candidates or None]
     with open_stage(config) as stage:
         processor = load_processor(config)
-        with open_engine(config, Path(config.model.hf_checkpoint)) as engine:
-            per_prompt = dataclasses.replace(
-                config, rollout=dataclasses.replace(config.rollout, samples_per_prompt=config.pair_samples_per_prompt)
-            )
-            pairs = [
-                pair
-                for number, sample in enumerate(_sample(engine, processor, demonstrations, per_prompt))
-                if (pair := _pair(sample, number)) is not None
-            ]
-            rates = _pass_rates(_sample(engine, processor, candidates, config))
+        engine = start_engine(config, Path(config.model.hf_checkpoint))
+        for_pairs = dataclasses.replace(config.rollout, samples_per_prompt=config.pair_samples_per_prompt)
+        responses = _sample(engine, processor, demonstrations, dataclasses.replace(config, rollout=for_pairs))
+        pairs = [pair for number, sample in enumerate(responses) if (pair := _pair(sample, number)) is not None]
+        rates = _pass_rates(_sample(engine, processor, candidates, config))
         kept = [row for row in candidates if config.band_low <= rates[row.id] <= config.band_high]
         if not pairs:
             raise ValueError(

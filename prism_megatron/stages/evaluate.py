@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.reward.answer import answers_match
 from prism_megatron.rollout.engine import RolloutEngine
-from prism_megatron.stages.rollouts import Sample, greedy_responses, open_engine, push_weights
+from prism_megatron.stages.rollouts import Sample, greedy_responses, push_weights, start_engine
 from prism_megatron.stages.setup import Stage, Trained, finish
 
 RESULTS = "results.json"
@@ -32,10 +31,9 @@ def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: Ro
     if not stage.config.eval.num_questions:
         finish(stage, {})
         return
-    with ExitStack() as stack:
-        engine = engine or stack.enter_context(open_engine(stage.config, stage.dir / "hf"))
-        push_weights(engine, policy, stage.config.run.train_iters)
-        result = evaluate(engine, processor, stage)
+    engine = engine or start_engine(stage.config, stage.dir / "hf")
+    push_weights(engine, policy, stage.config.run.train_iters)
+    result = evaluate(engine, processor, stage)
     if groups.is_main_rank():
         place = stage.dir / RESULTS
         place.with_suffix(".partial").write_text(json.dumps([result], indent=2) + "\n")
@@ -109,12 +107,17 @@ def wilson_interval(successes: int, trials: int) -> list[float]:
 
 
 def _outcome(sample: Sample) -> dict[str, Any]:
-    measures = dict.fromkeys(("caption_recall", "step_correct"))
-    if shapes.describes(sample.example.extra):
-        measures = shapes.verify(sample.example.extra, sample.response)
+    """What is counted about one answer. Captions and steps can be verified in the built-in task only."""
+    caption_recall = step_correct = None
+    if sample.example.data_source == shapes.DATA_SOURCE:
+        response = sample.response
+        scene, question = shapes.scene_of(sample.example), shapes.question_of(sample.example)
+        caption_recall = shapes.caption_recall(scene, response.caption) if response else 0.0
+        step_correct = shapes.step_correct(scene, question, response.think) if response else 0.0
     return {
         "correct": judge(sample),
         "valid": sample.response is not None,
         "tokens": len(sample.rollout.token_ids),
-        **measures,
+        "caption_recall": caption_recall,
+        "step_correct": step_correct,
     }

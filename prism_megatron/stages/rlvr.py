@@ -15,13 +15,11 @@ from prism_megatron.parallel.collectives import sum_over_data_parallel
 from prism_megatron.reward.verifiable import verifiable_reward
 from prism_megatron.stages.evaluate import conclude, judge, response_metrics
 from prism_megatron.stages.policy import Objective, policy_gradient_step
-from prism_megatron.stages.rollouts import Sample, gallery_row, open_engine, push_weights, sample_responses
+from prism_megatron.stages.rollouts import Sample, gallery_row, push_weights, sample_responses, start_engine
 from prism_megatron.stages.setup import load_policy, load_processor, open_stage, rows_of_iteration
 
 
 def run_rlvr(config: RLVRConfig) -> None:
-    if config.algorithm != "grpo":
-        raise ValueError(f"algorithm must be grpo, got {config.algorithm!r}; dapo and gspo are not available yet")
     rows = read_rlvr(Path(config.data))
     run = config.run
     objective = Objective(PolicyLossConfig("grpo", config.clip_low, config.clip_high, None), "token_mean")
@@ -31,36 +29,33 @@ def run_rlvr(config: RLVRConfig) -> None:
         parts = {"policy": policy}
         stage.resume(parts)
 
-        with open_engine(config, policy.source) as engine:
-            for iteration in range(stage.start, run.train_iters):
-                mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
-                with stage.timers("sync"):
-                    push_weights(engine, policy, iteration)
-                with stage.timers("rollout"):
-                    samples = sample_responses(engine, processor, mine, iteration, config)
-                rewards = torch.tensor([reward(sample, config) for sample in samples])
-                groups = torch.tensor([sample.group for sample in samples])
-                advantages = grpo_advantage(rewards, groups, eps=config.advantage_eps).tolist()
-                with stage.timers("train"):
-                    lr = policy.learning_rate(iteration, run.train_iters)
-                    measured = policy_gradient_step(policy, samples, advantages, processor, objective, config, lr)
-                total, useful, count = sum_over_data_parallel(
-                    float(rewards.sum()), float(informative_groups(rewards, groups).sum()), len(samples)
-                )
-                measured |= {names.REWARD: total / count, names.VALID_GROUPS: useful / count}
-                measured |= response_metrics(samples)
-                stage.log.log(iteration + 1, measured | stage.timers.pop())
-                shown = range(min(run.log_rollouts_per_iteration, len(samples)))
-                stage.log.rollouts(
-                    iteration + 1,
-                    [
-                        gallery_row(samples[i], "rlvr", iteration + 1, judge(samples[i]), advantage=advantages[i])
-                        for i in shown
-                    ],
-                )
-                stage.save_if_due(iteration + 1, parts)
+        engine = start_engine(config, policy.source)
+        for iteration in range(stage.start, run.train_iters):
+            mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
+            with stage.timers("sync"):
+                push_weights(engine, policy, iteration)
+            with stage.timers("rollout"):
+                samples = sample_responses(engine, processor, mine, iteration, config)
+            rewards = torch.tensor([reward(sample, config) for sample in samples])
+            groups = torch.tensor([sample.group for sample in samples])
+            advantages = grpo_advantage(rewards, groups, eps=config.advantage_eps).tolist()
+            with stage.timers("train"):
+                lr = policy.learning_rate(iteration, run.train_iters)
+                measured = policy_gradient_step(policy, samples, advantages, processor, objective, config, lr)
+            total, useful, count = sum_over_data_parallel(
+                float(rewards.sum()), float(informative_groups(rewards, groups).sum()), len(samples)
+            )
+            measured |= {names.REWARD: total / count, names.VALID_GROUPS: useful / count}
+            measured |= response_metrics(samples)
+            stage.log.log(iteration + 1, measured | stage.timers.pop())
+            shown = range(min(run.log_rollouts_per_iteration, len(samples)))
+            stage.log.rollouts(
+                iteration + 1,
+                [gallery_row(samples[i], "rlvr", iteration + 1, judge(samples[i]), advantages[i]) for i in shown],
+            )
+            stage.save_if_due(iteration + 1, parts)
 
-            conclude(stage, policy, processor, engine)
+        conclude(stage, policy, processor, engine)
 
 
 def reward(sample: Sample, config: RLVRConfig) -> float:

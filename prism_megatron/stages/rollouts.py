@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,22 +33,22 @@ class Sample:
         return TrainingSequence(self.prompt, self.rollout.token_ids)
 
 
-@contextmanager
-def open_engine(config: cfg.StageConfig, checkpoint: Path) -> Iterator[RolloutEngine]:
+def start_engine(config: cfg.StageConfig, checkpoint: Path) -> RolloutEngine:
     """A vLLM engine in this process, on the checkpoint's weights until others are pushed."""
     rollout = config.rollout
-    engine_config = EngineConfig(
-        tensor_parallel_size=rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[config.model.precision],
-        max_model_len=rollout.max_model_len,
-        max_num_seqs=rollout.max_num_seqs,
-        kv_cache_gib=rollout.kv_cache_gib,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        enforce_eager=rollout.enforce_eager,
-        seed=config.run.seed,
+    return RolloutEngine(
+        checkpoint,
+        EngineConfig(
+            tensor_parallel_size=rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[config.model.precision],
+            max_model_len=rollout.max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            kv_cache_gib=rollout.kv_cache_gib,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            enforce_eager=rollout.enforce_eager,
+            seed=config.run.seed,
+        ),
     )
-    with RolloutEngine(checkpoint, engine_config) as engine:
-        yield engine
 
 
 def push_weights(engine: RolloutEngine, policy: Trained, version: int) -> None:
@@ -99,12 +98,12 @@ def gallery_row(
     stage: str,
     iteration: int,
     correct: bool,
-    perception_score: float | None = None,
-    reasoning_score: float | None = None,
-    advantage: float | None = None,
+    advantage: float,
+    scores: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """A rollout as it is kept in ``rollouts.jsonl`` and shown in the report."""
+    """A rollout as it is kept in ``rollouts.jsonl`` and shown in the report; ``scores`` are (perception, reasoning)."""
     response = sample.response
+    perception_score, reasoning_score = scores or (None, None)
     return {
         "stage": stage,
         "iteration": iteration,

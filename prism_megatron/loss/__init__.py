@@ -1,0 +1,1 @@
+"""Losses over packed tokens and over pairs of scores. Log-probabilities come in, never logits."""

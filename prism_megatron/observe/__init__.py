@@ -1,0 +1,1 @@
+"""What a run says about itself: metrics, logs, timers, and the report."""

@@ -1,0 +1,129 @@
+"""The log of a stage: metrics.jsonl, rollouts.jsonl, TensorBoard and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prism_megatron.observe import metrics as names
+
+METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+
+
+class MetricsLog:
+    """Open for one stage, closed at its end. Ranks other than the main one write nothing.
+
+    On resume, whatever an interrupted run logged after ``resume_from`` is dropped: those iterations are run again.
+    """
+
+    def __init__(self, stage_dir: Path, stage: str, total_iterations: int, resume_from: int, is_main: bool) -> None:
+        self._stage, self._total, self._start = stage, total_iterations, resume_from
+        self._is_main = is_main
+        self._began = time.monotonic()
+        if not is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = _reopen(stage_dir / METRICS, resume_from)
+        self._rollouts = _reopen(stage_dir / ROLLOUTS, resume_from)
+        self._tensorboard: Any = SummaryWriter(str(stage_dir / "tensorboard"), purge_step=resume_from + 1)
+        self._progress = _progress_bar(stage, total_iterations, resume_from)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if not self._is_main:
+            return
+        self._metrics.close()
+        self._rollouts.close()
+        self._tensorboard.close()
+        if self._progress is not None:
+            self._progress.stop()
+
+    def log(self, iteration: int, measured: Mapping[str, float | None]) -> None:
+        """Write one iteration (counted from 1). A metric that is None is undefined and left out.
+
+        Raises FloatingPointError for a value that is not finite: training on would only hide where it came from.
+        """
+        defined = {name: float(value) for name, value in measured.items() if value is not None}
+        for name, value in defined.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{self._stage}: {name} is {value} at iteration {iteration}")
+        if not self._is_main:
+            return
+        line = {"stage": self._stage, "iteration": iteration, "time": round(time.time(), 3), **defined}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for name, value in defined.items():
+            self._tensorboard.add_scalar(f"{self._stage}/{name}", value, iteration)
+        shown = self._line(iteration, defined)
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=iteration)
+            self._progress.console.print(shown, highlight=False)
+        else:
+            print(shown, flush=True)
+
+    def rollouts(self, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep some of an iteration's rollouts for the report."""
+        if not self._is_main:
+            return
+        for row in rows:
+            assert row["iteration"] == iteration
+            self._rollouts.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._rollouts.flush()
+
+    def _line(self, iteration: int, defined: Mapping[str, float]) -> str:
+        per_iteration = (time.monotonic() - self._began) / (iteration - self._start)
+        minutes, seconds = divmod(round(per_iteration * (self._total - iteration)), 60)
+        width = len(str(self._total))
+        shown = [f"{name} {_short(defined[name])}" for name in names.ON_CONSOLE if name in defined]
+        return "  ".join(
+            [f"{self._stage:7s} {iteration:{width}d}/{self._total}", *shown, f"eta {minutes}:{seconds:02d}"]
+        )
+
+
+def _progress_bar(stage: str, total: int, start: int) -> Progress | None:
+    """A bar with the time left, where somebody is looking."""
+    if not sys.stderr.isatty():
+        return None
+    columns = (TextColumn(stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns)
+    progress.add_task(stage, total=total, completed=start)
+    progress.start()
+    return progress
+
+
+def _reopen(path: Path, resume_from: int) -> IO[str]:
+    """Open for appending, keeping only complete lines of iterations that will not be run again."""
+    if path.is_file():
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line a killed run was writing
+            if row["iteration"] <= resume_from:
+                kept.append(line + "\n")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
+    return path.open("a")
+
+
+def _short(value: float) -> str:
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4g}"
+    return f"{value:.1e}"

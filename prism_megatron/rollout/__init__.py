@@ -1,0 +1,1 @@
+"""Sampling responses with vLLM inside the training ranks."""

@@ -1,0 +1,194 @@
+"""The rollout engine: vLLM in this very process, laid over the training ranks. The only file that knows vLLM.
+
+Run on CPU, tensor parallelism 1 and 2. On GPU the same calls apply with NCCL; that is not verified.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prism_megatron.data.chat import decode_image
+from prism_megatron.rollout.weight_sync import complete_once
+from prism_megatron.types import Rollout, RolloutRequest
+
+# Never sampled: a response with one of these could not be scored, an image token has no image behind it.
+_BANNED = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>")
+_BAN = -100.0  # vLLM's largest negative logit bias
+_alive: list[Any] = []
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine. ``kv_cache_gib`` is for CPU, ``gpu_memory_utilization`` for GPU."""
+
+    tensor_parallel_size: int
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    kv_cache_gib: float
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """``temperature`` 0 is greedy."""
+
+    n: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+class RolloutEngine:
+    """A vLLM engine on an HF checkpoint directory, whose weights can be replaced.
+
+    All ranks of a tensor-parallel group make the same calls with the same arguments. The engine lives as long as the
+    process: vLLM's own shutdown, destructor included, ends the process groups it shares with the trainer.
+    """
+
+    def __init__(self, checkpoint: Path, config: EngineConfig) -> None:
+        self._config = config
+        _check(checkpoint, config)
+        with _process_state_kept():
+            self._llm = _start(checkpoint, config)
+        _alive.append(self._llm)
+        tokenizer = self._llm.get_tokenizer()
+        self._banned = {tokenizer.convert_tokens_to_ids(token): _BAN for token in _BANNED if token in tokenizer.vocab}
+        self._parameters = _checkpoint_names(checkpoint)
+
+    def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[list[Rollout]]:
+        """``sampling.n`` responses to each request, in order.
+
+        Log-probabilities are those of the model's full distribution at temperature 1, whatever was masked or scaled for
+        sampling: what the trainer computes. The same requests with the same seeds give the same responses.
+        """
+        from vllm import SamplingParams
+
+        prompts, parameters = [], []
+        for request in requests:
+            if len(request.prompt_token_ids) + sampling.max_tokens > self._config.max_model_len:
+                raise ValueError(
+                    f"a prompt of {len(request.prompt_token_ids)} tokens and {sampling.max_tokens} response tokens do "
+                    f"not fit max_model_len ({self._config.max_model_len}); raise rollout.max_model_len"
+                )
+            images = [decode_image(data) for data in request.images]
+            prompts.append({"prompt_token_ids": list(request.prompt_token_ids), "multi_modal_data": {"image": images}})
+            parameters.append(
+                SamplingParams(
+                    n=sampling.n,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_tokens,
+                    seed=request.seed,
+                    logprobs=0,
+                    logit_bias=self._banned,
+                )
+            )
+        with _process_state_kept():
+            answers = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [[_rollout(output) for output in answer.outputs] for answer in answers]
+
+    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights by ``named`` (HF names, full tensors) and forget everything computed with the old ones.
+
+        Raises ValueError, quoting ``version``, if a tensor is missing, unknown or given twice; the engine is then
+        unusable until a complete update.
+        """
+        with _process_state_kept():
+            self._llm.collective_rpc(_reload, args=(complete_once(named, self._parameters, version),))
+            # The scheduler's caches hold results of the old weights: prefixes, and encodings of images already seen.
+            self._llm.reset_prefix_cache()
+            self._llm.llm_engine.reset_encoder_cache()
+            self._llm.reset_mm_cache()
+
+
+def _reload(worker: Any, named: Iterator[tuple[str, Tensor]]) -> None:
+    worker.reload_weights(weights_iterator=named)
+
+
+def _rollout(output: Any) -> Rollout:
+    logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True))
+    return Rollout(tuple(output.token_ids), logprobs, output.text, output.finish_reason == "stop")
+
+
+def _start(checkpoint: Path, config: EngineConfig) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    sizes: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    if not torch.cuda.is_available():
+        # vLLM rewinds the generator of a seeded request whose prompt it cuts, which a CPU generator cannot do.
+        sizes = {"enable_chunked_prefill": False, "max_num_batched_tokens": 16 * config.max_model_len}
+        _cpu_environment(config)
+    from vllm import LLM
+
+    return LLM(
+        model=str(checkpoint),
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        enforce_eager=config.enforce_eager,
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend="external_launcher",
+        limit_mm_per_prompt={"image": 8, "video": 0},
+        logprobs_mode="raw_logprobs",
+        seed=config.seed,
+        **sizes,
+    )
+
+
+def _cpu_environment(config: EngineConfig) -> None:
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
+    # Threads bound to cores spin against the trainer's own; a tensor-parallel engine must be told its cores.
+    cores = sorted(os.sched_getaffinity(0))
+    bind = "nobind" if config.tensor_parallel_size == 1 else "|".join(map(str, cores[: config.tensor_parallel_size]))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bind
+
+
+@contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """vLLM sets the thread count, the global random state and LD_PRELOAD of whatever process it runs in."""
+    threads, random_state, preload = torch.get_num_threads(), torch.get_rng_state(), os.environ.get("LD_PRELOAD")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(random_state)
+        if preload is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preload
+
+
+def _check(checkpoint: Path, config: EngineConfig) -> None:
+    path = checkpoint / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no config.json; give the directory of an HF checkpoint")
+    text = json.loads(path.read_text())["text_config"]
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if text[name] % config.tensor_parallel_size:
+            raise ValueError(
+                f"{name} ({text[name]}) must be divisible by rollout.tensor_model_parallel_size "
+                f"({config.tensor_parallel_size})"
+            )
+
+
+def _checkpoint_names(checkpoint: Path) -> frozenset[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as opened:
+            names.update(opened.keys())
+    return frozenset(names)
