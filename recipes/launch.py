@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,13 +66,20 @@ def run_locally(step: Step, ranks: int, run_dir: Path) -> None:
     os.environ.setdefault("NEMORUN_HOME", str((run_dir / "nemo_run").resolve()))
     # torchrun and python by their bare names: those of this environment, activated or not.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    import nemo_run as run
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations in what NeMo-Run imports
+        import nemo_run as run
 
     threads = max((os.cpu_count() or 1) // ranks, 1)
     executor = run.LocalExecutor(
         ntasks_per_node=ranks,
         launcher="torchrun",
-        env_vars={"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"},
+        env_vars={
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.getcwd(),
+            "PYTHONWARNINGS": "ignore",
+            "LOGLEVEL": "WARNING",  # torchrun's own
+        },
     )
     task = run.Script(path="prism_megatron.train", m=True, entrypoint="python", args=[step.recipe, *step.overrides])
     with run.Experiment(step.recipe, base_dir=os.environ["NEMORUN_HOME"]) as experiment:

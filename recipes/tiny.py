@@ -37,7 +37,7 @@ def _discriminator(checkpoint: str) -> DiscriminatorConfig:
 def tiny_sft() -> SFTConfig:
     return SFTConfig(
         stage="sft",
-        run=RunConfig(name="tiny/sft", train_iters=700, save_interval=100),
+        run=RunConfig(name="tiny/sft", train_iters=450, save_interval=100),
         model=ModelConfig(hf_checkpoint=f"{ROOT}/base"),
         optimizer=OptimizerConfig(
             lr=2e-3,

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from transformers import (
     GenerationConfig,
     PreTrainedConfig,
@@ -33,6 +32,7 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from prism_megatron.data.response import SYSTEM_PROMPT
 from prism_megatron.data.shapes import sample_texts
@@ -53,6 +53,9 @@ CORPUS_QUESTIONS = 400
 
 PATCH, MERGE, TEMPORAL_PATCH = 16, 2, 2
 MIN_PIXELS, MAX_PIXELS = 32 * 32, 256 * 256  # the task's 96 x 96 images pass through unresized
+
+# The task's pictures are mostly paper: centred on its brightness, the paper is near zero and the objects are not.
+IMAGE_MEAN, IMAGE_STD = 0.94, 0.25
 
 TEXT_CONFIG: dict[str, Any] = {
     "hidden_size": 128,
@@ -90,8 +93,8 @@ VISION_CONFIG: dict[str, Any] = {
     "deepstack_visual_indexes": [0, 1],
 }
 
-# Position embeddings are added to patch embeddings of about unit size.
-POSITION_STD = 0.1
+# A token's embedding is also its row of the output layer, where ones would make the first guesses far too sure.
+TOKEN_STD, POSITION_STD = 0.3, 0.5
 
 # Qwen3-VL's ChatML, for text and images: system turns pass as they are, an image is one <|image_pad|> between its
 # markers (the processor expands it), and add_generation_prompt opens the assistant's turn.
@@ -132,13 +135,14 @@ def make_tiny_model(
     torch.manual_seed(seed)
     model_class = Qwen3VLMoeForConditionalGeneration if moe else Qwen3VLForConditionalGeneration
     model: PreTrainedModel = model_class(config).float()
-    init_vision(model.model.visual)
+    init_weights(model)
     tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    disable_progress_bar()
     model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
     shutil.rmtree(out, ignore_errors=True)
@@ -147,18 +151,24 @@ def make_tiny_model(
 
 
 @torch.no_grad()
-def init_vision(visual: nn.Module) -> None:
-    """Initialise the vision tower's matrices with standard deviation 1/sqrt(fan in).
+def init_weights(model: PreTrainedModel) -> None:
+    """Initialise every matrix with standard deviation 1/sqrt(fan in), the embeddings with theirs.
 
-    Hugging Face's fixed 0.02 suits towers a thousand wide; at width 64 it shrinks the signal layer by layer until the
-    language model cannot tell one picture from another, and a tower trained from scratch does not learn to see.
+    Hugging Face's fixed 0.02 suits models a thousand wide. At width 128 it shrinks what a picture says layer by layer,
+    and a model trained from scratch learns what captions look like long before it looks at the picture.
     """
-    for module in visual.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d):
-            fan_in = module.weight[0].numel()
-            module.weight.normal_(0.0, 1.0 / math.sqrt(fan_in))
-        elif isinstance(module, nn.Embedding):
-            module.weight.normal_(0.0, POSITION_STD)
+    for name, parameter in model.named_parameters():
+        if name.endswith("pos_embed.weight"):
+            std = POSITION_STD
+        elif name.endswith("embed_tokens.weight"):
+            std = TOKEN_STD
+        elif parameter.dim() < 2:
+            continue
+        elif ".experts." in name:  # stacked [experts, out, in]
+            std = 1.0 / math.sqrt(parameter.shape[2])
+        else:
+            std = 1.0 / math.sqrt(parameter[0].numel())
+        parameter.normal_(0.0, std)
 
 
 def _tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
@@ -191,8 +201,8 @@ def _processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
         "patch_size": PATCH,
         "merge_size": MERGE,
         "temporal_patch_size": TEMPORAL_PATCH,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
+        "image_mean": [IMAGE_MEAN] * 3,
+        "image_std": [IMAGE_STD] * 3,
     }
     size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
     return Qwen3VLProcessor(

@@ -6,10 +6,14 @@ left to math-verify.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 
 from math_verify import parse, verify
+
+# It warns at every call that there is no timeout. The limit on length below is ours.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _RELATIVE_TOLERANCE = 1e-6  # spec 5.3
 _MAX_SYMBOLIC_CHARS = 256  # a longer "answer" is prose, and prose can keep a computer algebra system busy for hours

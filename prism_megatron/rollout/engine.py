@@ -24,6 +24,7 @@ from prism_megatron.types import Rollout, RolloutRequest
 _BANNED = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>")
 _BAN = -100.0  # vLLM's largest negative logit bias
 _alive: list[Any] = []
+_set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts one that does nothing in its place
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RolloutEngine:
     """A vLLM engine on an HF checkpoint directory, whose weights can be replaced.
 
     All ranks of a tensor-parallel group make the same calls with the same arguments. The engine lives as long as the
-    process: vLLM's own shutdown, destructor included, ends the process groups it shares with the trainer.
+    process: vLLM's own shutdown, finalizers included, ends the process groups it shares with the trainer.
     """
 
     def __init__(self, checkpoint: Path, config: EngineConfig) -> None:
@@ -63,6 +64,7 @@ class RolloutEngine:
         with _process_state_kept():
             self._llm = _start(checkpoint, config)
         _alive.append(self._llm)
+        self._llm.llm_engine.engine_core._finalizer.atexit = False
         tokenizer = self._llm.get_tokenizer()
         self._banned = {tokenizer.convert_tokens_to_ids(token): _BAN for token in _BANNED if token in tokenizer.vocab}
         self._parameters = _checkpoint_names(checkpoint)
@@ -124,7 +126,7 @@ def _rollout(output: Any) -> Rollout:
 
 def _start(checkpoint: Path, config: EngineConfig) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     sizes: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
     if not torch.cuda.is_available():
@@ -142,6 +144,7 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend="external_launcher",
         limit_mm_per_prompt={"image": 8, "video": 0},
+        use_tqdm_on_load=False,
         logprobs_mode="raw_logprobs",
         seed=config.seed,
         **sizes,
@@ -163,6 +166,7 @@ def _process_state_kept() -> Iterator[None]:
     try:
         yield
     finally:
+        torch.set_num_threads = _set_num_threads
         torch.set_num_threads(threads)
         torch.set_rng_state(random_state)
         if preload is None:

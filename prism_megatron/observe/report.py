@@ -1,0 +1,176 @@
+"""report.html: what a run did, on one page that needs nothing else. Reads only what the stages wrote."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from prism_megatron.observe import metrics as names
+from prism_megatron.observe.logger import METRICS, ROLLOUTS
+
+STAGES = ("sft", "collect", "warmup", "align", "rlvr")  # the order they are shown in
+_GALLERY_PER_STAGE = 12
+
+# Drawn in these exact colours, then handed to the page's style sheet, which knows light from dark.
+_SERIES = ("#010101", "#010102", "#010103")
+_INK, _GRID = "#010104", "#010105"
+_CSS = dict(zip((*_SERIES, _INK, _GRID), ("--series-1", "--series-2", "--series-3", "--muted", "--line"), strict=True))
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Metrics drawn on one pair of axes. ``limit`` is a horizontal line that must not be crossed."""
+
+    title: str
+    metrics: tuple[str, ...]
+    log_scale: bool = False
+    limit: float | None = None
+
+
+CHARTS = (
+    Chart("Cross-entropy (nats per response token)", (names.LOSS,)),
+    Chart("Reward", (names.REWARD,)),
+    Chart("Sampled responses: right answer, valid format", (names.ACCURACY, names.FORMAT_VALID)),
+    Chart("Score gap, demonstration minus policy", (names.PERCEPTION_GAP, names.REASONING_GAP)),
+    Chart("Pairs the discriminator ranks rightly", (names.PERCEPTION_PAIR_ACCURACY, names.REASONING_PAIR_ACCURACY)),
+    Chart("Discriminator loss (Bradley-Terry)", (names.DISCRIMINATOR_LOSS,)),
+    Chart(
+        "Largest |trainer - engine| log-probability (nats)",
+        (names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF,),
+        log_scale=True,
+        limit=1e-4,
+    ),
+    Chart("Entropy (nats per token)", (names.ENTROPY,)),
+    Chart("Response length (tokens)", (names.RESPONSE_TOKENS,)),
+    Chart("Gradient norm", (names.GRAD_NORM, names.DISCRIMINATOR_GRAD_NORM)),
+)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` of a run, finished or not, and return its path.
+
+    Raises ValueError if ``run_dir`` holds no stage that has logged anything.
+    """
+    stages = [_stage(run_dir / name, name) for name in STAGES if (run_dir / name / METRICS).is_file()]
+    if not stages:
+        raise ValueError(f"{run_dir} holds no stage with a {METRICS}; give a run, for example runs/quickstart")
+    results_file = run_dir / "results.json"
+    results = json.loads(results_file.read_text()) if results_file.is_file() else []
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"number": _number, "percent": _percent}
+    page = environment.get_template("report.html.j2").render(name=run_dir.name, stages=stages, results=results)
+    place = run_dir / "report.html"
+    partial = place.with_name(".report.html.partial")
+    partial.write_text(page)
+    os.replace(partial, place)
+    return place
+
+
+def _stage(directory: Path, name: str) -> dict[str, Any]:
+    rows = _read_lines(directory / METRICS)
+    config, versions = directory / "config.yaml", directory / "versions.json"
+    return {
+        "name": name,
+        "iterations": len(rows),
+        "charts": [
+            {"title": chart.title, "svg": _draw(chart, rows, f"{name}-{number}")}
+            for number, chart in enumerate(CHARTS)
+            if any(metric in row for metric in chart.metrics for row in rows)
+        ],
+        "seconds": _seconds(rows),
+        "rollouts": _spread(_read_lines(directory / ROLLOUTS), _GALLERY_PER_STAGE),
+        "config": config.read_text() if config.is_file() else "",
+        "versions": json.loads(versions.read_text()) if versions.is_file() else {},
+    }
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _seconds(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Where the stage's iterations spent their time, in total."""
+    total: dict[str, float] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("seconds_"):
+                part = key.removeprefix("seconds_")
+                total[part] = total.get(part, 0.0) + value
+    return total
+
+
+def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """``count`` rows evenly over the stage, first and last iteration included."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
+
+
+def _draw(chart: Chart, rows: Sequence[Mapping[str, Any]], salt: str) -> Markup:
+    """The chart as SVG whose colours are the page's."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.size": 9,
+        "text.color": _INK,
+        "axes.edgecolor": _GRID,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "grid.color": _GRID,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with mpl.rc_context(style):
+        figure, axes = plt.subplots(figsize=(4.6, 2.3), layout="constrained")
+        for color, metric in zip(_SERIES, chart.metrics, strict=False):
+            points = [(row["iteration"], row[metric]) for row in rows if metric in row]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            marker = "o" if len(points) < 2 else None
+            axes.plot(x, y, color=color, linewidth=1.3, marker=marker, markersize=3, label=metric.replace("_", " "))
+        if chart.log_scale:
+            axes.set_yscale("log")
+        if chart.limit is not None:
+            axes.axhline(chart.limit, color=_SERIES[2], linewidth=1, linestyle="--", label=f"limit {chart.limit:g}")
+        axes.grid(visible=True, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("iteration")
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    svg = drawn.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for color, variable in _CSS.items():
+        svg = svg.replace(color, f"var({variable})")
+    # Numbers of groups repeat from figure to figure; only what is referred to (clip paths, glyphs) is salted.
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    return Markup(re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)))
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"

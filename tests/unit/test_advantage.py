@@ -1,0 +1,74 @@
+"""Advantages worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from prism_megatron.advantage import alignment_advantage, group_normalize, grpo_advantage, informative_groups
+
+ROOT_HALF = 1 / math.sqrt(2)  # z-score of the two ends of a pair, the deviation being unbiased
+
+
+def align(
+    perception: list[float], reasoning: list[float], valid: list[bool], groups: list[int], **changed: object
+) -> Tensor:
+    options: dict[str, object] = {"perception_weight": 0.5, "format_penalty": 1.5, "combine": "per_branch", "eps": 0.0}
+    return alignment_advantage(
+        torch.tensor(perception),
+        torch.tensor(reasoning),
+        torch.tensor(valid),
+        torch.tensor(groups),
+        **(options | changed),
+    )
+
+
+def test_group_normalize_is_the_z_score_with_the_unbiased_deviation() -> None:
+    # 1, 2, 3: mean 2, unbiased deviation 1. 5, 5: no spread. Group names need not be 0..G-1, nor in order.
+    scores, groups = torch.tensor([1.0, 5.0, 2.0, 5.0, 3.0]), torch.tensor([7, 3, 7, 3, 7])
+    assert group_normalize(scores, groups, eps=1e-6).tolist() == pytest.approx([-1, 0, 0, 0, 1], abs=1e-5)
+
+
+def test_a_group_of_one_has_no_advantage() -> None:
+    # The paper's code leaves the raw score (here 9) as the advantage.
+    assert group_normalize(torch.tensor([9.0, 1.0, 2.0]), torch.tensor([0, 1, 1]), eps=1e-6)[0] == 0
+
+
+def test_grpo_by_hand() -> None:
+    # Rewards 1.0, 0.2, 0.2, 0.2: mean 0.4, squares 0.36 + 3 * 0.04 = 0.48, deviation sqrt(0.48 / 3) = 0.4.
+    rewards = torch.tensor([1.0, 0.2, 0.2, 0.2])
+    assert grpo_advantage(rewards, torch.zeros(4), eps=0.0).tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5])
+
+
+def test_informative_groups_are_those_with_different_rewards() -> None:
+    rewards, groups = torch.tensor([1.0, 1.0, 0.2, 1.0]), torch.tensor([0, 0, 1, 1])
+    assert informative_groups(rewards, groups).tolist() == [False, False, True, True]
+
+
+def test_branches_are_normalised_each_on_its_own_scale() -> None:
+    # Perception spreads over 100, reasoning over 1, in opposite order: on equal terms they cancel.
+    assert align([0.0, 100.0], [1.0, 0.0], [True, True], [0, 0]).tolist() == pytest.approx([0, 0], abs=1e-6)
+    heavier = align([0.0, 100.0], [1.0, 0.0], [True, True], [0, 0], perception_weight=0.75)
+    assert heavier.tolist() == pytest.approx([-0.5 * ROOT_HALF, 0.5 * ROOT_HALF])
+
+
+def test_weighted_sum_lets_the_wider_branch_win() -> None:
+    # Eq. 1 and 3: 0.5 * (0, 100) + 0.5 * (1, 0) = (0.5, 50), one z-score.
+    advantage = align([0.0, 100.0], [1.0, 0.0], [True, True], [0, 0], combine="weighted_sum")
+    assert advantage.tolist() == pytest.approx([-ROOT_HALF, ROOT_HALF])
+
+
+def test_a_broken_response_stands_below_the_worst_and_pays_the_penalty() -> None:
+    # Both branches become 2, 0, 0 - 1 = -1 (whatever score was stored): mean 1/3, squares 25/9 + 1/9 + 16/9 = 14/3.
+    advantage = align([2.0, 0.0, 77.0], [2.0, 0.0, 77.0], [True, True, False], [0, 0, 0])
+    deviation = math.sqrt(14 / 3 / 2)
+    expected = [(2 - 1 / 3) / deviation, (0 - 1 / 3) / deviation, (-1 - 1 / 3) / deviation - 1.5]
+    assert advantage.tolist() == pytest.approx(expected)
+
+
+def test_a_group_without_a_valid_response_teaches_nothing() -> None:
+    # D8: the paper's code gives -1.5 to all of them.
+    assert align([1.0, 2.0], [3.0, 4.0], [False, False], [0, 0]).tolist() == [0, 0]
