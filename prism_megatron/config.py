@@ -77,6 +77,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.5
     enforce_eager: bool = True
     tensor_model_parallel_size: int = 0
+    max_logprob_abs_diff: float = 0.0  # stop where trainer and engine differ by more nats than this; 0: only log it
 
 
 @dataclass

@@ -25,7 +25,9 @@ _MAX_TOKENS = 6144
 
 
 def _rollout(samples_per_prompt: int) -> RolloutConfig:
-    return RolloutConfig(samples_per_prompt=samples_per_prompt, max_response_tokens=160, max_model_len=256)
+    return RolloutConfig(
+        samples_per_prompt=samples_per_prompt, max_response_tokens=160, max_model_len=256, max_logprob_abs_diff=1e-4
+    )
 
 
 def _discriminator(checkpoint: str) -> DiscriminatorConfig:

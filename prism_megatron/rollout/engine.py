@@ -116,7 +116,14 @@ class RolloutEngine:
 
 
 def _reload(worker: Any, named: Iterator[tuple[str, Tensor]]) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
     worker.reload_weights(weights_iterator=named)
+    # An output layer tied to the embedding gets no weights of its own, so the reload leaves alone the packed copy that
+    # CPU kernels made of it: every logit would come from the weights of the first load.
+    for module in worker.model_runner.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _rollout(output: Any) -> Rollout:

@@ -96,13 +96,20 @@ def policy_gradient_step(
     total_loss, clipped, entropy, tokens = sum_over_data_parallel(
         *(float(sums[key]) for key in ("loss", "clipped", "entropy", "tokens"))
     )
+    worst_difference = max_over_data_parallel(float(worst))
+    limit = config.rollout.max_logprob_abs_diff
+    if limit and worst_difference > limit:
+        raise RuntimeError(
+            f"trainer and engine differ by {worst_difference:.2g} nats on a sampled token, more than "
+            f"rollout.max_logprob_abs_diff ({limit:g}): the engine does not run the policy that is being trained"
+        )
     return {
         names.POLICY_LOSS: total_loss,
         names.GRAD_NORM: grad_norm,
         names.LEARNING_RATE: lr,
         names.CLIP_FRACTION: clipped / tokens,
         names.ENTROPY: entropy / tokens,
-        names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF: max_over_data_parallel(float(worst)),
+        names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF: worst_difference,
     }
 
 
