@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 export HF_HUB_OFFLINE = 1
 export PYTHONPATH = .
 
-.PHONY: help setup quickstart test check lint format types clean
+.PHONY: help setup setup-gpu quickstart tiny-data test check lint format types clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -15,6 +15,10 @@ setup-gpu: ## make .venv with the GPU requirements
 
 quickstart: setup ## the three stages on a tiny model: runs/quickstart/report.html
 	$(PYTHON) -m recipes.launch tiny_pipeline --name quickstart
+
+tiny-data: setup ## data and base model for the tiny recipes: runs/tiny
+	$(PYTHON) -m tools.make_shapes_data --out runs/tiny/data
+	$(PYTHON) -m tools.make_tiny_model --out runs/tiny/base
 
 test: setup ## all tests
 	$(PYTHON) -m pytest

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prism_megatron import config as cfg
 from recipes import STAGE_RECIPES
 
+BASELINE = "rlvr_only"  # what a study sets beside the method: RLVR straight after SFT
+
 
 @dataclass(frozen=True)
 class Step:
-    """A stage recipe and its overrides: exactly the command line that would run it alone."""
+    """A stage recipe and its overrides: exactly the command line that would run it alone. ``name`` is its folder."""
 
+    name: str
     recipe: str
     overrides: tuple[str, ...]
 
@@ -51,9 +56,21 @@ def tiny_steps(name: str, extra: Sequence[str] = (), seed: int = 1) -> list[Step
     }
     by_stage = _by_stage(extra, set(wiring))
     return [
-        Step(f"tiny_{stage}", (f"run.name={name}/{stage}", f"run.seed={seed}", *wired, *by_stage.get(stage, ())))
+        Step(stage, f"tiny_{stage}", (f"run.name={name}/{stage}", f"run.seed={seed}", *wired, *by_stage.get(stage, ())))
         for stage, wired in wiring.items()
     ]
+
+
+def baseline_step(name: str, steps: Sequence[Step]) -> Step:
+    """RLVR straight after SFT, with as many policy updates as alignment and RLVR have together."""
+    align, rlvr = (next(step for step in steps if step.name == stage) for stage in ("align", "rlvr"))
+    iterations = align.config().run.train_iters + rlvr.config().run.train_iters
+    changes = (
+        f"run.name={name}/{BASELINE}",
+        f"model.hf_checkpoint=runs/{name}/sft/hf",
+        f"run.train_iters={iterations}",
+    )
+    return Step(BASELINE, rlvr.recipe, (*rlvr.overrides, *changes))
 
 
 def _by_stage(extra: Sequence[str], stages: set[str]) -> dict[str, list[str]]:
@@ -71,20 +88,76 @@ def _by_stage(extra: Sequence[str], stages: set[str]) -> dict[str, list[str]]:
 
 
 def collect_results(run_dir: Path, steps: Sequence[Step]) -> None:
-    """Gather the stages' results into ``results.json`` and put the last policy at ``hf/``."""
-    results = []
+    """Gather the stages' results into ``results.json`` and put the last policy of the lineage at ``hf/``."""
+    results: list[dict[str, Any]] = []
     last: Path | None = None
     for step in steps:
         stage = cfg.stage_dir(step.config())
         if (stage / "results.json").is_file():
-            results += json.loads((stage / "results.json").read_text())
-            last = stage / "hf"
-    place = run_dir / "results.json"
-    place.with_suffix(".partial").write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(place.with_suffix(".partial"), place)
+            results += [row | {"stage": step.name} for row in json.loads((stage / "results.json").read_text())]
+            last = last if step.name == BASELINE else stage / "hf"
+    _write(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if last is not None:
         partial = run_dir / ".hf.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(last, partial)
         shutil.rmtree(run_dir / "hf", ignore_errors=True)
         os.replace(partial, run_dir / "hf")
+
+
+def write_study(study_dir: Path, run_dirs: Sequence[Path]) -> str:
+    """Pool the runs' results, stage by stage, into ``results.json`` and a Markdown table, which is returned.
+
+    Questions are pooled over seeds; the standard error is that of the pooled questions, and the spread of the seeds'
+    own means stands beside it.
+    """
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for run_dir in run_dirs:
+        for row in json.loads((run_dir / "results.json").read_text()):
+            by_stage.setdefault(row["stage"], []).append(row)
+    pooled = [_pool(stage, rows) for stage, rows in by_stage.items()]
+    lines = [
+        "| after | accuracy | over seeds | caption recall | steps correct | format valid | tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in pooled:
+        cells = [row["stage"]]
+        cells.append(f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_stderr']:.1f} %")
+        cells.append(" ".join(f"{100 * value:.1f}" for value in row["accuracy_by_seed"]))
+        for measure in ("caption_recall", "step_correct"):
+            cells.append(f"{100 * row[measure]:.1f} ± {100 * row[measure + '_stderr']:.1f} %")
+        cells += [f"{100 * row['format_valid']:.1f} %", f"{row['response_tokens']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    _write(study_dir / "results.json", json.dumps(pooled, indent=2) + "\n")
+    _write(study_dir / "table.md", table + "\n")
+    return table
+
+
+def _pool(stage: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    total = sum(row["num_questions"] for row in rows)
+
+    def mean(key: str) -> float:
+        return float(sum(row[key] * row["num_questions"] for row in rows) / total)
+
+    accuracy = mean("accuracy")
+    pooled = {
+        "stage": stage,
+        "num_questions": total,
+        "accuracy": accuracy,
+        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / total),
+        "accuracy_by_seed": [row["accuracy"] for row in rows],
+    }
+    for key in ("format_valid", "response_tokens"):
+        pooled[key] = mean(key)
+    for key in ("caption_recall", "step_correct"):
+        pooled[key] = mean(key)
+        squares = sum((row[f"{key}_stderr"] * row["num_questions"]) ** 2 for row in rows)
+        pooled[f"{key}_stderr"] = math.sqrt(squares) / total
+    return pooled
+
+
+def _write(place: Path, text: str) -> None:
+    partial = place.with_name(f".{place.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, place)

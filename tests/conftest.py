@@ -26,6 +26,16 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with other weights."""
+    from tools.make_tiny_model import make_tiny_model
+
+    directory = tmp_path_factory.mktemp("tiny") / "other"
+    make_tiny_model(directory, seed=2)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set of the built-in visual task."""
     from prism_megatron.data.shapes import ShapesConfig, write_shapes_data

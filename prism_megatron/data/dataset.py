@@ -353,4 +353,4 @@ def _read_parquet(
 
 def _check_exists(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: no such data file; correct the path, or make the built-in task's data first")
+        raise ValueError(f"{path}: no such data file; correct it, or write the built-in task with make tiny-data")

@@ -14,10 +14,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from prism_megatron.config import FINISHED
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.logger import METRICS, ROLLOUTS
 
-STAGES = ("sft", "collect", "warmup", "align", "rlvr")  # the order they are shown in
+STAGES = ("sft", "collect", "warmup", "align", "rlvr", "rlvr_only")  # the order they are shown in
 _GALLERY_PER_STAGE = 12
 
 # Drawn in these exact colours, then handed to the page's style sheet, which knows light from dark.
@@ -37,7 +38,7 @@ class Chart:
 
 
 CHARTS = (
-    Chart("Cross-entropy (nats per response token)", (names.LOSS,)),
+    Chart("Cross-entropy (nats per response token)", (names.LOSS,), log_scale=True),
     Chart("Reward", (names.REWARD,)),
     Chart("Sampled responses: right answer, valid format", (names.ACCURACY, names.FORMAT_VALID)),
     Chart("Score gap, demonstration minus policy", (names.PERCEPTION_GAP, names.REASONING_GAP)),
@@ -51,7 +52,7 @@ CHARTS = (
     ),
     Chart("Entropy (nats per token)", (names.ENTROPY,)),
     Chart("Response length (tokens)", (names.RESPONSE_TOKENS,)),
-    Chart("Gradient norm", (names.GRAD_NORM, names.DISCRIMINATOR_GRAD_NORM)),
+    Chart("Gradient norm", (names.GRAD_NORM, names.DISCRIMINATOR_GRAD_NORM), log_scale=True),
 )
 
 
@@ -79,7 +80,8 @@ def write_report(run_dir: Path) -> Path:
 
 def _stage(directory: Path, name: str) -> dict[str, Any]:
     rows = _read_lines(directory / METRICS)
-    config, versions = directory / "config.yaml", directory / "versions.json"
+    config, versions, finished = (directory / file for file in ("config.yaml", "versions.json", FINISHED))
+    summary = json.loads(finished.read_text()) if finished.is_file() else {}
     return {
         "name": name,
         "iterations": len(rows),
@@ -89,6 +91,7 @@ def _stage(directory: Path, name: str) -> dict[str, Any]:
             if any(metric in row for metric in chart.metrics for row in rows)
         ],
         "seconds": _seconds(rows),
+        "summary": {key.replace("_", " "): value for key, value in summary.items() if isinstance(value, int)},
         "rollouts": _spread(_read_lines(directory / ROLLOUTS), _GALLERY_PER_STAGE),
         "config": config.read_text() if config.is_file() else "",
         "versions": json.loads(versions.read_text()) if versions.is_file() else {},
@@ -153,6 +156,7 @@ def _draw(chart: Chart, rows: Sequence[Mapping[str, Any]], salt: str) -> Markup:
         axes.grid(visible=True, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlabel("iteration")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len(axes.lines) > 1:
             axes.legend(frameon=False, fontsize=8)
         drawn = io.StringIO()

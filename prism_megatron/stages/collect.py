@@ -7,6 +7,7 @@ prompts decides which of them RLVR trains on: those inside a band, neither hopel
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +35,9 @@ def run_collect(config: CollectConfig) -> None:
         processor = load_processor(config)
         engine = start_engine(config, Path(config.model.hf_checkpoint))
         for_pairs = dataclasses.replace(config.rollout, samples_per_prompt=config.pair_samples_per_prompt)
-        responses = _sample(engine, processor, demonstrations, dataclasses.replace(config, rollout=for_pairs))
+        responses = _sample(engine, processor, demonstrations, dataclasses.replace(config, rollout=for_pairs), "pairs")
         pairs = [pair for number, sample in enumerate(responses) if (pair := _pair(sample, number)) is not None]
-        rates = _pass_rates(_sample(engine, processor, candidates, config))
+        rates = _pass_rates(_sample(engine, processor, candidates, config, "pass rates"))
         kept = [row for row in candidates if config.band_low <= rates[row.id] <= config.band_high]
         if not pairs:
             raise ValueError(
@@ -58,13 +59,19 @@ def run_collect(config: CollectConfig) -> None:
 
 
 def _sample(
-    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], config: CollectConfig
+    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], config: CollectConfig, what: str
 ) -> list[Sample]:
     """Samples for all rows on every rank; each data-parallel rank generates its share."""
     share = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
     mine: list[Sample] = []
+    began = time.monotonic()
     for low in range(0, len(share), _CHUNK):
-        mine += sample_responses(engine, processor, [rows[i] for i in share[low : low + _CHUNK]], 0, config)
+        chunk = share[low : low + _CHUNK]
+        mine += sample_responses(engine, processor, [rows[i] for i in chunk], 0, config)
+        done = low + len(chunk)
+        eta = (time.monotonic() - began) * (len(share) - done) / done
+        if groups.is_main_rank():
+            print(f"collect {what} {done}/{len(share)}  eta {eta:.0f} s", flush=True)
     return gather_over_data_parallel(mine)
 
 

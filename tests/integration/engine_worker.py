@@ -1,0 +1,109 @@
+"""Runs under torchrun: the rollout engine before and after weight updates, against HF and the trainer.
+
+Arguments: two checkpoints (the engine starts on the first), a prompt file, tensor-parallel size, where to write.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prism_megatron.config import ParallelConfig
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.dataset import read_rlvr
+from prism_megatron.parallel import groups
+from prism_megatron.types import EncodedPrompt, Rollout, RolloutRequest
+
+RESPONSE_TOKENS = 24
+
+
+def main() -> None:
+    first, second, prompts = (Path(argument) for argument in sys.argv[1:4])
+    tp = int(sys.argv[4])
+    groups.initialize(ParallelConfig(tensor_model_parallel_size=tp), seed=1)
+    from transformers import AutoModelForImageTextToText
+
+    from prism_megatron.convert.hf_io import HFWeights
+    from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
+
+    processor = ChatProcessor(first)
+    rows = read_rlvr(prompts)[:6]
+    encoded = processor.encode_prompts(rows)
+    requests = [RolloutRequest(processor.prompt_ids(row.messages), row.images, seed) for seed, row in enumerate(rows)]
+    sampling = Sampling(n=3, temperature=1.0, top_p=1.0, max_tokens=RESPONSE_TOKENS)
+    engine = RolloutEngine(first, EngineConfig(tp, "float32", 512, 32, 1.0, 0.5, enforce_eager=True, seed=1))
+    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+
+    def compare(checkpoint: Path, answers: Sequence[Sequence[Rollout]]) -> float:
+        hf = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+        return max(
+            logprob_difference(hf, prompt, rollout)
+            for prompt, rollouts in zip(encoded, answers, strict=True)
+            for rollout in rollouts
+        )
+
+    measured: dict[str, Any] = {}
+    answers = engine.generate(requests, sampling)
+    measured["first"] = compare(first, answers)
+    measured["same_seeds_same_tokens"] = tokens(engine.generate(requests, sampling)) == tokens(answers)
+    measured["samples_differ"] = len({rollout.token_ids for rollout in answers[0]}) > 1
+    # The cut batch is seen with other neighbours; the seeds are the same.
+    alone = engine.generate(requests[2:3], sampling)
+    measured["alone_same_tokens"] = tokens(alone) == tokens(answers[2:3])
+
+    # The same prompts again: prefixes and pictures of the old weights are in every cache.
+    with HFWeights(second) as weights:
+        named = [(name, weights[name]) for name in sorted(weights.names)]
+    engine.update_weights(named, version=1)
+    updated = engine.generate(requests, sampling)
+    measured["second"] = compare(second, updated)
+    measured["update_changes_tokens"] = tokens(updated) != tokens(answers)
+    greedy = engine.generate(requests, Sampling(1, 0.0, 1.0, RESPONSE_TOKENS))
+    measured["greedy"] = compare(second, greedy)
+    measured["process_untouched"] = bool(
+        torch.equal(random_state, torch.get_rng_state()) and threads == torch.get_num_threads()
+    )
+
+    for label, tensors in (("missing", named[1:]), ("unknown", [*named, ("nobody", torch.ones(1))])):
+        try:
+            engine.update_weights(tensors, version=2)
+        except ValueError as error:
+            measured[label] = str(error)
+    engine.update_weights(named, version=3)
+    measured["recovers"] = tokens(engine.generate(requests, sampling)) == tokens(updated)
+    try:
+        engine.generate(requests, Sampling(1, 1.0, 1.0, 600))
+    except ValueError as error:
+        measured["too_long"] = str(error)
+
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[5]).write_text(json.dumps(measured))
+    groups.shutdown()
+
+
+def logprob_difference(hf: Any, prompt: EncodedPrompt, rollout: Rollout) -> float:
+    """Largest difference between the engine's log-probabilities of a response and HF's."""
+    ids = torch.tensor([prompt.token_ids + rollout.token_ids])
+    with torch.no_grad():
+        logits = hf(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid_thw,
+            mm_token_type_ids=(ids == hf.config.image_token_id).int(),
+        ).logits[0, len(prompt.token_ids) - 1 : -1]
+    wanted = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+    return float((wanted - torch.tensor(rollout.logprobs)).abs().max())
+
+
+def tokens(answers: Sequence[Sequence[Rollout]]) -> list[list[tuple[int, ...]]]:
+    return [[rollout.token_ids for rollout in rollouts] for rollouts in answers]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""A user's mistake: one line that names value, need and remedy, exit status 2, and nothing written."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prism_megatron.stages.setup import clear_disk_errors
+from prism_megatron.train import main
+from recipes.launch import launch as launch_pipeline
+
+
+def sft(checkpoint: Path, data: Path, runs: Path, *overrides: str) -> list[str]:
+    return [
+        *("tiny_sft", f"run.dir={runs}", "eval.num_questions=0", "run.train_iters=1"),
+        *(f"model.hf_checkpoint={checkpoint}", f"data={data}", *overrides),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["tiny_stf"],
+            "unknown recipe 'tiny_stf'; there are tiny_align, tiny_collect, tiny_rlvr, tiny_sft, tiny_warmup",
+        ),
+        (["tiny_sft", "optimizer.rl=1"], "unknown key 'optimizer.rl': optimizer has adam_beta1"),
+        (["tiny_sft", "lr"], "override 'lr' is not of the form key=value"),
+        (["tiny_sft", "optimizer.lr=fast"], "override 'optimizer.lr=fast' is refused"),
+        (["tiny_rlvr", "algorithm=ppo"], "algorithm must be grpo, got 'ppo'"),
+        (["tiny_align", "combine=max"], "combine must be per_branch or weighted_sum, got 'max'"),
+        (["tiny_sft", "model.precision=fp8"], "model.precision must be fp32 or bf16, got 'fp8'"),
+    ],
+)
+def test_before_anything_is_read(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_pipeline_overrides_are_checked_before_the_first_stage() -> None:
+    with pytest.raises(ValueError, match="override 'lr=1' must start with a stage"):
+        launch_pipeline("tiny_pipeline", "never", ["lr=1"], 1)
+    with pytest.raises(ValueError, match=r"unknown key 'run\.train_iter'"):
+        launch_pipeline("tiny_pipeline", "never", ["rlvr.run.train_iter=1"], 1)
+    with pytest.raises(ValueError, match="unknown pipeline 'tiny'; there are tiny_pipeline, tiny_study"):
+        launch_pipeline("tiny", "never", [], 1)
+    assert not Path("runs/never").exists()
+
+
+def test_files_that_are_not_there(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, data = tmp_path / "runs", tiny_data / "sft.jsonl"
+    assert main(sft(tmp_path / "nothing", data, runs)) == 2
+    assert "nothing has no config.json; give" in capsys.readouterr().err
+    assert main(sft(tiny_checkpoint, tmp_path / "none.jsonl", runs)) == 2
+    assert "none.jsonl: no such data file" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").touch()
+    assert main(sft(tiny_checkpoint, tmp_path / "empty.jsonl", runs)) == 2
+    assert "empty.jsonl: empty data set" in capsys.readouterr().err
+    assert not runs.exists()
+
+
+def test_degrees_that_do_not_fit(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, data = tmp_path / "runs", tiny_data / "sft.jsonl"
+    assert main(sft(tiny_checkpoint, data, runs, "parallel.tensor_model_parallel_size=3")) == 2
+    assert "world size 1 is not a multiple of tensor (3)" in capsys.readouterr().err
+    assert main(sft(tiny_checkpoint, data, runs, "parallel.tensor_model_parallel_size=2")) == 2
+    assert "start a multiple of 2 ranks or lower a degree" in capsys.readouterr().err
+    assert main(sft(tiny_checkpoint, data, runs, "parallel.pipeline_model_parallel_size=2")) == 2
+    assert "not supported yet" in capsys.readouterr().err
+    assert not runs.exists()
+
+
+def test_damaged_checkpoints(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, launch: Callable[..., str]
+) -> None:
+    """These are found while loading, with the process groups up: the rank must still end, and say why in one line."""
+    truncated = tmp_path / "truncated"
+    shutil.copytree(tiny_checkpoint, truncated)
+    weights = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    command = ["-m", "prism_megatron.train", *sft(truncated, tiny_data / "sft.jsonl", tmp_path / "runs")]
+    output = launch(1, command, expect=1)  # torchrun's own status for a failed rank
+    assert "model.safetensors is damaged or truncated" in output
+    assert "Traceback" not in output.split("torch.distributed.elastic")[0]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    message = r"no space left for .*; free some and run the same command"
+    with pytest.raises(OSError, match=message) as caught, clear_disk_errors(tmp_path), open("/dev/full", "w") as full:
+        full.write("x" * 10000)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_checkpoint_that_was_being_written_is_not_the_latest(tmp_path: Path) -> None:
+    from prism_megatron.checkpoint.checkpointer import Checkpointer
+
+    keeper = Checkpointer(tmp_path, keep=2)
+    assert keeper.latest() == 0
+    (tmp_path / "iter_0000005.partial").mkdir()
+    assert keeper.latest() == 0
+    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3\n")
+    assert keeper.latest() == 3

@@ -1,0 +1,38 @@
+"""vLLM inside the ranks: its numbers are HF's, before and after a weight update, at tensor parallelism 1 and 2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_engine_equals_hf(
+    ranks: int,
+    tiny_checkpoint: Path,
+    other_tiny_checkpoint: Path,
+    tiny_data: Path,
+    launch: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "measured.json"
+    prompts = tiny_data / "heldout.parquet"
+    launch(ranks, [str(WORKER), str(tiny_checkpoint), str(other_tiny_checkpoint), str(prompts), str(ranks), str(out)])
+    measured = json.loads(out.read_text())
+    assert measured["first"] < 1e-4
+    assert measured["second"] < 1e-4, "stale weights, prefixes or pictures"
+    assert measured["greedy"] < 1e-4
+    assert measured["same_seeds_same_tokens"]
+    assert measured["alone_same_tokens"], "a sample depends on what else is in the batch"
+    assert measured["samples_differ"]
+    assert measured["update_changes_tokens"]
+    assert measured["recovers"], "an update after a refused one"
+    assert measured["process_untouched"], "vLLM left another random state or thread count behind"
+    assert "1 parameters did not arrive" in measured["missing"]
+    assert "the engine has no parameter nobody" in measured["unknown"]
+    assert "600 response tokens do not fit max_model_len (512)" in measured["too_long"]

@@ -1,0 +1,143 @@
+"""Every stage, killed at a random step and started again, ends with the same numbers as one never stopped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prism_megatron.data.dataset import read_alignment, write_pairs
+from prism_megatron.data.response import parse_response
+from prism_megatron.types import PreferencePair
+
+ROOT = Path(__file__).resolve().parents[2]
+ITERATIONS = 4
+SHORT = [f"run.train_iters={ITERATIONS}", "run.save_interval=1", "eval.num_questions=0"]
+SMALL = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prompts_per_iteration=4"]
+
+
+@pytest.fixture(scope="module")
+def stages(
+    tiny_checkpoint: Path,
+    tiny_data: Path,
+    launch: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, list[str]]:
+    """The command line of each stage, all on a policy that already speaks the grammar."""
+    root = tmp_path_factory.mktemp("resume")
+    sft = [f"model.hf_checkpoint={tiny_checkpoint}", f"data={tiny_data}/sft.jsonl", "global_batch_size=16"]
+    speaks = ["run.name=speaks", f"run.dir={root}", "run.train_iters=150", "eval.num_questions=0"]
+    launch(1, ["-m", "prism_megatron.train", "tiny_sft", *sft, *speaks])
+    policy = f"model.hf_checkpoint={root}/speaks/hf"
+    write_pairs(root / "pairs.jsonl", some_pairs(tiny_data / "alignment.parquet"))
+    dense = f"discriminator.hf_checkpoint={root}/speaks/hf"
+    return {
+        "sft": ["tiny_sft", f"run.dir={root}", *sft, *SHORT],
+        "warmup": [
+            *("tiny_warmup", f"run.dir={root}", policy, dense, f"data={root}/pairs.jsonl"),
+            *("global_batch_size=4", *SHORT),
+        ],
+        "align": [
+            "tiny_align",
+            f"run.dir={root}",
+            policy,
+            dense,
+            f"data={tiny_data}/alignment.parquet",
+            *SHORT,
+            *SMALL,
+        ],
+        "rlvr": ["tiny_rlvr", f"run.dir={root}", policy, f"data={tiny_data}/rlvr_candidates.parquet", *SHORT, *SMALL],
+    }
+
+
+def some_pairs(alignment: Path) -> list[PreferencePair]:
+    """Each demonstration against the next one's, which is about another picture."""
+    rows = read_alignment(alignment)
+    pairs = []
+    for row, other in itertools.pairwise(rows):
+        assert other.response is not None
+        student = parse_response(other.response)
+        assert student is not None
+        assert row.teacher_caption is not None
+        assert row.teacher_reasoning is not None
+        teacher = (row.teacher_caption, row.teacher_reasoning)
+        answers = (*teacher, student.caption_block, student.reasoning_block)
+        pairs.append(PreferencePair(row.id, row.messages, row.images, row.source, *answers))
+    return pairs
+
+
+@pytest.mark.parametrize("stage", ["sft", "warmup", "align", "rlvr"])
+def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Callable[..., str]) -> None:
+    command = stages[stage]
+    straight = [*command, f"run.name={stage}/straight"]
+    launch(1, ["-m", "prism_megatron.train", *straight])
+    expected = measured(straight)
+    assert [row["iteration"] for row in expected] == list(range(1, ITERATIONS + 1))
+    assert expected[0] != expected[-1], "something was trained"
+
+    interrupted = [*command, f"run.name={stage}/interrupted"]
+    kill_at = random.randint(1, ITERATIONS - 1)
+    start_and_kill(interrupted, kill_at)
+    assert not (folder(interrupted) / "finished.json").exists()
+    launch(1, ["-m", "prism_megatron.train", *interrupted])
+    assert measured(interrupted) == expected, f"killed at iteration {kill_at}"
+    again = launch(1, ["-m", "prism_megatron.train", *interrupted])
+    assert f"{stage}: already finished in" in again
+
+
+def start_and_kill(command: list[str], iteration: int) -> None:
+    """Start a stage and kill -9 its whole process group once it has logged ``iteration``."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "prism_megatron.train", *command],
+        cwd=ROOT,
+        env=environment | single_rank(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    log = folder(command) / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.is_file() and len(log.read_text().splitlines()) >= iteration:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail(f"{command[0]} never logged iteration {iteration}:\n{process.communicate()[0][-4000:]}")
+
+
+def single_rank() -> dict[str, str]:
+    from prism_megatron.parallel.groups import free_port
+
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+
+
+def folder(command: list[str]) -> Path:
+    options = dict(argument.split("=", 1) for argument in command[1:])
+    return Path(options["run.dir"]) / options["run.name"]
+
+
+def measured(command: list[str]) -> list[dict[str, Any]]:
+    """What was logged, without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder(command) / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds_")} for row in rows]
