@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def write_shapes_data(out_dir: str | Path, config: ShapesConfig) -> None:
     wanted = json.dumps(asdict(config), indent=2) + "\n"
     if manifest.is_file() and manifest.read_text() == wanted:
         return
-    manifest.unlink(missing_ok=True)  # until the new files are whole, there is no data set here
+    if manifest.is_file():
+        manifest.unlink()  # until the new files are whole, there is no data set here
+        shutil.rmtree(out_dir / "images", ignore_errors=True)
 
     heldout = _examples("heldout", config.heldout_rows, config, faithful=False)
     unseen = {scene_of(example).key for example in heldout}

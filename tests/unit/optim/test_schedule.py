@@ -20,5 +20,5 @@ def test_warmup_then_decay() -> None:
 
 
 def test_unknown_style() -> None:
-    with pytest.raises(ValueError, match="constant, cosine or linear, got 'exponential'"):
+    with pytest.raises(ValueError, match="constant or cosine or linear, got 'exponential'"):
         rates("exponential", [5])

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tools.make_tiny_model import make_tiny_model
+from tools.make_tiny_model import IMAGE_MEAN, IMAGE_STD, make_tiny_model
 
 SMALL = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"depth": 2}}
 
@@ -33,7 +33,7 @@ def test_it_loads_as_a_stock_checkpoint_and_answers_about_a_picture(checkpoint: 
     inputs = processor(text=[prompt], images=[image], return_tensors="pt")
     assert inputs["image_grid_thw"].tolist() == [[1, 6, 6]]  # 96 x 96 stays as it is
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 9
-    assert inputs["pixel_values"][:, :512].unique().tolist() == [1.0]  # red, scaled to [-1, 1]
+    assert inputs["pixel_values"][:, :512].unique().tolist() == pytest.approx([(1 - IMAGE_MEAN) / IMAGE_STD])  # red
     with torch.no_grad():
         assert model(**inputs).logits.shape == (1, inputs["input_ids"].shape[1], model.config.text_config.vocab_size)
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
