@@ -68,7 +68,10 @@ def main() -> None:
         last = torch.cat((batch.cu_seqlens[1:].long() - 1,))
         inner = torch.ones_like(real).index_fill(0, last, False) & real
         logprobs = token_logprobs(logits, batch.targets)
-        measured["logprob_abs_diff"] = float((logprobs[inner] - reference.detach()).abs().max())
+        # Relative to the largest of them: a random model is tens of nats sure, and float32 has seven digits.
+        measured["logprob_relative_diff"] = float(
+            (logprobs[inner] - reference.detach()).abs().max() / reference.detach().abs().max()
+        )
         measured["entropy_abs_diff"] = float((token_entropy(logits)[inner] - entropies).abs().max())
         wider = pack(made, image_token_id=image_token, merge_size=2, pad_to_multiple=64)
         again = token_logprobs(policy(wider), wider.targets)[: len(real)]
