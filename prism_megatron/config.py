@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -201,9 +201,6 @@ class RLVRConfig(StageConfig):
         _one_of("algorithm", self.algorithm, "grpo")
 
 
-ConfigT = TypeVar("ConfigT", bound=StageConfig)
-
-
 def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[str]) -> ConfigT:
     """Apply dotted overrides such as ``optimizer.lr=1e-5`` and check that nothing is missing.
 
@@ -258,14 +255,3 @@ def is_finished(config: StageConfig) -> bool:
     """Whether this stage has ended before, with this very configuration."""
     marker = stage_dir(config) / FINISHED
     return marker.is_file() and bool(json.loads(marker.read_text())["config"] == to_yaml(config))
-
-
-def read_config[ConfigT: StageConfig](path: Path, kind: type[ConfigT]) -> ConfigT:
-    """Read back what ``to_yaml`` wrote."""
-    try:
-        tree = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.load(path))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path} is not a {kind.__name__}: {str(error).splitlines()[0]}") from error
-    resolved = OmegaConf.to_object(tree)
-    assert isinstance(resolved, kind)
-    return resolved

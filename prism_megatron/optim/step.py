@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-Microbatch = TypeVar("Microbatch")
 Stats = dict[str, Tensor]
 
 
@@ -27,7 +26,7 @@ def train_step[Microbatch](
 
     ``loss`` returns a scalar whose normalisation is global already (see ``loss/reduce.py``) and sums to log. Returns
     this rank's sums of those, and the gradient norm before clipping. A gradient that is not finite raises
-    FloatingPointError and changes nothing.
+    FloatingPointError, before anything of this step is saved.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)

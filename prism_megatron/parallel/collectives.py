@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from prism_megatron.parallel import groups
-
-Item = TypeVar("Item")
 
 
 def _data_parallel_group() -> Any:
@@ -38,7 +36,3 @@ def gather_over_data_parallel[Item](items: list[Item]) -> list[Item]:
     parts: list[list[Item] | None] = [None] * groups.data_parallel_size()
     dist.all_gather_object(parts, items, group=_data_parallel_group())
     return [item for part in parts if part is not None for item in part]
-
-
-def barrier() -> None:
-    dist.barrier()

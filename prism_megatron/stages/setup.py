@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -39,8 +39,6 @@ from prism_megatron.observe.timers import Timers
 from prism_megatron.optim.optimizer import build_optimizer
 from prism_megatron.optim.schedule import learning_rate
 from prism_megatron.parallel import groups
-
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
