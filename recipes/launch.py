@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from recipes.pipeline import Step, baseline_step, collect_results, tiny_steps, write_study
 
 PIPELINES = ("tiny_pipeline", "tiny_study")
@@ -29,8 +31,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="stage.key=value, for example rlvr.run.train_iters=40")
     parser.add_argument("--name", help="the run's folder under runs/ (the pipeline's name)")
     parser.add_argument("--ranks", type=int, default=1, help="processes per stage")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    arguments = parser.parse_intermixed_args()  # overrides may follow options
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         return launch(arguments.pipeline, arguments.name or arguments.pipeline, arguments.overrides, arguments.ranks)
     except ValueError as error:
@@ -120,6 +123,18 @@ def _finished(step: Step) -> bool:
 
 def _report(run_dir: Path) -> None:
     subprocess.run([sys.executable, "-m", "tools.report", str(run_dir)], check=True)
+
+
+def _stop(number: int, _frame: object) -> None:
+    """End the running stage, which torchx started in a session of its own, and leave without waiting for NeMo-Run."""
+    ranks = psutil.Process().children(recursive=True)
+    for rank in ranks:
+        rank.terminate()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    for rank in alive:
+        rank.kill()
+    print("stopped; the same command goes on from the last checkpoint", flush=True)
+    os._exit(128 + number)
 
 
 def _say(what: str, began: float) -> None:

@@ -12,6 +12,7 @@ import pytest
 from prism_megatron.stages.setup import clear_disk_errors
 from prism_megatron.train import main
 from recipes.launch import launch as launch_pipeline
+from recipes.launch import main as launch_main
 
 
 def sft(checkpoint: Path, data: Path, runs: Path, *overrides: str) -> list[str]:
@@ -49,6 +50,12 @@ def test_pipeline_overrides_are_checked_before_the_first_stage() -> None:
     with pytest.raises(ValueError, match="unknown pipeline 'tiny'; there are tiny_pipeline, tiny_study"):
         launch_pipeline("tiny", "never", [], 1)
     assert not Path("runs/never").exists()
+
+
+def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["launch", "tiny_pipeline", "--name", "never", "rlvr.optimizer.lr=1", "lr=1"])
+    assert launch_main() == 2
+    assert "error: override 'lr=1' must start with a stage" in capsys.readouterr().err
 
 
 def test_files_that_are_not_there(
