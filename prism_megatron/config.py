@@ -21,10 +21,17 @@ FINISHED = "finished.json"  # written last into a stage's folder
 
 @dataclass
 class ParallelConfig:
-    """Megatron's parallel degrees. Data parallelism is what is left of the world."""
+    """Megatron's parallel degrees. Data parallelism is what is left of the world.
+
+    Layers are split evenly over pipeline stages, but for the stages given a number of their own (0: none). The first
+    stage also runs the vision tower.
+    """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1  # model chunks per pipeline stage
+    num_layers_in_first_pipeline_stage: int = 0
+    num_layers_in_last_pipeline_stage: int = 0
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
@@ -39,6 +46,7 @@ class ModelConfig:
     precision: str = "fp32"  # fp32 | bf16
     freeze: list[str] = field(default_factory=list)  # any of: vision, merger, language_model
     recompute: bool = False  # recompute every transformer layer in the backward pass
+    moe_aux_loss_coeff: float = 0.0  # load balancing of a mixture-of-experts policy
 
     def __post_init__(self) -> None:
         _one_of("model.precision", self.precision, "fp32", "bf16")

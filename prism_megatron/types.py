@@ -79,31 +79,51 @@ class Rollout:
     finished: bool
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt as the trainer sees it: image tokens expanded, patches ready for the vision tower.
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """An image or a video, cut into patches. Whoever shows it again passes this very object: it is encoded once.
 
-    ``pixel_values`` is [P, patch_dim] float32 and ``image_grid_thw`` [images, 3] int64 in patches.
+    ``patches`` is [P, patch_dim] float32, ``grid`` is (time, height, width) in patches, P their product.
     """
 
+    patches: Tensor
+    grid: tuple[int, int, int]
+    is_video: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """A prompt as the trainer sees it: a visual token for every merged patch, ``visuals`` in the order they are shown."""
+
     token_ids: tuple[int, ...]
-    pixel_values: Tensor
-    image_grid_thw: Tensor
+    visuals: tuple[Visual, ...] = ()
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What packing must know of a model: its visual tokens, how it cuts and merges patches, its longest position."""
+
+    image_token_id: int
+    video_token_id: int
+    merge_size: int
+    patch_dim: int
+    max_positions: int
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences laid end to end (Megatron's THD), each seeing only itself.
+    """Sequences laid end to end (Megatron's THD), each seeing only itself, each padded at its end where needed.
 
     tokens, targets        [T] int64; ``targets[t]`` is the token after ``tokens[t]`` in the same sequence (0: none)
     loss_mask              [T] float32, 1 where ``targets[t]`` is trained on
     position_ids           [3, T] int64, M-RoPE (time, height, width)
-    cu_seqlens             [N+1] int32
-    pixel_values           [P, patch_dim] float32; each distinct image once
-    image_grid_thw         [images, 3] int64
+    cu_seqlens             [N+1] int32, padding included; a last sequence may be nothing but padding
+    pixel_values           [P, patch_dim] float32; each distinct image once, a blank one where there is none
+    grid_thw               [images, 3] int64, in patches
     visual_index           [T] int64: row of the merged visual features that replaces this token, -1 for text
     sequence_ids           [T] int64 in [0, N)
-    branch_ids             [N] int64 or None: 0 perception, 1 reasoning (discriminator only)
+    last_tokens            [sequences] int64, where each real sequence ends
+    branch_ids             [sequences] int64 or None: 0 perception, 1 reasoning (discriminator only)
     """
 
     tokens: Tensor
@@ -113,9 +133,10 @@ class PackedBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     pixel_values: Tensor
-    image_grid_thw: Tensor
+    grid_thw: Tensor
     visual_index: Tensor
     sequence_ids: Tensor
+    last_tokens: Tensor
     branch_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:

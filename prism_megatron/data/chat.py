@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
-from prism_megatron.types import EncodedPrompt, Example, Message, PreferencePair
+from prism_megatron.types import EncodedPrompt, Example, InputSpec, Message, PreferencePair, Visual
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -24,9 +26,16 @@ class ChatProcessor:
             raise ValueError(f"{checkpoint_dir} has no config.json; give the directory of an HF Qwen3-VL checkpoint")
         self._processor = AutoProcessor.from_pretrained(checkpoint_dir)
         self.tokenizer: Any = self._processor.tokenizer
-        self.merge_size = int(self._processor.image_processor.merge_size)
-        self.image_token_id = self._special("<|image_pad|>")
         self.terminator_id = self._special("<|im_end|>")
+        config = json.loads((checkpoint_dir / "config.json").read_text())
+        vision = config["vision_config"]
+        self.input_spec = InputSpec(
+            image_token_id=self._special("<|image_pad|>"),
+            video_token_id=self._special("<|video_pad|>"),
+            merge_size=vision["spatial_merge_size"],
+            patch_dim=vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
+            max_positions=config["text_config"]["max_position_embeddings"],
+        )
 
     def _special(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
@@ -47,27 +56,61 @@ class ChatProcessor:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def encode_prompts(self, rows: Sequence[Example | PreferencePair]) -> list[EncodedPrompt]:
-        """Encode prompts with their images; image tokens are expanded to one per merged patch."""
-        images = [decode_image(data) for row in rows for data in row.images]
-        encoded = self._processor.image_processor(images=images, return_tensors="pt") if images else None
-        prompts, patch, image = [], 0, 0
+        """Encode prompts with their images, each distinct image once; image tokens become one per merged patch.
+
+        Raises ValueError where a prompt's placeholders and its images are not as many.
+        """
+        distinct = list(dict.fromkeys(data for row in rows for data in row.images))
+        visuals = dict(zip(distinct, self._encode_images(distinct), strict=True))
+        prompts = []
         for row in rows:
-            if encoded is None:
-                raise ValueError(f"{row.source}: a prompt without an image; this trainer needs one")
-            grids = encoded["image_grid_thw"][image : image + len(row.images)]
-            counts = grids.prod(1)
-            pixels = encoded["pixel_values"][patch : patch + int(counts.sum())]
-            tokens = self._expand(self.prompt_ids(row.messages), [int(c) // self.merge_size**2 for c in counts])
-            prompts.append(EncodedPrompt(tokens, pixels, grids))
-            patch, image = patch + int(counts.sum()), image + len(row.images)
+            shown = tuple(visuals[data] for data in row.images)
+            prompts.append(EncodedPrompt(self._expand(self.prompt_ids(row.messages), shown, row.source), shown))
         return prompts
 
-    def _expand(self, token_ids: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
-        remaining = iter(counts)
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], source: str) -> EncodedPrompt:
+        """Encode a whole chat in HF's messages format, images and videos (lists of frames) included.
+
+        Raises ValueError, quoting ``source``, for a chat the processor cannot read.
+        """
+        try:
+            encoded = self._processor.apply_chat_template(
+                list(messages), tokenize=True, return_dict=True, return_tensors="pt", do_sample_frames=False
+            )
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ValueError(f"{source}: not a chat this checkpoint's processor can read ({error})") from error
+        images = iter(_visuals(encoded.get("pixel_values"), encoded.get("image_grid_thw"), is_video=False))
+        videos = iter(_visuals(encoded.get("pixel_values_videos"), encoded.get("video_grid_thw"), is_video=True))
+        parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+        kinds = [kind for part in parts for kind in ("image", "video") if kind in part or part.get("type") == kind]
+        shown = tuple(next(images if kind == "image" else videos) for kind in kinds)
+        return EncodedPrompt(tuple(encoded["input_ids"][0].tolist()), shown)
+
+    def _encode_images(self, images: Sequence[bytes]) -> list[Visual]:
+        if not images:
+            return []
+        encoded = self._processor.image_processor(images=[decode_image(data) for data in images], return_tensors="pt")
+        return _visuals(encoded["pixel_values"], encoded["image_grid_thw"], is_video=False)
+
+    def _expand(self, token_ids: Sequence[int], visuals: Sequence[Visual], source: str) -> tuple[int, ...]:
+        spec = self.input_spec
+        found = token_ids.count(spec.image_token_id)
+        if found != len(visuals):
+            raise ValueError(f"{source}: the chat shows {found} images, the row has {len(visuals)}; make them match")
+        remaining = iter(visuals)
         expanded: list[int] = []
         for token in token_ids:
-            expanded.extend([token] * next(remaining) if token == self.image_token_id else [token])
+            count = len(next(remaining).patches) // spec.merge_size**2 if token == spec.image_token_id else 1
+            expanded.extend([token] * count)
         return tuple(expanded)
+
+
+def _visuals(pixels: Tensor | None, grids: Tensor | None, *, is_video: bool) -> list[Visual]:
+    """HF's concatenated patches, cut into images or videos by their grids."""
+    if pixels is None or grids is None:
+        return []
+    cut = pixels.split(grids.prod(1).tolist())
+    return [Visual(patches, (t, h, w), is_video) for patches, (t, h, w) in zip(cut, grids.tolist(), strict=True)]
 
 
 def decode_image(data: bytes) -> Image.Image:

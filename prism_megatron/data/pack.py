@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from prism_megatron.data.positions import mrope_positions
-from prism_megatron.types import EncodedPrompt, PackedBatch
+from prism_megatron.types import EncodedPrompt, InputSpec, PackedBatch, Visual
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingSequence:
     """A prompt and the tokens after it, which the loss is on. ``branch`` is for the discriminator only."""
 
@@ -24,49 +24,56 @@ class TrainingSequence:
         return len(self.prompt.token_ids) + len(self.response_ids)
 
 
-def pack(
-    sequences: Sequence[TrainingSequence], *, image_token_id: int, merge_size: int, pad_to_multiple: int = 1
-) -> PackedBatch:
-    """Lay ``sequences`` end to end. Images of a prompt shared by several sequences are kept, and encoded, once.
+@dataclass(frozen=True)
+class Padding:
+    """To what each sequence and the whole batch are padded: what context and sequence parallelism can cut."""
 
-    ``pad_to_multiple`` (sequence parallelism) adds a last sequence of padding that no real token sees.
+    sequence_multiple: int = 1
+    batch_multiple: int = 1
+
+
+NO_PADDING = Padding()
+
+
+def pack(sequences: Sequence[TrainingSequence], spec: InputSpec, padding: Padding = NO_PADDING) -> PackedBatch:
+    """Lay ``sequences`` end to end; with none, a batch of padding that trains nothing.
+
+    Images that several sequences show are kept, and encoded, once. Padding comes after a sequence's last token, where
+    no real token sees it, and may be a last sequence of its own.
     """
-    assert sequences, "nothing to pack"
     tokens: list[int] = []
     targets: list[int] = []
     mask: list[float] = []
     lengths: list[int] = []
+    last: list[int] = []
     positions: list[Tensor] = []
     visual: list[Tensor] = []
-    pixels: list[Tensor] = []
-    grids: list[Tensor] = []
-    first_row: dict[int, int] = {}
-    rows = 0
+    images = _Images(spec)
+    of_prompt: dict[int, tuple[Tensor, Tensor]] = {}
     for sequence in sequences:
         prompt = sequence.prompt
+        if id(prompt) not in of_prompt:
+            of_prompt[id(prompt)] = (mrope_positions(prompt.token_ids, prompt.visuals, spec), images.rows(prompt))
+        prompt_positions, prompt_rows = of_prompt[id(prompt)]
+        extra = -len(sequence) % padding.sequence_multiple
         ids = prompt.token_ids + sequence.response_ids
-        if id(prompt) not in first_row:
-            first_row[id(prompt)] = rows
-            rows += int(prompt.image_grid_thw.prod(1).sum()) // merge_size**2
-            pixels.append(prompt.pixel_values)
-            grids.append(prompt.image_grid_thw)
-        tokens += ids
-        targets += [*ids[1:], 0]
-        mask += [0.0] * (len(prompt.token_ids) - 1) + [1.0] * len(sequence.response_ids) + [0.0]
-        lengths.append(len(ids))
-        positions.append(mrope_positions(ids, prompt.image_grid_thw, image_token_id, merge_size))
-        is_visual = torch.tensor(ids) == image_token_id
-        visual.append(torch.where(is_visual, is_visual.cumsum(0) - 1 + first_row[id(prompt)], -1))
-    sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    if padding := -len(tokens) % pad_to_multiple:
-        tokens += [0] * padding
-        targets += [0] * padding
-        mask += [0.0] * padding
-        positions.append(torch.arange(padding).expand(3, padding))
-        visual.append(torch.full((padding,), -1))
-        sequence_ids = torch.cat((sequence_ids, torch.full((padding,), len(lengths))))
-        lengths.append(padding)
-    branches = [s.branch for s in sequences if s.branch is not None]
+        last.append(len(tokens) + len(ids) - 1)
+        tokens += [*ids, *[0] * extra]
+        targets += [*ids[1:], *[0] * (extra + 1)]
+        mask += [0.0] * (len(prompt.token_ids) - 1) + [1.0] * len(sequence.response_ids) + [0.0] * (extra + 1)
+        lengths.append(len(ids) + extra)
+        positions += [prompt_positions, _response_positions(prompt_positions, sequence.response_ids, spec, extra)]
+        visual += [prompt_rows, torch.full((len(sequence.response_ids) + extra,), -1)]
+    rest = -len(tokens) % padding.batch_multiple if tokens else max(padding.sequence_multiple, padding.batch_multiple)
+    if rest:
+        tokens += [0] * rest
+        targets += [0] * rest
+        mask += [0.0] * rest
+        positions.append(torch.arange(rest).expand(3, rest))
+        visual.append(torch.full((rest,), -1))
+        lengths.append(rest)
+    pixel_values, grid_thw = images.all()
+    branches = [s.branch for s in sequences]
     return PackedBatch(
         tokens=torch.tensor(tokens),
         targets=torch.tensor(targets),
@@ -74,11 +81,12 @@ def pack(
         position_ids=torch.cat(positions, dim=1),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         max_seqlen=max(lengths),
-        pixel_values=torch.cat(pixels),
-        image_grid_thw=torch.cat(grids),
+        pixel_values=pixel_values,
+        grid_thw=grid_thw,
         visual_index=torch.cat(visual),
-        sequence_ids=sequence_ids,
-        branch_ids=torch.tensor(branches) if branches else None,
+        sequence_ids=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        last_tokens=torch.tensor(last, dtype=torch.long),
+        branch_ids=None if None in branches else torch.tensor(branches, dtype=torch.long),
     )
 
 
@@ -100,3 +108,51 @@ def split_by_tokens(sequences: Sequence[TrainingSequence], max_tokens: int) -> l
         groups[-1].append(index)
         room -= len(sequence)
     return groups
+
+
+class _Images:
+    """The distinct images of a batch, in the order they are first shown."""
+
+    def __init__(self, spec: InputSpec) -> None:
+        self._spec = spec
+        self._visuals: list[Visual] = []
+        self._first_row: dict[int, int] = {}
+        self._count = 0
+
+    def rows(self, prompt: EncodedPrompt) -> Tensor:
+        """Row of the merged visual features behind each token of ``prompt``, -1 for text, [L] int64."""
+        rows: list[Tensor] = []
+        for visual in prompt.visuals:
+            count = len(visual.patches) // self._spec.merge_size**2
+            if id(visual) not in self._first_row:
+                self._first_row[id(visual)] = self._count
+                self._visuals.append(visual)
+                self._count += count
+            rows.append(torch.arange(count) + self._first_row[id(visual)])
+        ids = torch.tensor(prompt.token_ids)
+        is_visual = (ids == self._spec.image_token_id) | (ids == self._spec.video_token_id)
+        index = torch.full_like(ids, -1)
+        index[is_visual] = torch.cat(rows) if rows else index.new_empty(0)
+        return index
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Patches [P, patch_dim] and grids [images, 3]: of one blank image where there is none.
+
+        The vision tower then runs on every rank whatever its rows show, so that no rank waits for another's gradient.
+        """
+        merge = self._spec.merge_size
+        visuals = self._visuals or [Visual(torch.zeros(merge**2, self._spec.patch_dim), (1, merge, merge))]
+        return torch.cat([v.patches for v in visuals]), torch.tensor([v.grid for v in visuals])
+
+
+def _response_positions(prompt_positions: Tensor, response: Sequence[int], spec: InputSpec, extra: int) -> Tensor:
+    """Positions of the text after a prompt and of ``extra`` padding, [3, R + extra]."""
+    if not {spec.image_token_id, spec.video_token_id}.isdisjoint(response):
+        raise ValueError("a response contains an image or video token, which has no picture behind it; drop the row")
+    start = int(prompt_positions.max()) + 1
+    if start + len(response) > spec.max_positions:
+        raise ValueError(
+            f"a sequence of {start + len(response)} positions does not fit the model's max_position_embeddings "
+            f"({spec.max_positions}); shorten its text or its images"
+        )
+    return torch.arange(start, start + len(response) + extra).expand(3, -1)

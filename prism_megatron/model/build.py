@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from prism_megatron.config import DiscriminatorConfig, ModelConfig, ParallelConfig
-from prism_megatron.model.discriminator import BranchLayer, BranchRouter, Discriminator
-from prism_megatron.model.layer_spec import decoder_block_spec
-from prism_megatron.model.qwen3_vl import Qwen3VL, TextSizes
+from prism_megatron.model.discriminator import Discriminator
+from prism_megatron.model.qwen3_vl import ChunkPlace, Qwen3VL, TextSizes
 from prism_megatron.model.vision import VisionSizes
 from prism_megatron.parallel.groups import ModelDegrees
 
@@ -44,7 +43,8 @@ class HFSizes:
 
     @property
     def num_experts(self) -> int | None:
-        return self.text.get("num_experts")
+        # transformers 5 writes the second name.
+        return self.text.get("num_experts", self.text.get("num_local_experts"))
 
     def degrees(self, num_moe_experts: int | None = None) -> ModelDegrees:
         return ModelDegrees(
@@ -52,7 +52,10 @@ class HFSizes:
             num_attention_heads=self.text["num_attention_heads"],
             num_query_groups=self.text["num_key_value_heads"],
             vision_heads=self.vision["num_heads"],
+            vocab_size=self.text["vocab_size"],
             num_moe_experts=num_moe_experts or self.num_experts,
+            # A dense model that is about to be upcycled has experts of its own width.
+            moe_ffn_hidden_size=self.text.get("moe_intermediate_size", self.text["intermediate_size"]),
         )
 
 
@@ -73,30 +76,27 @@ def read_sizes(checkpoint_dir: Path) -> HFSizes:
     return HFSizes(text, vision, bool(tie))
 
 
-def build_policy(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -> Qwen3VL:
-    """The policy on this rank, unwrapped, with undefined weights: load them next."""
+def build_policy(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -> list[Qwen3VL]:
+    """This rank's chunks of the policy, unwrapped, with undefined weights: load them next."""
     moe = {}
     if sizes.num_experts is not None:
         moe = {
             "num_moe_experts": sizes.num_experts,
             "moe_ffn_hidden_size": sizes.text["moe_intermediate_size"],
             "moe_router_topk": sizes.text["num_experts_per_tok"],
+            "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         }
-    config = text_config(model, parallel, sizes, moe)
-    policy = Qwen3VL(
-        config,
-        vision_config(model, parallel, sizes),
-        _text_sizes(sizes),
-        _vision_sizes(sizes),
-        decoder_block_spec(config, config.num_layers, TransformerLayer),
-    )
-    return _place(policy, model.freeze)
+    config, vision = text_config(model, parallel, sizes, moe), vision_config(model, parallel, sizes)
+    chunks = [
+        Qwen3VL(config, vision, _text_sizes(sizes), _vision_sizes(sizes), place) for place in _places(parallel)
+    ]
+    return [_place(chunk, model.freeze) for chunk in chunks]
 
 
 def build_discriminator(
     model: ModelConfig, parallel: ParallelConfig, discriminator: DiscriminatorConfig, sizes: HFSizes
-) -> Discriminator:
-    """The discriminator on this rank, unwrapped, with undefined weights."""
+) -> list[Discriminator]:
+    """This rank's chunks of the discriminator, unwrapped, with undefined weights."""
     check_discriminator(discriminator, sizes)
     moe = {
         "num_moe_experts": discriminator.num_experts,
@@ -104,16 +104,23 @@ def build_discriminator(
         "moe_router_topk": discriminator.topk,
         "moe_aux_loss_coeff": discriminator.load_balance_coeff,
     }
-    config = text_config(model, parallel, sizes, moe)
-    built = Discriminator(
-        config,
-        vision_config(model, parallel, sizes),
-        _text_sizes(sizes),
-        _vision_sizes(sizes),
-        decoder_block_spec(config, config.num_layers, BranchLayer, BranchRouter),
-        dedicated_experts=discriminator.experts == "dedicated",
-    )
-    return _place(built, discriminator.freeze)
+    config, vision = text_config(model, parallel, sizes, moe), vision_config(model, parallel, sizes)
+    dedicated = discriminator.experts == "dedicated"
+    chunks = [
+        Discriminator(config, vision, _text_sizes(sizes), _vision_sizes(sizes), place, dedicated)
+        for place in _places(parallel)
+    ]
+    return [_place(chunk, discriminator.freeze) for chunk in chunks]
+
+
+def _places(parallel: ParallelConfig) -> list[ChunkPlace]:
+    """Where in the pipeline this rank's chunks stand."""
+    rank, last = parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline_model_parallel_size - 1
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    return [
+        ChunkPlace(rank == chunk == 0, rank == last and chunk == chunks - 1, chunk if chunks > 1 else None)
+        for chunk in range(chunks)
+    ]
 
 
 def check_discriminator(discriminator: DiscriminatorConfig, sizes: HFSizes) -> None:
@@ -135,9 +142,8 @@ def check_discriminator(discriminator: DiscriminatorConfig, sizes: HFSizes) -> N
 def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, moe: dict[str, Any]) -> TransformerConfig:
     """Megatron's configuration of the language model; ``moe`` holds its expert sizes, or nothing for a dense one."""
     text = sizes.text
-    tp = parallel.tensor_model_parallel_size
-    if text["vocab_size"] % tp:
-        raise ValueError(f"vocab_size ({text['vocab_size']}) must be divisible by tensor_model_parallel_size ({tp})")
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=text["num_hidden_layers"],
         hidden_size=text["hidden_size"],
@@ -157,13 +163,28 @@ def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, mo
         recompute_granularity="full" if model.recompute else None,
         recompute_method="uniform" if model.recompute else None,
         recompute_num_layers=1 if model.recompute else None,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage or None,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage or None,
+        # Micro-batches differ in length, and what travels between stages in width.
+        variable_seq_lengths=pp > 1,
+        # Batched, the two directions of an interleaved schedule would be mistaken for each other between two stages.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         **_common(model, parallel),
         **(_MOE | moe if moe else {}),
     )
 
 
 def vision_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -> TransformerConfig:
-    """Megatron's configuration of the vision tower: plain layers with biases, patches replicated over ranks."""
+    """Megatron's configuration of the vision tower: plain layers with biases, on the first pipeline stage.
+
+    Patches are replicated over the tensor- and context-parallel ranks.
+    """
     vision = sizes.vision
     return TransformerConfig(
         num_layers=vision["depth"],
@@ -184,10 +205,6 @@ def _common(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     dtype = _PRECISIONS[model.precision]
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
@@ -234,11 +251,13 @@ def _place(model: Any, freeze: Iterable[str]) -> Any:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def wrap_for_training(model: Any, use_distributed_optimizer: bool) -> DistributedDataParallel:
-    """Megatron's DDP: gradients summed in float32 over the data-parallel ranks."""
+def wrap_for_training(chunks: Sequence[Any], use_distributed_optimizer: bool) -> list[DistributedDataParallel]:
+    """Megatron's DDP round each chunk: gradients summed in float32 over the data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer, overlap_grad_reduce=False
     )
-    wrapped = DistributedDataParallel(model.config, ddp, model)
-    wrapped.broadcast_params()
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        wrapped.append(DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=number > 0))
+        wrapped[-1].broadcast_params()
     return wrapped

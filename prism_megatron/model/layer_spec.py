@@ -6,12 +6,12 @@ checkpoints move between them untouched.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -26,36 +26,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from prism_megatron.model.packed import PackedContext
 from prism_megatron.model.rotary import rotate
-
-
-@dataclass
-class PackedContext(PackedSeqParams):
-    """What every layer needs to know about a packed batch, beside its hidden states.
-
-    rope_cos, rope_sin  [T, 1, head_dim], the angles of each token
-    token_branch        [T] int64 or None: 0 perception, 1 reasoning, -1 padding (discriminator only)
-    token_share         this micro-batch's part of the global batch's tokens (weight of its load-balancing loss)
-    load_balance        what each router's load-balancing loss was, detached, for the log
-    """
-
-    rope_cos: Tensor | None = None
-    rope_sin: Tensor | None = None
-    token_branch: Tensor | None = None
-    token_share: float = 0.0
-    load_balance: list[Tensor] = field(default_factory=list)
-
-
-def packed_context(cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor) -> PackedContext:
-    return PackedContext(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-        rope_cos=cos,
-        rope_sin=sin,
-    )
+from prism_megatron.model.router import BranchRouter, RoutedLayer
+from prism_megatron.parallel.context import gather_sequence
 
 
 class RotaryAttention(MegatronModule):
@@ -81,7 +55,8 @@ class PackedSDPA(MegatronModule):
     """Scaled dot-product attention over packed sequences, for machines without Transformer Engine.
 
     Sequences are laid out as a padded batch for one fused call; padding is never attended to by a real token (it comes
-    last under a causal mask, and is masked otherwise).
+    last under a causal mask, and is masked otherwise). Under context parallelism keys and values are gathered, and a
+    rank's queries see those that stand before them.
     """
 
     def __init__(
@@ -106,27 +81,44 @@ class PackedSDPA(MegatronModule):
         packed_seq_params: PackedSeqParams,
         **kwargs: Any,
     ) -> Tensor:
-        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
-        cu_seqlens = packed_seq_params.cu_seqlens_q.long()
-        lengths = cu_seqlens.diff()
-        longest = int(packed_seq_params.max_seqlen_q)
-        real = torch.arange(longest, device=query.device) < lengths[:, None]  # [N, longest]
-        query, key, value = (_padded(x, real).transpose(1, 2) for x in (query, key, value))
-        even = bool((lengths == longest).all())
+        """query [T', heads, d], key and value [T', groups, d] -> [T', heads * d]."""
+        starts = packed_seq_params.cu_seqlens_q.long()
+        lengths = starts.diff()
+        real = _real(lengths, query.device)  # [N, longest]
+        mine, mask = real, None
+        if self.config.context_parallel_size > 1:
+            assert self.causal
+            assert isinstance(packed_seq_params, PackedContext)
+            assert packed_seq_params.token_index is not None
+            assert packed_seq_params.token_order is not None
+            group = parallel_state.get_context_parallel_group()
+            key, value = (gather_sequence(x, group)[packed_seq_params.token_order] for x in (key, value))
+            mine = _real(lengths // self.config.context_parallel_size, query.device)
+            place = _padded(packed_seq_params.token_index, mine) - starts[:-1, None]  # [N, longest of mine]
+            mask = (place[:, :, None] >= torch.arange(real.shape[1], device=query.device))[:, None]
+        elif not self.causal and not real.all():
+            mask = real[:, None, None]
+        query = _padded(query, mine).transpose(1, 2)
+        key, value = (_padded(x, real).transpose(1, 2) for x in (key, value))
         attended = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=None if self.causal or even else real[:, None, None],
-            is_causal=self.causal,
+            attn_mask=mask,
+            is_causal=self.causal and mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return attended.transpose(1, 2)[real].flatten(1)
+        return attended.transpose(1, 2)[mine].flatten(1)
+
+
+def _real(lengths: Tensor, device: torch.device) -> Tensor:
+    """Where a padded batch of sequences of these lengths holds a token, [N, longest] bool."""
+    return torch.arange(int(lengths.max()), device=device) < lengths.to(device)[:, None]
 
 
 def _padded(x: Tensor, real: Tensor) -> Tensor:
-    """Packed [T, heads, d] as a batch [N, longest, heads, d], zero where ``real`` [N, longest] is false."""
+    """Packed [T, ...] as a batch [N, longest, ...], zero where ``real`` [N, longest] is false."""
     batch = x.new_zeros(*real.shape, *x.shape[1:])
     batch[real] = x
     return batch
@@ -164,13 +156,12 @@ def backend() -> BackendSpecProvider:
     return CPUSpecProvider()
 
 
-def decoder_block_spec(
-    config: TransformerConfig, num_layers: int, layer: type = TransformerLayer, router: type | None = None
-) -> TransformerBlockSubmodules:
+def decoder_block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
     """Submodules of a Qwen3-VL decoder with ``num_layers`` layers on this rank, dense or mixture-of-experts."""
     blocks = backend()
     norm = blocks.layer_norm(rms_norm=True)
     if config.num_moe_experts is None:
+        layer: type = TransformerLayer
         mlp = partial(
             MLP.as_mlp_submodule,
             submodules=MLPSubmodules(
@@ -178,9 +169,9 @@ def decoder_block_spec(
             ),
         )
     else:
+        layer = RoutedLayer
         experts = blocks.grouped_mlp_modules(config.moe_grouped_gemm)
-        submodules = MoESubmodules(experts=experts) if router is None else MoESubmodules(experts=experts, router=router)
-        mlp = partial(MoELayer, submodules=submodules)
+        mlp = partial(MoELayer, submodules=MoESubmodules(experts=experts, router=BranchRouter))
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.padding_causal},

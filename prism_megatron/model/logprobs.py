@@ -1,27 +1,84 @@
-"""Log-probabilities of given tokens from vocabulary-parallel logits."""
+"""Log-probabilities and entropies of tokens over a vocabulary that is split over tensor-parallel ranks.
+
+The logits of a few tokens at a time exist, in float32, and are computed again in the backward pass: an 8K-token response
+over Qwen's vocabulary would need gigabytes for them, of which nothing but two numbers per token is kept.
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
-from megatron.core import parallel_state, tensor_parallel
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
-
-def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) in nats, [T] float32 with gradient, from logits [T, 1, V / tp] and targets [T]."""
-    # Megatron's kernel works in place on its input, so it gets its own copy.
-    nll = tensor_parallel.vocab_parallel_cross_entropy(logits.float().clone(), targets[:, None])
-    return -nll[:, 0]
+_CHUNK_ELEMENTS = 1 << 25  # of the logits that exist at a time on a rank: 128 MiB
 
 
-@torch.no_grad()
-def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of each next-token distribution in nats, [T], from logits [T, 1, V / tp]."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    logits = logits[:, 0].float()
-    peak = logits.max(-1).values
-    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=group)
-    exp = (logits - peak[:, None]).exp()
-    sums = torch.stack((exp.sum(-1), (exp * (logits - peak[:, None])).sum(-1)))
-    torch.distributed.all_reduce(sums, group=group)
-    return sums[0].log() - sums[1] / sums[0]
+class TokenScores(NamedTuple):
+    """Of every token, [T] float32 in nats: log p(target), with gradient, and the entropy of its distribution."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
+    """Scores of tokens with final hidden states ``hidden`` [S, H] and targets [S]; ``weight`` is [V / tp, H].
+
+    The gradient of ``hidden`` is this rank's part: sum it over the tensor-parallel ranks (Megatron's mappings do).
+    """
+    return TokenScores(*_TokenScores.apply(hidden, weight, targets))
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        group = parallel_state.get_tensor_model_parallel_group()
+        local, mine = _local_targets(targets, len(weight), group)
+        chosen, log_sum, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        for part in _chunks(len(hidden), len(weight)):
+            logits = (hidden[part] @ weight.T).float()
+            peak = logits.max(-1).values
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+            shifted = logits - peak[:, None]
+            exp = shifted.exp()
+            target = shifted.gather(1, local[part, None])[:, 0] * mine[part]
+            sums = torch.stack((exp.sum(-1), (exp * shifted).sum(-1), target))
+            dist.all_reduce(sums, group=group)
+            log_sum_shifted = sums[0].log()
+            chosen[part] = sums[2] - log_sum_shifted
+            entropy[part] = log_sum_shifted - sums[1] / sums[0]
+            log_sum[part] = log_sum_shifted + peak
+        ctx.save_for_backward(hidden, weight, local, mine, log_sum)
+        ctx.mark_non_differentiable(entropy)
+        return chosen, entropy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        hidden, weight, local, mine, log_sum = ctx.saved_tensors
+        hidden_needed, weight_needed, _ = ctx.needs_input_grad
+        hidden_gradient = torch.empty_like(hidden) if hidden_needed else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if weight_needed else None
+        for part in _chunks(len(hidden), len(weight)):
+            logits = (hidden[part] @ weight.T).float()
+            slope = logits.sub_(log_sum[part, None]).exp_().neg_()  # d log p(target) / d logits = [target] - p
+            slope.scatter_add_(1, local[part, None], mine[part, None].float())
+            slope = slope.mul_(gradient[part, None]).to(hidden.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[part] = slope @ weight
+            if weight_gradient is not None:
+                weight_gradient += slope.T @ hidden[part]
+        return hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype), None
+
+
+def _local_targets(targets: Tensor, rows: int, group: Any) -> tuple[Tensor, Tensor]:
+    """Each target's row in this rank's part of the vocabulary, and whether it is there at all."""
+    local = targets - group.rank() * rows
+    mine = (local >= 0) & (local < rows)
+    return local.clamp(0, rows - 1), mine
+
+
+def _chunks(tokens: int, rows: int) -> list[slice]:
+    size = max(_CHUNK_ELEMENTS // rows, 1)
+    return [slice(start, start + size) for start in range(0, tokens, size)]

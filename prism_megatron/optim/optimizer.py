@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from megatron.core.optimizer import get_megatron_optimizer
 from prism_megatron.config import OptimizerConfig
 
 
-def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> Any:
+def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
     """AdamW with decoupled weight decay and gradient-norm clipping over all parallel ranks."""
-    dtype = model.config.params_dtype
+    dtype = chunks[0].config.params_dtype
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -28,5 +29,5 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
             params_dtype=dtype,
             use_distributed_optimizer=config.use_distributed_optimizer,
         ),
-        [model],
+        list(chunks),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,66 +12,110 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-Stats = dict[str, Tensor]
+from prism_megatron.parallel.collectives import from_last_stage, max_over_data_parallel, sum_over_data_parallel
 
 
-def train_step[Microbatch](
-    model: DistributedDataParallel,
+@dataclass(frozen=True)
+class Stats:
+    """Detached scalars of a micro-batch to log: some are added over the global batch, of some the largest counts."""
+
+    sums: dict[str, Tensor]
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train_step[Microbatch, Output](
+    chunks: Sequence[DistributedDataParallel],
     optimizer: Any,
     microbatches: Sequence[Microbatch],
-    forward: Callable[[Any, Microbatch], Tensor],
-    loss: Callable[[Microbatch, Tensor], tuple[Tensor, Stats]],
+    forward: Callable[[Any, Microbatch], Output],
+    loss: Callable[[Microbatch, Output], tuple[Tensor, Stats]],
     lr: float,
-) -> tuple[Stats, float]:
+) -> tuple[dict[str, float], float]:
     """Sum the losses and gradients of all micro-batches over the data-parallel ranks, clip, step.
 
-    ``loss`` returns a scalar whose normalisation is global already (see ``loss/reduce.py``) and sums to log. Returns
-    this rank's sums of those, and the gradient norm before clipping. A gradient that is not finite raises
-    FloatingPointError, before anything of this step is saved.
+    ``forward`` runs a chunk; ``loss`` takes what the last one gives and returns a scalar whose normalisation is global
+    already (see ``loss/reduce.py``). All data-parallel ranks have equally many micro-batches. Returns the global sums
+    and maxima of what ``loss`` logs, and the gradient norm before clipping, on every rank. A gradient that is not
+    finite raises FloatingPointError, before anything of this step is saved.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
-    model.zero_grad_buffer()
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        chunk.train()
     optimizer.zero_grad()
-    config = model.config
+    config = chunks[0].config
     config.finalize_model_grads_func = _sum_gradients
     config.grad_scale_func = optimizer.scale_loss
-
-    def forward_step(iterator: Any, wrapped: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Stats]]]:
-        microbatch = next(iterator)
-        return forward(wrapped, microbatch), partial(_with_token_count, loss, microbatch)
-
-    model.train()
-    collected = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(microbatches),
-        model=model,
-        num_microbatches=len(microbatches),
-        seq_length=1,  # sizes vary; the schedule needs them only across pipeline stages
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    collected = _run(chunks, microbatches, forward, partial(_with_token_count, loss), forward_only=False)
     stepped, grad_norm, _ = optimizer.step()
     if not stepped or not torch.isfinite(torch.tensor(grad_norm)):
         raise FloatingPointError(f"gradient norm is {grad_norm}; lower optimizer.lr or look at this iteration's data")
-    sums: Stats = {}
-    for stats in collected:
-        for name, value in stats.items():
-            sums[name] = sums[name] + value if name in sums else value
-    return sums, float(grad_norm)
+    return _reduced(collected), float(grad_norm)
 
 
 @torch.no_grad()
 def evaluate_step[Microbatch](
-    model: DistributedDataParallel, microbatches: Sequence[Microbatch], forward: Callable[[Any, Microbatch], Tensor]
+    chunks: Sequence[DistributedDataParallel],
+    microbatches: Sequence[Microbatch],
+    forward: Callable[[Any, Microbatch], Tensor],
 ) -> list[Tensor]:
-    """``forward`` of every micro-batch, without gradient and without dropout."""
-    model.eval()
-    return [forward(model.module, microbatch) for microbatch in microbatches]
+    """What the last chunk gives for every micro-batch, on every pipeline stage, without gradient and dropout."""
+    for chunk in chunks:
+        chunk.eval()
+
+    def keep(_: Microbatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return output.new_zeros(()), torch.ones((), dtype=torch.int, device=output.device), output
+
+    outputs: list[Tensor] = _run(chunks, microbatches, forward, keep, forward_only=True)
+    return from_last_stage(outputs)
 
 
-def _with_token_count[Microbatch](
-    loss: Callable[[Microbatch, Tensor], tuple[Tensor, Stats]], microbatch: Microbatch, output: Tensor
+def _run[Microbatch](
+    chunks: Sequence[DistributedDataParallel],
+    microbatches: Sequence[Microbatch],
+    forward: Callable[[Any, Microbatch], Any],
+    finish: Callable[[Microbatch, Any], Any],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """All micro-batches through this rank's chunks; what ``finish`` kept of each, on the last pipeline stage only."""
+
+    def forward_step(iterator: Any, chunk: Any) -> tuple[Any, Callable[[Any], Any]]:
+        microbatch = next(iterator)
+        return forward(chunk, microbatch), partial(finish, microbatch)
+
+    several = len(chunks) > 1
+    collected: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(microbatches) for _ in chunks] if several else iter(microbatches),
+        model=list(chunks) if several else chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=1,  # sizes vary, and the stages tell each other
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return collected
+
+
+def _reduced(collected: Sequence[Stats]) -> dict[str, float]:
+    """What the last stage logged, over its micro-batches and the data-parallel ranks, on every rank."""
+    sums: dict[str, float] = {}
+    maxima: dict[str, float] = {}
+    for stats in collected:
+        for name, value in stats.sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        for name, value in stats.maxima.items():
+            maxima[name] = max(maxima.get(name, -float("inf")), float(value))
+    if collected:
+        totals = sum_over_data_parallel(*sums.values())
+        sums = dict(zip(sums, totals, strict=True))
+        maxima = {name: max_over_data_parallel(value) for name, value in maxima.items()}
+    return from_last_stage(sums | maxima)
+
+
+def _with_token_count[Microbatch, Output](
+    loss: Callable[[Microbatch, Output], tuple[Tensor, Stats]], microbatch: Microbatch, output: Output
 ) -> tuple[Tensor, Tensor, Stats]:
     value, stats = loss(microbatch, output)
     # Megatron wants a token count to divide by; ours is 1, since the normalisation is in the weights.

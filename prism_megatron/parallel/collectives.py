@@ -1,4 +1,4 @@
-"""The few collectives the stages need, each over the data-parallel group."""
+"""The few collectives the stages need: over the data-parallel group, and down the pipeline."""
 
 from __future__ import annotations
 
@@ -36,3 +36,24 @@ def gather_over_data_parallel[Item](items: list[Item]) -> list[Item]:
     parts: list[list[Item] | None] = [None] * groups.data_parallel_size()
     dist.all_gather_object(parts, items, group=_data_parallel_group())
     return [item for part in parts if part is not None for item in part]
+
+
+def from_last_stage[Value](value: Value) -> Value:
+    """What the last pipeline stage holds, on every stage. Other stages' own ``value`` is dropped."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return box[0]
+
+
+def sum_over_pipeline(value: float) -> float:
+    """Sum over the pipeline stages, in float64."""
+    from megatron.core import parallel_state
+
+    total = torch.tensor(value, dtype=torch.float64, device=groups.device())
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(total)

@@ -22,20 +22,19 @@ class ModelDegrees:
     num_attention_heads: int
     num_query_groups: int
     vision_heads: int
+    vocab_size: int
     num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int = 0
 
 
 def check_degrees(parallel: ParallelConfig, world_size: int, model: ModelDegrees) -> None:
     """Refuse degrees that cannot work, before anything is built. Raises ValueError."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
-    for name in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
+    for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor"):
         size = getattr(parallel, f"{name}_parallel_size")
         if size < 1:
             raise ValueError(f"parallel.{name}_parallel_size must be at least 1, got {size}")
-    if pp > 1 or cp > 1:
-        name = "pipeline_model_parallel_size" if pp > 1 else "context_parallel_size"
-        raise ValueError(f"parallel.{name} ({max(pp, cp)}) is not supported yet; use 1 and tensor or data parallelism")
     if world_size % (tp * pp * cp):
         raise ValueError(
             f"world size {world_size} is not a multiple of tensor ({tp}) x pipeline ({pp}) x context ({cp}) parallel "
@@ -45,19 +44,50 @@ def check_degrees(parallel: ParallelConfig, world_size: int, model: ModelDegrees
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", model.num_query_groups),
         ("vision num_heads", model.vision_heads),
+        ("vocab_size", model.vocab_size),
     ):
         _check_divides(name, count, "tensor_model_parallel_size", tp)
-    _check_divides("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
+    _check_layer_split(parallel, model.num_layers)
     if model.num_moe_experts is None:
         if ep > 1:
             raise ValueError(f"parallel.expert_model_parallel_size ({ep}) needs a mixture-of-experts model; use 1")
         return
     _check_divides("num_moe_experts", model.num_moe_experts, "expert_model_parallel_size", ep)
-    if world_size % (parallel.expert_tensor_parallel_size * ep * pp):
+    etp = parallel.expert_tensor_parallel_size
+    _check_divides("moe_ffn_hidden_size", model.moe_ffn_hidden_size, "expert_tensor_parallel_size", etp)
+    if world_size % (etp * ep * pp):
         raise ValueError(
-            f"world size {world_size} is not a multiple of expert tensor ({parallel.expert_tensor_parallel_size}) x "
-            f"expert model ({ep}) parallel sizes; lower one of them"
+            f"world size {world_size} is not a multiple of expert tensor ({etp}) x expert model ({ep}) x pipeline "
+            f"({pp}) parallel sizes; lower one of them"
         )
+
+
+def _check_layer_split(parallel: ParallelConfig, num_layers: int) -> None:
+    """Refuse a split of the decoder that leaves a stage without layers or cannot be even."""
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if pp == 1 and (vpp > 1 or first or last):
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size ({vpp}) and num_layers_in_first/last_pipeline_stage ({first}, "
+            f"{last}) need pipeline_model_parallel_size above 1; leave them at 1 and 0"
+        )
+    middle_stages, middle_layers = pp - bool(first) - bool(last), num_layers - first - last
+    if middle_layers < middle_stages or (middle_layers and not middle_stages) or min(first, last) < 0:
+        raise ValueError(
+            f"num_layers ({num_layers}) minus num_layers_in_first_pipeline_stage ({first}) and "
+            f"num_layers_in_last_pipeline_stage ({last}) leaves {middle_layers} for {middle_stages} other stages; "
+            "each needs at least one and every layer a stage"
+        )
+    if middle_stages and middle_layers % middle_stages:
+        if not first and not last:
+            _check_divides("num_layers", num_layers, "pipeline_model_parallel_size", pp)
+        raise ValueError(
+            f"{middle_layers} layers do not divide over {middle_stages} middle pipeline stages; "
+            f"move {middle_layers % middle_stages} of them to the first or last stage"
+        )
+    per_stage = {count for count in (first, last, middle_layers // middle_stages if middle_stages else 0) if count}
+    for count in sorted(per_stage):
+        _check_divides("layers of a pipeline stage", count, "virtual_pipeline_model_parallel_size", vpp)
 
 
 def _check_divides(name: str, count: int, degree_name: str, degree: int) -> None:
@@ -85,11 +115,17 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_or_none(parallel.virtual_pipeline_model_parallel_size),
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _or_none(virtual_size: int) -> int | None:
+    """Megatron says None where there are no virtual stages."""
+    return virtual_size if virtual_size > 1 else None
 
 
 def shutdown() -> None:
@@ -118,6 +154,13 @@ def data_parallel_size() -> int:
     from megatron.core import parallel_state
 
     return int(parallel_state.get_data_parallel_world_size())
+
+
+def has_output() -> bool:
+    """Whether this rank holds the last pipeline stage, and so log-probabilities, scores and losses."""
+    from megatron.core import parallel_state
+
+    return bool(parallel_state.is_pipeline_last_stage())
 
 
 def is_main_rank() -> bool:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from prism_megatron.config import StageConfig
 from prism_megatron.data.chat import ChatProcessor
-from prism_megatron.data.pack import TrainingSequence, pack, split_by_tokens
+from prism_megatron.data.pack import TrainingSequence, split_by_tokens
 from prism_megatron.loss.discriminator import bradley_terry_loss, score_regularizer
 from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
-from prism_megatron.parallel import groups
-from prism_megatron.parallel.collectives import sum_over_data_parallel
+from prism_megatron.parallel.collectives import sum_over_data_parallel, sum_over_pipeline
+from prism_megatron.stages.microbatch import equal_over_ranks, pack_microbatch
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import PERCEPTION, REASONING, PackedBatch
 
@@ -54,12 +54,9 @@ def score(
     discriminator: Trained, sequences: Sequence[TrainingSequence], processor: ChatProcessor, config: StageConfig
 ) -> list[float]:
     """Score of every sequence by the current discriminator, without gradient."""
-    if not sequences:
-        return []
-    batches = []
-    for group in split_by_tokens(sequences, config.max_tokens_per_microbatch):
-        batches.append(_pack([sequences[i] for i in group], processor, config))
-    scores = evaluate_step(discriminator.model, batches, lambda model, batch: model(batch))
+    groups = equal_over_ranks(split_by_tokens(sequences, config.max_tokens_per_microbatch), config.parallel)
+    batches = [pack_microbatch([sequences[i] for i in group], processor, config) for group in groups]
+    scores = evaluate_step(discriminator.chunks, batches, lambda chunk, batch: chunk(batch))
     return [float(value) for value in torch.cat(scores)]
 
 
@@ -83,10 +80,11 @@ def discriminator_step(
     if sum(totals) == 0:
         return {}
     batches = _pair_microbatches(pairs, totals, branch_weights, processor, config)
-    module = discriminator.model.module
+    contexts: list[Any] = []
 
-    def forward(model: Any, batch: PairMicrobatch) -> Tensor:
-        scores: Tensor = model(batch.packed, batch.token_share)
+    def forward(chunk: Any, batch: PairMicrobatch) -> Tensor:
+        scores: Tensor = chunk(batch.packed, batch.token_share)
+        contexts.append(chunk.module.last_context)
         return scores
 
     def loss(batch: PairMicrobatch, scores: Tensor) -> tuple[Tensor, Stats]:
@@ -94,24 +92,25 @@ def discriminator_step(
         pair_loss = bradley_terry_loss(teacher, student, batch.weights)
         value = pair_loss + regularizer * score_regularizer(teacher, student, batch.weights)
         gap = (teacher - student).detach()
-        stats = {"loss": pair_loss.detach(), "balance": module.load_balance_loss}
+        stats = {"loss": pair_loss.detach()}
         for branch in (PERCEPTION, REASONING):
             mine = (batch.branch == branch).float()
             stats[f"gap_{branch}"] = (gap * mine).sum()
             # A tie is no preference: half a win.
             stats[f"wins_{branch}"] = ((gap > 0).float() * mine + 0.5 * (gap == 0).float() * mine).sum()
-        return value, stats
+        return value, Stats(stats)
 
-    sums, grad_norm = train_step(discriminator.model, discriminator.optimizer, batches, forward, loss, lr)
-    keys = ("loss", "balance", "gap_0", "gap_1", "wins_0", "wins_1")
-    total = dict(zip(keys, sum_over_data_parallel(*(float(sums[key]) for key in keys)), strict=True))
+    total, grad_norm = train_step(discriminator.chunks, discriminator.optimizer, batches, forward, loss, lr)
+    # Every stage has routers of its own; with recomputation they speak up in the backward pass.
+    balance = sum(float(value) for context in contexts for value in context.load_balance)
+    (balance,) = sum_over_data_parallel(sum_over_pipeline(balance))
 
     def mean(key: str, branch: int) -> float | None:
         return total[f"{key}_{branch}"] / totals[branch] if totals[branch] else None
 
     return {
         names.DISCRIMINATOR_LOSS: total["loss"],
-        names.LOAD_BALANCE_LOSS: total["balance"],
+        names.LOAD_BALANCE_LOSS: balance,
         names.DISCRIMINATOR_GRAD_NORM: grad_norm,
         names.DISCRIMINATOR_LEARNING_RATE: lr,
         names.PERCEPTION_GAP: mean("gap", PERCEPTION),
@@ -128,20 +127,20 @@ def _pair_microbatches(
     processor: ChatProcessor,
     config: StageConfig,
 ) -> list[PairMicrobatch]:
-    groups_of_pairs = _group_pairs(pairs, config.max_tokens_per_microbatch)
+    groups_of_pairs = equal_over_ranks(_group_pairs(pairs, config.max_tokens_per_microbatch), config.parallel)
     distinct = [_distinct(group) for group in groups_of_pairs]
     (total_tokens,) = sum_over_data_parallel(float(sum(len(s) for members in distinct for s in members)))
     batches = []
     for group, members in zip(groups_of_pairs, distinct, strict=True):
         place = {id(sequence): index for index, sequence in enumerate(members)}
-        packed = _pack(members, processor, config)
+        packed = pack_microbatch(members, processor, config)
         device = packed.tokens.device
         branches = [pair.branch for pair in group]
         batches.append(
             PairMicrobatch(
                 packed=packed,
-                teacher=torch.tensor([place[id(pair.teacher)] for pair in group], device=device),
-                student=torch.tensor([place[id(pair.student)] for pair in group], device=device),
+                teacher=torch.tensor([place[id(pair.teacher)] for pair in group], dtype=torch.long, device=device),
+                student=torch.tensor([place[id(pair.student)] for pair in group], dtype=torch.long, device=device),
                 branch=torch.tensor(branches, device=device),
                 weights=torch.tensor([branch_weights[b] / totals[b] for b in branches], device=device),
                 token_share=sum(len(s) for s in members) / total_tokens,
@@ -173,12 +172,3 @@ def _group_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
 
 def _distinct(pairs: Sequence[Pair]) -> list[TrainingSequence]:
     return list({id(s): s for pair in pairs for s in (pair.teacher, pair.student)}.values())
-
-
-def _pack(sequences: Sequence[TrainingSequence], processor: ChatProcessor, config: StageConfig) -> PackedBatch:
-    return pack(
-        sequences,
-        image_token_id=processor.image_token_id,
-        merge_size=processor.merge_size,
-        pad_to_multiple=config.parallel.tensor_model_parallel_size,
-    ).to(groups.device())

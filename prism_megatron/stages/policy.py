@@ -11,15 +11,15 @@ from torch import Tensor
 
 from prism_megatron.config import StageConfig
 from prism_megatron.data.chat import ChatProcessor
-from prism_megatron.data.pack import TrainingSequence, pack, split_by_tokens
+from prism_megatron.data.pack import TrainingSequence, split_by_tokens
 from prism_megatron.loss.policy import PolicyLossConfig, policy_loss
 from prism_megatron.loss.reduce import Aggregation, token_weights
 from prism_megatron.loss.sft import sft_loss
-from prism_megatron.model.logprobs import token_entropy, token_logprobs
+from prism_megatron.model.logprobs import TokenScores
 from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, train_step
-from prism_megatron.parallel import groups
-from prism_megatron.parallel.collectives import max_over_data_parallel, sum_over_data_parallel
+from prism_megatron.parallel.collectives import sum_over_data_parallel
+from prism_megatron.stages.microbatch import equal_over_ranks, pack_microbatch
 from prism_megatron.stages.rollouts import Sample
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import PackedBatch
@@ -27,9 +27,13 @@ from prism_megatron.types import PackedBatch
 
 @dataclass(frozen=True)
 class PolicyMicrobatch:
-    """A packed batch and what the loss needs about each token, all [T]. The last two are for policy gradients only."""
+    """A packed batch and what the loss needs about each token, all [T]. The last two are for policy gradients only.
+
+    ``token_share`` is its part of the global batch's tokens.
+    """
 
     packed: PackedBatch
+    token_share: float
     weights: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
@@ -49,13 +53,12 @@ def sft_step(
     """Cross-entropy on the responses of the global batch, averaged over its response tokens (spec 2)."""
     batches = _microbatches(sequences, None, None, processor, config, "token_mean")
 
-    def loss(batch: PolicyMicrobatch, logits: Tensor) -> tuple[Tensor, Stats]:
-        value = sft_loss(token_logprobs(logits, batch.packed.targets), batch.weights)
-        return value, {"loss": value.detach()}
+    def loss(batch: PolicyMicrobatch, scores: TokenScores) -> tuple[Tensor, Stats]:
+        value = sft_loss(scores.logprobs, batch.weights)
+        return value, Stats({"loss": value.detach()})
 
-    sums, grad_norm = train_step(policy.model, policy.optimizer, batches, _forward, loss, lr)
-    (mean_loss,) = sum_over_data_parallel(float(sums["loss"]))
-    return {names.LOSS: mean_loss, names.GRAD_NORM: grad_norm, names.LEARNING_RATE: lr}
+    measured, grad_norm = train_step(policy.chunks, policy.optimizer, batches, _forward, loss, lr)
+    return {names.LOSS: measured["loss"], names.GRAD_NORM: grad_norm, names.LEARNING_RATE: lr}
 
 
 def policy_gradient_step(
@@ -74,48 +77,40 @@ def policy_gradient_step(
     sequences = [sample.sequence() for sample in samples]
     engine_logprobs = [sample.rollout.logprobs for sample in samples]
     batches = _microbatches(sequences, advantages, engine_logprobs, processor, config, objective.aggregation)
-    worst = torch.zeros(())
 
-    def loss(batch: PolicyMicrobatch, logits: Tensor) -> tuple[Tensor, Stats]:
-        nonlocal worst
-        packed, mask = batch.packed, batch.packed.loss_mask
-        logprobs = token_logprobs(logits, packed.targets)
+    def loss(batch: PolicyMicrobatch, scores: TokenScores) -> tuple[Tensor, Stats]:
+        packed, mask, logprobs = batch.packed, batch.packed.loss_mask, scores.logprobs
         value, stats = policy_loss(
             logprobs, logprobs.detach(), batch.advantages, batch.weights, mask, packed.sequence_ids, objective.loss
         )
         difference = ((logprobs.detach() - batch.rollout_logprobs).abs() * mask).max()
-        worst = torch.maximum(worst, difference.cpu())
-        return value, {
+        sums = {
             "loss": value.detach(),
             "clipped": stats.clip_fraction_sum,
-            "entropy": (token_entropy(logits) * mask).sum(),
+            "entropy": (scores.entropy * mask).sum(),
             "tokens": mask.sum(),
         }
+        return value, Stats(sums, {"difference": difference})
 
-    sums, grad_norm = train_step(policy.model, policy.optimizer, batches, _forward, loss, lr)
-    total_loss, clipped, entropy, tokens = sum_over_data_parallel(
-        *(float(sums[key]) for key in ("loss", "clipped", "entropy", "tokens"))
-    )
-    worst_difference = max_over_data_parallel(float(worst))
+    measured, grad_norm = train_step(policy.chunks, policy.optimizer, batches, _forward, loss, lr)
     limit = config.rollout.max_logprob_abs_diff
-    if limit and worst_difference > limit:
+    if limit and measured["difference"] > limit:
         raise RuntimeError(
-            f"trainer and engine differ by {worst_difference:.2g} nats on a sampled token, more than "
+            f"trainer and engine differ by {measured['difference']:.2g} nats on a sampled token, more than "
             f"rollout.max_logprob_abs_diff ({limit:g}): the engine does not run the policy that is being trained"
         )
     return {
-        names.POLICY_LOSS: total_loss,
+        names.POLICY_LOSS: measured["loss"],
         names.GRAD_NORM: grad_norm,
         names.LEARNING_RATE: lr,
-        names.CLIP_FRACTION: clipped / tokens,
-        names.ENTROPY: entropy / tokens,
-        names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF: worst_difference,
+        names.CLIP_FRACTION: measured["clipped"] / measured["tokens"],
+        names.ENTROPY: measured["entropy"] / measured["tokens"],
+        names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF: measured["difference"],
     }
 
 
-def _forward(model: Any, batch: PolicyMicrobatch) -> Tensor:
-    logits: Tensor = model(batch.packed)
-    return logits
+def _forward(chunk: Any, batch: PolicyMicrobatch) -> Any:
+    return chunk(batch.packed, batch.token_share)
 
 
 def _microbatches(
@@ -127,20 +122,17 @@ def _microbatches(
     aggregation: Aggregation,
 ) -> list[PolicyMicrobatch]:
     response_tokens = float(sum(len(s.response_ids) for s in sequences))
-    total_tokens, total_sequences = sum_over_data_parallel(response_tokens, float(len(sequences)))
+    trained_tokens, total_sequences, total_tokens = sum_over_data_parallel(
+        response_tokens, len(sequences), sum(map(len, sequences))
+    )
     batches = []
-    for group in split_by_tokens(sequences, config.max_tokens_per_microbatch):
-        packed = pack(
-            [sequences[i] for i in group],
-            image_token_id=processor.image_token_id,
-            merge_size=processor.merge_size,
-            pad_to_multiple=config.parallel.tensor_model_parallel_size,
-        ).to(groups.device())
+    for group in equal_over_ranks(split_by_tokens(sequences, config.max_tokens_per_microbatch), config.parallel):
+        packed = pack_microbatch([sequences[i] for i in group], processor, config)
         weights = token_weights(
             packed.loss_mask,
             packed.sequence_ids,
             aggregation=aggregation,
-            total_tokens=total_tokens,
+            total_tokens=trained_tokens,
             total_sequences=total_sequences,
         )
         token_advantages = torch.zeros_like(packed.loss_mask)
@@ -152,5 +144,6 @@ def _microbatches(
         if engine_logprobs is not None:
             flat = [value for i in group for value in engine_logprobs[i]]
             token_logps[packed.loss_mask.bool()] = torch.tensor(flat, device=token_logps.device)
-        batches.append(PolicyMicrobatch(packed, weights, token_advantages, token_logps))
+        share = sum(len(sequences[i]) for i in group) / max(total_tokens, 1.0)
+        batches.append(PolicyMicrobatch(packed, share, weights, token_advantages, token_logps))
     return batches

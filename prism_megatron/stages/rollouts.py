@@ -53,7 +53,7 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> RolloutEngine:
 
 def push_weights(engine: RolloutEngine, policy: Trained, version: int) -> None:
     """Give the engine the policy's current weights."""
-    engine.update_weights(export_weights(policy.model, policy.table), version)
+    engine.update_weights(export_weights(policy.chunks, policy.table), version)
 
 
 def sample_responses(

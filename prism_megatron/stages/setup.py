@@ -43,10 +43,10 @@ from prism_megatron.parallel import groups
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in training: Megatron's wrapped module, its optimizer and what is needed to export it."""
+    """A model in training: this rank's chunks in Megatron's wrapping, their optimizer, what is needed to export them."""
 
     name: str
-    model: Any
+    chunks: list[Any]
     optimizer: Any
     optimizer_config: cfg.OptimizerConfig
     table: list[Rule]
@@ -59,7 +59,7 @@ class Trained:
 
     def export(self, directory: Path) -> None:
         """Write an HF directory. Collective; the main rank writes."""
-        tensors = export_weights(self.model, self.table)
+        tensors = export_weights(self.chunks, self.table)
         if groups.is_main_rank():
             save_hf(directory, tensors, self.source, self.config_changes)
         else:
@@ -84,12 +84,12 @@ class Stage:
         run = self.config.run
         if iteration % run.save_interval == 0 or iteration == run.train_iters:
             with self.timers("save"), clear_disk_errors(self.dir):
-                self.checkpointer.save(iteration, {n: (p.model, p.optimizer) for n, p in parts.items()})
+                self.checkpointer.save(iteration, {n: (p.chunks, p.optimizer) for n, p in parts.items()})
 
     def resume(self, parts: Mapping[str, Trained]) -> None:
         """Load the last checkpoint of this stage into ``parts``, if there is one."""
         if self.start:
-            self.checkpointer.load(self.start, {n: (p.model, p.optimizer) for n, p in parts.items()})
+            self.checkpointer.load(self.start, {n: (p.chunks, p.optimizer) for n, p in parts.items()})
 
 
 @contextmanager
@@ -130,10 +130,10 @@ def load_policy(config: cfg.StageConfig) -> Trained:
     source = Path(config.model.hf_checkpoint)
     sizes = read_sizes(source)
     table = policy_table(sizes)
-    model = build_policy(config.model, config.parallel, sizes)
+    chunks = build_policy(config.model, config.parallel, sizes)
     with HFWeights(source) as weights:
-        load_weights(model, table, weights)
-    return _trained("policy", model, config.optimizer, table, sizes, source, {})
+        load_weights(chunks, table, weights)
+    return _trained("policy", chunks, config.optimizer, table, sizes, source, {})
 
 
 def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cfg.OptimizerConfig) -> Trained:
@@ -143,12 +143,12 @@ def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cf
     sizes = read_sizes(source)
     check_discriminator(wanted, sizes)
     table = discriminator_table(sizes, wanted.num_experts, 2 if wanted.experts == "dedicated" else 1)
-    model = build_discriminator(config.model, config.parallel, wanted, sizes)
+    chunks = build_discriminator(config.model, config.parallel, wanted, sizes)
     with HFWeights(source) as weights:
         if sizes.num_experts is None:
-            load_weights(model, table, UpcycledWeights(weights, sizes, wanted, config.run.seed))
+            load_weights(chunks, table, UpcycledWeights(weights, sizes, wanted, config.run.seed))
         else:
-            load_weights(model, table, weights)
+            load_weights(chunks, table, weights)
     changes = {
         "model_type": "qwen3_vl_moe",
         "architectures": ["Qwen3VLMoeForConditionalGeneration"],
@@ -163,7 +163,7 @@ def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cf
             "router_aux_loss_coef": wanted.load_balance_coeff,
         },
     }
-    return _trained("discriminator", model, optimizer, table, sizes, source, changes)
+    return _trained("discriminator", chunks, optimizer, table, sizes, source, changes)
 
 
 def load_processor(config: cfg.StageConfig) -> ChatProcessor:
@@ -191,14 +191,14 @@ def clear_disk_errors(directory: Path) -> Iterator[None]:
 
 def _trained(
     name: str,
-    model: nn.Module,
+    chunks: Sequence[nn.Module],
     optimizer: cfg.OptimizerConfig,
     table: list[Rule],
     sizes: HFSizes,
     source: Path,
     changes: dict[str, Any],
 ) -> Trained:
-    wrapped = wrap_for_training(model, optimizer.use_distributed_optimizer)
+    wrapped = wrap_for_training(chunks, optimizer.use_distributed_optimizer)
     return Trained(name, wrapped, build_optimizer(optimizer, wrapped), optimizer, table, sizes, source, changes)
 
 

@@ -1,0 +1,67 @@
+"""Context parallelism: which tokens of a packed batch a rank works on, and sums over the ranks that share a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def context_tokens(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """Indices of a rank's tokens, [T / size] int64, in the order it holds them.
+
+    Every sequence is cut into 2 x ``size`` equal chunks, of which a rank takes the ``rank``-th from the front and the
+    ``rank``-th from the back: under a causal mask all ranks then do the same work. Sequence lengths must be multiples
+    of 2 x ``size``.
+    """
+    pieces = []
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        chunk, rest = divmod(end - start, 2 * size)
+        assert rest == 0, f"a sequence of {end - start} tokens cannot be cut into {2 * size} chunks"
+        for number in (rank, 2 * size - 1 - rank):
+            pieces.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+    return torch.cat(pieces).to(cu_seqlens.device)
+
+
+def sum_over(values: Tensor, group: Any) -> Tensor:
+    """Sum of ``values`` over ``group``. Each rank keeps its own part of the gradient.
+
+    For sums that every rank goes on to use in the same way: the gradient of that use is on every rank already.
+    """
+    summed: Tensor = _Sum.apply(values, group)
+    return summed
+
+
+def gather_sequence(values: Tensor, group: Any) -> Tensor:
+    """[T', ...] of every rank of ``group``, one after the other. The gradient is summed back to each rank's part."""
+    gathered: Tensor = _Gather.apply(values, group)
+    return gathered
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        summed = values.clone()
+        dist.all_reduce(summed, group=group)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = values.new_empty(group.size() * len(values), *values.shape[1:])
+        dist.all_gather_into_tensor(parts, values.contiguous(), group=group)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        mine = gradient.new_empty(len(gradient) // ctx.group.size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(mine, gradient.contiguous(), group=ctx.group)
+        return mine, None

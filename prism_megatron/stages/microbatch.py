@@ -1,0 +1,38 @@
+"""Cutting an iteration's sequences into micro-batches that every parallel layout can run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prism_megatron.config import ParallelConfig, StageConfig
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.pack import Padding, TrainingSequence, pack
+from prism_megatron.parallel import groups
+from prism_megatron.parallel.collectives import max_over_data_parallel
+from prism_megatron.types import PackedBatch
+
+
+def pack_microbatch(
+    sequences: Sequence[TrainingSequence], processor: ChatProcessor, config: StageConfig
+) -> PackedBatch:
+    """``sequences`` (or none) as one packed batch on this rank's device."""
+    return pack(sequences, processor.input_spec, padding_for(config.parallel)).to(groups.device())
+
+
+def padding_for(parallel: ParallelConfig) -> Padding:
+    """What context parallelism (two chunks of each sequence a rank) and sequence parallelism can cut evenly."""
+    context = parallel.context_parallel_size
+    chunks = 2 * context if context > 1 else 1
+    return Padding(chunks, chunks * parallel.tensor_model_parallel_size)
+
+
+def equal_over_ranks[Item](microbatches: list[list[Item]], parallel: ParallelConfig) -> list[list[Item]]:
+    """The same number of micro-batches on every data-parallel rank, empty ones added at the end where needed.
+
+    Experts are exchanged between data-parallel ranks in every micro-batch, and an interleaved schedule takes a whole
+    number of them per stage: a rank with fewer would leave the others waiting.
+    """
+    wanted = max(int(max_over_data_parallel(len(microbatches))), 1)
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        wanted += -wanted % parallel.pipeline_model_parallel_size
+    return microbatches + [[] for _ in range(wanted - len(microbatches))]
