@@ -70,8 +70,9 @@ class Checkpointer:
                 f"{folder} cannot be read ({type(error).__name__}: {str(error)[:200]}); it is damaged or of another "
                 f"model. Delete it and write an older iteration into {self.directory / _LATEST}"
             ) from error
-        for name, (model, optimizer) in parts.items():
-            model.module.load_state_dict(loaded[name])
+        for name, (chunks, optimizer) in parts.items():
+            for number, chunk in enumerate(chunks):
+                chunk.module.load_state_dict(loaded[name][number])
             optimizer.load_state_dict(loaded[f"{name}_optimizer"])
 
     def _folder(self, iteration: int) -> Path:
@@ -97,10 +98,12 @@ def _state(parts: Mapping[str, tuple[Any, Any]], iteration: int, loading: bool) 
         "chained_optim_avoid_prefix": True,
     }
     state: dict[str, Any] = {"iteration": iteration}
-    for name, (model, optimizer) in parts.items():
-        sharded = model.module.sharded_state_dict(prefix=f"{name}.", metadata=metadata)
-        state[name] = {key.removeprefix(f"{name}."): value for key, value in sharded.items()}
-        state[f"{name}_optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=metadata)
+    for name, (chunks, optimizer) in parts.items():
+        sharded = [chunk.module.sharded_state_dict(prefix=f"{name}.", metadata=metadata) for chunk in chunks]
+        # Each chunk names its layers from its own first one here, and from the model's in the file.
+        state[name] = [{k.removeprefix(f"{name}."): value for k, value in chunk.items()} for chunk in sharded]
+        together = dict(enumerate(sharded))
+        state[f"{name}_optimizer"] = optimizer.sharded_state_dict(together, is_loading=loading, metadata=metadata)
     return state
 
 

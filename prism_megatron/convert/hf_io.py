@@ -1,78 +1,205 @@
-"""HF checkpoint directories: reading tensors by name, writing a complete directory at once."""
+"""HF checkpoint directories: reading tensors by the names of the table, writing a complete directory at once.
+
+Every writer's dialect is read. Names and shapes are those of the released checkpoints, which both transformers and vLLM
+open: experts stacked input-first, [E, H, gate | up] and [E, I, H]. ``save_pretrained`` writes them output-first.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-_SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
+from prism_megatron.convert.manifest import JOURNAL, check_finite, fsync
+from prism_megatron.convert.rules import SCORE_HEAD
+from prism_megatron.convert.safetensors_writer import DTYPES, ShardWriter
+
+INDEX = "model.safetensors.index.json"
+_UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".distcp")
+_NOT_SIDE_FILES = ("config.json", "metadata.json", "manifest.json")
+_VALUE_HEAD_NAMES = (SCORE_HEAD, "v_head.summary.weight")
+_MAPPED_BYTES = 64 << 20  # pages of read files stay in memory until the file is opened again
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, of which only what is indexed is read.
+
+    ``swapped``: the file holds the last two axes the other way round.
+    """
+
+    files: OpenFiles
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    swapped: bool = False
+
+    def __getitem__(self, index: Any) -> Tensor:
+        stored = self.files.read(self.file, self.name)
+        if not self.swapped:
+            return stored[index]
+        given = index if isinstance(index, tuple) else (index,)
+        first, rows, columns = given + (slice(None),) * (3 - len(given))
+        return stored[first, columns, rows].transpose(-1, -2)
+
+
+class OpenFiles:
+    """Memory-mapped safetensors files, opened again now and then so that mapped pages do not add up."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+        self._mapped = 0
+
+    def header(self, path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor. Raises ValueError if the file is damaged or holds another kind of number."""
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or truncated ({error}); copy it again") from error
+        header = {}
+        for name in list(file.keys()):
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise ValueError(f"{path}: {name} is {part.get_dtype()}; this trainer reads {', '.join(DTYPES)}")
+            header[name] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
+        return header
+
+    def read(self, path: Path, name: str) -> Any:
+        if self._mapped > _MAPPED_BYTES:
+            self.close()
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        part = self._open[path].get_slice(name)
+        return _Counted(part, self)
+
+    def count(self, tensor: Tensor) -> None:
+        self._mapped += tensor.numel() * tensor.element_size()
+
+    def close(self) -> None:
+        self._open.clear()
+        self._mapped = 0
+
+
+@dataclass(frozen=True)
+class _Counted:
+    part: Any
+    files: OpenFiles
+
+    def __getitem__(self, index: Any) -> Tensor:
+        tensor: Tensor = self.part[index]
+        self.files.count(tensor)
+        return tensor
 
 
 class HFWeights:
-    """The tensors of an HF checkpoint directory, read one at a time (close it when done).
+    """The tensors of an HF checkpoint directory, read piece by piece (close it when done).
 
-    Raises ValueError, naming the file, when the directory has no weights or one of its files is damaged.
+    ``experts_swapped`` tells the dialect its experts are stored in. Raises ValueError, naming the file, when the
+    directory has no weights, a file is damaged or missing, or the index and the files disagree.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif (directory / "model.safetensors").is_file():
-            files = ["model.safetensors"]
-        else:
-            raise ValueError(f"{directory} holds no model.safetensors (or its index); give a complete HF checkpoint")
-        self._files = []
-        self._owner: dict[str, Any] = {}
-        for name in files:
-            path = directory / name
-            if not path.is_file():
-                raise ValueError(f"{index} lists {name}, which is missing; copy the checkpoint again")
-            try:
-                opened = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged or truncated ({error}); copy it again") from error
-            self._files.append(opened)
-            self._owner.update(dict.fromkeys(opened.keys(), opened))
+        self._files = OpenFiles()
+        stored: dict[str, StoredTensor] = {}
+        for path in _weight_files(directory):
+            for name, (shape, dtype) in self._files.header(path).items():
+                canonical = name.removeprefix("base_model.")  # how the released trainer's wrapper saves a backbone
+                if canonical in stored:
+                    raise ValueError(f"{directory}: {canonical} is in {stored[canonical].file.name} and in {path.name}")
+                stored[canonical] = StoredTensor(self._files, path, name, shape, dtype)
+        self.experts_swapped = _experts_swapped(directory, {name: t.shape for name, t in stored.items()})
+        if self.experts_swapped:
+            for name, tensor in stored.items():
+                if name.endswith((_UP, _DOWN)):
+                    experts, rows, columns = tensor.shape
+                    stored[name] = StoredTensor(
+                        self._files, tensor.file, tensor.name, (experts, columns, rows), tensor.dtype, swapped=True
+                    )
+        self._tensors: dict[str, StoredTensor | Tensor] = {**stored}
+        self._add_value_head()
 
     def __enter__(self) -> HFWeights:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._owner.clear()
-        self._files.clear()
+        self._files.close()
 
     @property
     def names(self) -> set[str]:
-        return set(self._owner)
+        return set(self._tensors)
+
+    def lazy(self, name: str) -> StoredTensor | Tensor:
+        """Shape, dtype and, when indexed, values of one tensor."""
+        if name not in self._tensors:
+            raise ValueError(f"{self.directory} has no tensor {name}; is it a checkpoint of another model?")
+        return self._tensors[name]
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._owner:
-            raise ValueError(f"{self.directory} has no tensor {name}; is it a checkpoint of another model?")
-        tensor: Tensor = self._owner[name].get_tensor(name)
-        return tensor
+        return self.lazy(name)[:]
+
+    def _add_value_head(self) -> None:
+        """The score head may lie beside the shards, under trl's name (spec 8.2)."""
+        for path in (self.directory / "value_head.safetensors", self.directory / "value_head.pt"):
+            if not path.is_file():
+                continue
+            # weights_only: a pickle from elsewhere may hold tensors and nothing that runs.
+            held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            names = [n for n in _VALUE_HEAD_NAMES if n in held]
+            if len(names) != 1:
+                raise ValueError(f"{path} holds {sorted(held)}; it must hold one of {', '.join(_VALUE_HEAD_NAMES)}")
+            known = self._tensors.setdefault(SCORE_HEAD, held[names[0]])
+            if not torch.equal(known[:].float(), held[names[0]].float()):
+                raise ValueError(
+                    f"{path} and {SCORE_HEAD} of {self.directory} differ; remove the one that is not meant"
+                )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if not index.is_file():
+        if not (directory / "model.safetensors").is_file():
+            raise ValueError(f"{directory} holds no model.safetensors (or its index); give a complete HF checkpoint")
+        return [directory / "model.safetensors"]
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in files:
+        if not (directory / name).is_file():
+            raise ValueError(f"{index} lists {name}, which is missing; copy the checkpoint again")
+    return [directory / name for name in files]
+
+
+def _experts_swapped(directory: Path, shapes: dict[str, Sequence[int]]) -> bool:
+    """Whether stacked experts are output-first ([E, 2I, H] and [E, H, I]), told by the two shapes together.
+
+    One of them alone can be square; that both readings fit both shapes is impossible.
+    """
+    found = set()
+    for name, up in shapes.items():
+        if not name.endswith(_UP):
+            continue
+        down = shapes.get(name.removesuffix(_UP) + _DOWN, ())
+        fits = [
+            swapped
+            for swapped, (hidden, width) in ((False, up[1:]), (True, reversed(up[1:])))
+            if tuple(down) == (up[0], *((hidden, width / 2) if swapped else (width / 2, hidden)))
+        ]
+        if len(fits) != 1:
+            raise ValueError(f"{directory}: {name} {tuple(up)} and its down_proj {tuple(down)} fit no expert layout")
+        found.add(fits[0])
+    if len(found) > 1:
+        raise ValueError(f"{directory}: experts of some layers are stored input-first, of others output-first")
+    return found == {True}
 
 
 def save_hf(
@@ -82,22 +209,43 @@ def save_hf(
     config_changes: dict[str, Any] | None = None,
     shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write a checkpoint directory that HF and vLLM load; tokenizer and processor come from ``template``.
+    """Write a checkpoint directory that HF and vLLM load; every file but the weights comes from ``template``.
 
     ``config_changes`` is merged into the template's ``config.json``. The directory appears only when complete; one that
-    was there before is replaced.
+    was there before is replaced. Raises ValueError at a value that is not finite.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _save_shards(partial, tensors, shard_bytes)
-    for name in _SIDE_FILES:
-        if (template / name).is_file():
-            shutil.copy(template / name, partial / name)
-    config = json.loads((template / "config.json").read_text())
-    _merge(config, config_changes or {})
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    writer = ShardWriter(partial, shard_bytes)
+    for name, tensor in tensors:
+        check_finite(name, tensor)
+        writer.add(name, tensor.dtype, tensor.shape, [tensor])
+    writer.finish()
+    (partial / JOURNAL).unlink()
+    copy_side_files(template, partial, config_changes or {})
     replace_directory(partial, directory)
+
+
+def copy_side_files(template: Path, directory: Path, config_changes: dict[str, Any]) -> list[str]:
+    """Copy tokenizer, processor, templates, licence: all but weights, byte for byte. Returns their names."""
+    names = [
+        path.name
+        for path in sorted(template.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(_WEIGHTS)
+        and path.name not in _NOT_SIDE_FILES
+    ]
+    for name in names:
+        shutil.copyfile(template / name, directory / name)
+    config = json.loads((template / "config.json").read_text())
+    if _merged(config, config_changes) == config:
+        shutil.copyfile(template / "config.json", directory / "config.json")
+    else:
+        text = json.dumps(_merged(config, config_changes), indent=2) + "\n"
+        (directory / "config.json").write_text(text)
+    return [*names, "config.json"]
 
 
 def replace_directory(new: Path, place: Path) -> None:
@@ -107,41 +255,12 @@ def replace_directory(new: Path, place: Path) -> None:
     if place.exists():
         os.replace(place, old)
     os.replace(new, place)
+    fsync(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _save_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(held, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if held and sum(t.numel() * t.element_size() for t in held.values()) + size > shard_bytes:
-            flush()
-        held[name] = tensor.detach().cpu().contiguous().clone()
-        total += size
-    flush()
-    if len(shards) == 1:
-        os.replace(directory / "shard-0", directory / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(directory / f"shard-{number}", directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict):
-            _merge(base.setdefault(key, {}), value)
-        else:
-            base[key] = value
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _merged(base.get(key, {}), value) if isinstance(value, dict) else value for key, value in changes.items()
+    }
+    return base | nested

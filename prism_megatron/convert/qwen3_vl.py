@@ -1,4 +1,8 @@
-"""The table of Qwen3-VL's weights, read in both directions. One row per Megatron parameter."""
+"""The table of Qwen3-VL's weights, read in both directions. One row per Megatron parameter.
+
+HF names and shapes are those of the released checkpoints; what other writers call them is translated where files are
+read (``hf_io.py``). No size is assumed: every shape is written in terms of ``config.json``.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,16 @@ from collections.abc import Iterator
 
 from prism_megatron.convert.rules import (
     COLUMNS,
+    EMBEDDING,
+    EXPERT_DOWN,
+    EXPERT_UP,
     GATED,
+    OUTPUT,
     REPLICATED,
     ROWS,
+    SCORE_HEAD,
     Layout,
     Rule,
-    expert_down,
-    expert_up,
     flattened,
     grouped_qkv,
     headwise_qkv,
@@ -21,11 +28,18 @@ from prism_megatron.model.build import HFSizes
 
 
 def policy_table(sizes: HFSizes) -> list[Rule]:
-    """Every parameter of the policy: language model (dense or mixture-of-experts), then vision tower."""
-    rules = list(_language_model(sizes, sizes.num_experts))
-    if not sizes.tie_embeddings:
-        rules.append(Rule("output_layer.weight", ("lm_head.weight",), ROWS))
-    return [*rules, *_vision(sizes)]
+    """Every parameter of the policy: language model (dense or mixture-of-experts), then vision tower.
+
+    A tied output layer is a parameter of its own only on the last of several pipeline stages.
+    """
+    shape = (sizes.text["vocab_size"], sizes.text["hidden_size"])
+    tied = sizes.tie_embeddings
+    width = sizes.text["intermediate_size" if sizes.num_experts is None else "moe_intermediate_size"]
+    return [
+        *_language_model(sizes, sizes.num_experts, width),
+        Rule("output_layer.weight", (EMBEDDING if tied else OUTPUT,), (shape,), ROWS, tied=tied),
+        *_vision(sizes),
+    ]
 
 
 def discriminator_table(sizes: HFSizes, num_experts: int, num_heads: int) -> list[Rule]:
@@ -34,68 +48,97 @@ def discriminator_table(sizes: HFSizes, num_experts: int, num_heads: int) -> lis
     A second head, which the released checkpoint does not have, makes ``v_head.1.weight`` [2, H].
     """
     assert num_heads in (1, 2)
-    head = Rule("score_heads.weight", ("v_head.1.weight",), REPLICATED)
-    return [*_language_model(sizes, num_experts), *_vision(sizes), head]
+    head = Rule("score_heads.weight", (SCORE_HEAD,), ((num_heads, sizes.text["hidden_size"]),), REPLICATED)
+    return [*_language_model(sizes, num_experts, sizes.text["intermediate_size"]), *_vision(sizes), head]
 
 
-def _language_model(sizes: HFSizes, num_experts: int | None) -> Iterator[Rule]:
+def _language_model(sizes: HFSizes, num_experts: int | None, width: int) -> Iterator[Rule]:
     text = sizes.text
-    qkv = grouped_qkv(text["num_attention_heads"], text["num_key_value_heads"], text["head_dim"])
+    if num_experts is not None and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
+        raise ValueError(
+            "config.json mixes dense and expert layers (mlp_only_layers, decoder_sparse_step); no released Qwen3-VL "
+            "does and this trainer needs experts in every layer"
+        )
+    hidden, heads, groups, dim = (
+        text[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    qkv = grouped_qkv(heads // groups, dim)
     hf = "model.language_model"
-    yield Rule("embedding.word_embeddings.weight", (f"{hf}.embed_tokens.weight",), ROWS)
+
+    def row(ours: str, theirs: str, shape: tuple[int, ...], layout: Layout) -> Rule:
+        return Rule(ours, (theirs,), (shape,), layout)
+
+    yield row("embedding.word_embeddings.weight", EMBEDDING, (text["vocab_size"], hidden), ROWS)
     for i in range(text["num_hidden_layers"]):
         ours, theirs = f"decoder.layers.{i}", f"{hf}.layers.{i}"
         attention = f"{theirs}.self_attn"
-        yield Rule(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), REPLICATED)
+        yield row(f"{ours}.input_layernorm.weight", f"{theirs}.input_layernorm.weight", (hidden,), REPLICATED)
         yield Rule(
             f"{ours}.self_attention.linear_qkv.weight",
             tuple(f"{attention}.{part}_proj.weight" for part in "qkv"),
+            ((heads * dim, hidden), (groups * dim, hidden), (groups * dim, hidden)),
             qkv,
         )
-        yield Rule(f"{ours}.self_attention.q_layernorm.weight", (f"{attention}.q_norm.weight",), REPLICATED)
-        yield Rule(f"{ours}.self_attention.k_layernorm.weight", (f"{attention}.k_norm.weight",), REPLICATED)
-        yield Rule(f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), COLUMNS)
-        yield Rule(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), REPLICATED)
+        yield row(f"{ours}.self_attention.q_layernorm.weight", f"{attention}.q_norm.weight", (dim,), REPLICATED)
+        yield row(f"{ours}.self_attention.k_layernorm.weight", f"{attention}.k_norm.weight", (dim,), REPLICATED)
+        yield row(
+            f"{ours}.self_attention.linear_proj.weight", f"{attention}.o_proj.weight", (hidden, heads * dim), COLUMNS
+        )
+        yield row(
+            f"{ours}.pre_mlp_layernorm.weight", f"{theirs}.post_attention_layernorm.weight", (hidden,), REPLICATED
+        )
         if num_experts is None:
             gate_up = (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")
-            yield Rule(f"{ours}.mlp.linear_fc1.weight", gate_up, GATED)
-            yield Rule(f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), COLUMNS)
+            yield Rule(f"{ours}.mlp.linear_fc1.weight", gate_up, ((width, hidden),) * 2, GATED)
+            yield row(f"{ours}.mlp.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight", (hidden, width), COLUMNS)
             continue
-        yield Rule(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.gate.weight",), REPLICATED)
-        for e in range(num_experts):
-            expert = f"{ours}.mlp.experts.local_experts.{e}"
-            up, down = f"{theirs}.mlp.experts.gate_up_proj", f"{theirs}.mlp.experts.down_proj"
-            yield Rule(f"{expert}.linear_fc1.weight", (up,), expert_up(e), expert=e)
-            yield Rule(f"{expert}.linear_fc2.weight", (down,), expert_down(e), expert=e)
-    yield Rule("decoder.final_layernorm.weight", (f"{hf}.norm.weight",), REPLICATED)
+        yield row(f"{ours}.mlp.router.weight", f"{theirs}.mlp.gate.weight", (num_experts, hidden), REPLICATED)
+        up, down = (num_experts, hidden, 2 * width), (num_experts, width, hidden)
+        for linear, part, shape, layout in (
+            ("linear_fc1", "gate_up_proj", up, EXPERT_UP),
+            ("linear_fc2", "down_proj", down, EXPERT_DOWN),
+        ):
+            for e in range(num_experts):
+                name = f"{ours}.mlp.experts.local_experts.{e}.{linear}.weight"
+                yield Rule(name, (f"{theirs}.mlp.experts.{part}",), (shape,), layout, expert=e)
+    yield row("decoder.final_layernorm.weight", f"{hf}.norm.weight", (hidden,), REPLICATED)
 
 
 def _vision(sizes: HFSizes) -> Iterator[Rule]:
     vision = sizes.vision
+    hidden, width, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    merged = hidden * vision["spatial_merge_size"] ** 2
     hf = "model.visual"
-    patch = vision["patch_size"]
-    kernel = (vision["hidden_size"], vision["in_channels"], vision["temporal_patch_size"], patch, patch)
-    yield Rule("vision.patch_embed.weight", (f"{hf}.patch_embed.proj.weight",), flattened(kernel))
-    yield Rule("vision.patch_embed.bias", (f"{hf}.patch_embed.proj.bias",), REPLICATED)
-    yield Rule("vision.pos_embed.weight", (f"{hf}.pos_embed.weight",), REPLICATED)
-    qkv = headwise_qkv(vision["num_heads"])
+    kernel = (hidden, vision["in_channels"], vision["temporal_patch_size"], patch, patch)
+    yield Rule("vision.patch_embed.weight", (f"{hf}.patch_embed.proj.weight",), (kernel,), flattened(kernel))
+    yield Rule("vision.patch_embed.bias", (f"{hf}.patch_embed.proj.bias",), ((hidden,),), REPLICATED)
+    positions = (vision["num_position_embeddings"], hidden)
+    yield Rule("vision.pos_embed.weight", (f"{hf}.pos_embed.weight",), (positions,), REPLICATED)
+    qkv = headwise_qkv(hidden // vision["num_heads"])
     for i in range(vision["depth"]):
         ours, theirs = f"vision.layers.{i}", f"{hf}.blocks.{i}"
         for norm in ("norm1", "norm2"):
-            yield from _with_bias(f"{ours}.{norm}", f"{theirs}.{norm}", REPLICATED, REPLICATED)
-        yield from _with_bias(f"{ours}.attention.linear_qkv", f"{theirs}.attn.qkv", qkv, qkv)
-        yield from _with_bias(f"{ours}.attention.linear_proj", f"{theirs}.attn.proj", COLUMNS, REPLICATED)
-        yield from _with_bias(f"{ours}.linear_fc1", f"{theirs}.mlp.linear_fc1", ROWS, ROWS)
-        yield from _with_bias(f"{ours}.linear_fc2", f"{theirs}.mlp.linear_fc2", COLUMNS, REPLICATED)
-    mergers = [("vision.merger", f"{hf}.merger")]
+            yield from _norm(f"{ours}.{norm}", f"{theirs}.{norm}", hidden)
+        attention = f"{theirs}.attn"
+        yield from _linear(f"{ours}.attention.linear_qkv", f"{attention}.qkv", (3 * hidden, hidden), qkv)
+        yield from _linear(f"{ours}.attention.linear_proj", f"{attention}.proj", (hidden, hidden), COLUMNS)
+        yield from _linear(f"{ours}.linear_fc1", f"{theirs}.mlp.linear_fc1", (width, hidden), ROWS)
+        yield from _linear(f"{ours}.linear_fc2", f"{theirs}.mlp.linear_fc2", (hidden, width), COLUMNS)
+    # DeepStack's mergers normalise after folding patches together, the last merger before.
+    mergers = [("vision.merger", f"{hf}.merger", hidden)]
     for i in range(len(vision["deepstack_visual_indexes"])):
-        mergers.append((f"vision.deepstack_mergers.{i}", f"{hf}.deepstack_merger_list.{i}"))
-    for ours, theirs in mergers:
-        yield from _with_bias(f"{ours}.norm", f"{theirs}.norm", REPLICATED, REPLICATED)
-        yield from _with_bias(f"{ours}.linear_fc1", f"{theirs}.linear_fc1", ROWS, ROWS)
-        yield from _with_bias(f"{ours}.linear_fc2", f"{theirs}.linear_fc2", COLUMNS, REPLICATED)
+        mergers.append((f"vision.deepstack_mergers.{i}", f"{hf}.deepstack_merger_list.{i}", merged))
+    for ours, theirs, normalised in mergers:
+        yield from _norm(f"{ours}.norm", f"{theirs}.norm", normalised)
+        yield from _linear(f"{ours}.linear_fc1", f"{theirs}.linear_fc1", (merged, merged), ROWS)
+        yield from _linear(f"{ours}.linear_fc2", f"{theirs}.linear_fc2", (vision["out_hidden_size"], merged), COLUMNS)
 
 
-def _with_bias(ours: str, theirs: str, weight: Layout, bias: Layout) -> Iterator[Rule]:
-    yield Rule(f"{ours}.weight", (f"{theirs}.weight",), weight)
-    yield Rule(f"{ours}.bias", (f"{theirs}.bias",), bias)
+def _linear(ours: str, theirs: str, shape: tuple[int, int], layout: Layout) -> Iterator[Rule]:
+    yield Rule(f"{ours}.weight", (f"{theirs}.weight",), (shape,), layout)
+    yield Rule(f"{ours}.bias", (f"{theirs}.bias",), (shape[:1],), REPLICATED if layout is COLUMNS else layout)
+
+
+def _norm(ours: str, theirs: str, width: int) -> Iterator[Rule]:
+    yield Rule(f"{ours}.weight", (f"{theirs}.weight",), ((width,),), REPLICATED)
+    yield Rule(f"{ours}.bias", (f"{theirs}.bias",), ((width,),), REPLICATED)

@@ -3,56 +3,131 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prism_megatron.config import DiscriminatorConfig
+from prism_megatron.convert.rules import SCORE_HEAD, Sliceable
 from prism_megatron.convert.transfer import TensorSource
 from prism_megatron.model.build import HFSizes
 
 _ROUTER_STD = 0.02  # spec 3.2
 _HEAD_STD = 0.02  # spec 3.1
+NOISES = ("relative", "absolute")
+
+
+class WithScoreHead:
+    """A checkpoint and a freshly initialised score head, [heads, H] (spec 3.1)."""
+
+    def __init__(self, source: TensorSource, heads: int, hidden_size: int, seed: int) -> None:
+        if SCORE_HEAD in source.names:
+            raise ValueError("the checkpoint has a score head already; initialise none")
+        self._source = source
+        self._head = initial_head(heads, hidden_size, seed)
+
+    @property
+    def names(self) -> set[str]:
+        return self._source.names | {SCORE_HEAD}
+
+    def lazy(self, name: str) -> Sliceable:
+        return self._head if name == SCORE_HEAD else self._source.lazy(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.lazy(name)[:]
 
 
 class UpcycledWeights:
     """The discriminator's tensors (spec 8.2 names), made one at a time from a dense checkpoint.
 
-    Every expert is the dense MLP plus noise of ``upcycle_noise`` times each weight's own standard deviation; absolute
-    noise, as in the paper's code, is a very different perturbation from one width to another. Every tensor has its own
-    generator, so the result depends on nothing but the seed.
+    Every expert is the dense MLP plus noise: of ``upcycle_noise`` times each weight's own standard deviation, or, as in
+    the paper's code, of that standard deviation itself, which is a very different perturbation from one width to
+    another. Every tensor has its own generator, so the result depends on nothing but the seed.
     """
 
-    def __init__(self, dense: TensorSource, sizes: HFSizes, config: DiscriminatorConfig, seed: int) -> None:
-        self._dense, self._config, self._seed = dense, config, seed
-        self._hidden = sizes.text["hidden_size"]
-        self._heads = 2 if config.experts == "dedicated" else 1
-        self._made = {"v_head.1.weight"}
+    def __init__(
+        self, dense: TensorSource, sizes: HFSizes, config: DiscriminatorConfig, seed: int, noise: str = "relative"
+    ) -> None:
+        if noise not in NOISES:
+            raise ValueError(f"noise must be {' or '.join(NOISES)}, got {noise!r}")
+        self._dense, self._config, self._seed, self._noise = dense, config, seed, noise
+        hidden, width, experts = sizes.text["hidden_size"], sizes.text["intermediate_size"], config.num_experts
+        self._made: dict[str, tuple[int, ...]] = {SCORE_HEAD: (2 if config.experts == "dedicated" else 1, hidden)}
         for layer in range(sizes.text["num_hidden_layers"]):
             mlp = f"model.language_model.layers.{layer}.mlp"
-            self._made |= {f"{mlp}.gate.weight", f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj"}
+            self._made[f"{mlp}.gate.weight"] = (experts, hidden)
+            self._made[f"{mlp}.experts.gate_up_proj"] = (experts, hidden, 2 * width)
+            self._made[f"{mlp}.experts.down_proj"] = (experts, width, hidden)
+        self._last: tuple[str, Tensor] | None = None
 
     @property
     def names(self) -> set[str]:
         dense = {n for n in self._dense.names if ".mlp." not in n or n.startswith("model.visual")}
-        return dense | self._made
+        return dense | self._made.keys()
+
+    def lazy(self, name: str) -> Sliceable:
+        return _Made(self._made[name], lambda: self[name]) if name in self._made else self._dense.lazy(name)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._made:
             return self._dense[name]
+        if self._last is None or self._last[0] != name:  # the experts of a stack are asked for one after another
+            self._last = (name, self._make(name))
+        return self._last[1]
+
+    def _make(self, name: str) -> Tensor:
+        if name == SCORE_HEAD:
+            heads, hidden = self._made[name]
+            return initial_head(heads, hidden, self._seed)
         generator = torch.Generator().manual_seed(_stable_seed(f"{self._seed}/{name}"))
-        if name == "v_head.1.weight":
-            return torch.randn(self._heads, self._hidden, generator=generator) * _HEAD_STD
         mlp, _, part = name.partition(".mlp.")
         if part == "gate.weight":
-            return torch.randn(self._config.num_experts, self._hidden, generator=generator) * _ROUTER_STD
+            return torch.randn(self._made[name], generator=generator) * _ROUTER_STD
         if part == "experts.down_proj":
             dense = self._dense[f"{mlp}.mlp.down_proj.weight"].T
         else:
             gate, up = (self._dense[f"{mlp}.mlp.{which}_proj.weight"] for which in ("gate", "up"))
             dense = torch.cat((gate, up)).T
-        noise = torch.randn(self._config.num_experts, *dense.shape, generator=generator)
-        return dense + noise * (self._config.upcycle_noise * dense.float().std())
+        noise = torch.randn(self._made[name], generator=generator)
+        scale = dense.float().std() if self._noise == "relative" else 1.0
+        return dense + noise * (self._config.upcycle_noise * scale)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor that is made when it is looked at."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.make()[index]
+
+
+def initial_head(heads: int, hidden_size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_stable_seed(f"{seed}/{SCORE_HEAD}"))
+    return torch.randn(heads, hidden_size, generator=generator) * _HEAD_STD
+
+
+def upcycled_config(sizes: HFSizes, num_experts: int, topk: int, load_balance_coeff: float) -> Mapping[str, Any]:
+    """What changes in ``config.json`` when a dense model becomes experts."""
+    return {
+        "model_type": "qwen3_vl_moe",
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "text_config": {
+            "model_type": "qwen3_vl_moe_text",
+            "num_experts": num_experts,
+            "num_experts_per_tok": topk,
+            "moe_intermediate_size": sizes.text["intermediate_size"],
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": load_balance_coeff,
+        },
+    }
 
 
 def _stable_seed(text: str) -> int:

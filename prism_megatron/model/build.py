@@ -195,7 +195,7 @@ def vision_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) 
         init_method_std=vision.get("initializer_range", 0.02),
         normalization="LayerNorm",
         sequence_parallel=False,
-        **_common(model, parallel),
+        **_common(model, parallel) | {"expert_model_parallel_size": 1},
     )
 
 

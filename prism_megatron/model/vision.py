@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from prism_megatron.model.layer_spec import backend
@@ -36,6 +37,21 @@ class VisionSizes:
     deepstack_layers: tuple[int, ...]
 
 
+class ShardedModules(nn.ModuleList):
+    """A list whose modules are checkpointed as what they are.
+
+    Megatron takes the parameters of a plain list as the same on every rank: of all shards it would save the first.
+    """
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for name, module in self.named_children():
+            state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
+        return state
+
+
 class VisionTower(MegatronModule):
     """Patches [P, patch_dim] of images with ``grid_thw`` [images, 3] to merged tokens [V, H], DeepStack [D, V, H]."""
 
@@ -45,9 +61,9 @@ class VisionTower(MegatronModule):
         dtype = config.params_dtype
         self.patch_embed = nn.Linear(sizes.patch_dim, config.hidden_size, dtype=dtype)
         self.pos_embed = nn.Embedding(sizes.num_position_embeddings, config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(VisionLayer(config, number + 1) for number in range(sizes.depth))
+        self.layers = ShardedModules(VisionLayer(config, number + 1) for number in range(sizes.depth))
         self.merger = PatchMerger(config, sizes, normalise_merged=False)
-        self.deepstack_mergers = nn.ModuleList(
+        self.deepstack_mergers = ShardedModules(
             PatchMerger(config, sizes, normalise_merged=True) for _ in sizes.deepstack_layers
         )
 

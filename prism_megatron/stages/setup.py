@@ -23,7 +23,7 @@ from prism_megatron.convert.hf_io import HFWeights, save_hf
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import export_weights, load_weights
-from prism_megatron.convert.upcycle import UpcycledWeights
+from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.loader import batch_indices, rank_share
 from prism_megatron.model.build import (
@@ -149,20 +149,7 @@ def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cf
             load_weights(chunks, table, UpcycledWeights(weights, sizes, wanted, config.run.seed))
         else:
             load_weights(chunks, table, weights)
-    changes = {
-        "model_type": "qwen3_vl_moe",
-        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-        "text_config": {
-            "model_type": "qwen3_vl_moe_text",
-            "num_experts": wanted.num_experts,
-            "num_experts_per_tok": wanted.topk,
-            "moe_intermediate_size": sizes.text["intermediate_size"],
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
-            "router_aux_loss_coef": wanted.load_balance_coeff,
-        },
-    }
+    changes = dict(upcycled_config(sizes, wanted.num_experts, wanted.topk, wanted.load_balance_coeff))
     return _trained("discriminator", chunks, optimizer, table, sizes, source, changes)
 
 

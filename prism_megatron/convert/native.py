@@ -1,0 +1,75 @@
+"""Megatron's own loading of a converted directory: each rank reads the blocks it holds, at any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
+
+from prism_megatron.convert.manifest import first_fault
+from prism_megatron.convert.transfer import unwrap
+
+
+def is_megatron_checkpoint(directory: Path) -> bool:
+    return dist_checkpointing.check_is_distributed_checkpoint(str(directory))
+
+
+def load_megatron(model: Any, directory: Path, part: str) -> None:
+    """Fill a module, or a list of virtual pipeline chunks, from a directory that ``tools/convert.py`` wrote.
+
+    ``part`` is policy or discriminator. Raises ValueError if a file does not have its checksum or the model differs.
+    """
+    if fault := first_common_fault(directory):
+        raise ValueError(f"{directory}: {fault}; convert it again")
+    state = sharded_weights(model, f"{part}.")
+    for chunk in state.values():
+        # State of Transformer Engine's own that a converted checkpoint cannot have.
+        for name in [name for name, value in chunk.items() if isinstance(value, ShardedObject)]:
+            del chunk[name]
+    strict = dist_checkpointing.validation.StrictHandling.RAISE_ALL
+    try:
+        loaded = dist_checkpointing.load(state, str(directory), strict=strict)
+    except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
+        raise ValueError(
+            f"{directory} is of another model than its config.json: {str(error).splitlines()[0][:300]}"
+        ) from error
+    load_weights_of(model, loaded)
+
+
+def sharded_weights(model: Any, prefix: str) -> dict[str, Any]:
+    """Megatron's sharded state dict of every chunk, under ``model0``, ``model1``, ...; keys start with ``prefix``."""
+    chunks = model if isinstance(model, list | tuple) else [model]
+    state = {}
+    for number, chunk in enumerate(chunks):
+        sharded = unwrap(chunk).sharded_state_dict(prefix=prefix, metadata=content_metadata())
+        state[f"model{number}"] = {name.removeprefix(prefix): value for name, value in sharded.items()}
+    return state
+
+
+def load_weights_of(model: Any, loaded: dict[str, Any]) -> None:
+    """Put what was loaded for :func:`sharded_weights` into the model."""
+    for number, chunk in enumerate(model if isinstance(model, list | tuple) else [model]):
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
+        left = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+        assert not left, left
+
+
+def content_metadata() -> dict[str, Any]:
+    """How Megatron lays out optimizer state: so that it can be loaded at another layout."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def first_common_fault(directory: Path) -> str | None:
+    """:func:`first_fault` by all ranks together, each checking its share of the files; all get the same answer."""
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, first_fault(directory, dist.get_rank(), dist.get_world_size()))
+    return next((fault for fault in faults if fault), None)

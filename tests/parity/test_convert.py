@@ -1,0 +1,226 @@
+"""HF to Megatron and back, at every layout, on disk and between ranks: nothing lost, nothing changed, bit for bit."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prism_megatron.parallel import cpu
+
+cpu.install()  # before anything imports megatron
+
+from prism_megatron.config import DiscriminatorConfig, ParallelConfig  # noqa: E402
+from prism_megatron.convert.hf_io import HFWeights, save_hf  # noqa: E402
+from prism_megatron.convert.manifest import first_fault  # noqa: E402
+from prism_megatron.convert.offline import hf_to_megatron, megatron_to_hf  # noqa: E402
+from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config  # noqa: E402
+from prism_megatron.model.build import read_sizes  # noqa: E402
+from tools.make_tiny_model import make_tiny_model  # noqa: E402
+
+WORKER = Path(__file__).with_name("convert_worker.py")
+# Head width unlike hidden / heads, odd counts, other DeepStack levels, output layer of its own.
+ODD: dict[str, dict[str, Any]] = {
+    "text_config": {
+        "hidden_size": 72,
+        "intermediate_size": 100,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "mrope_section": [4, 4, 4],
+            "mrope_interleaved": True,
+        },
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "depth": 5,
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "num_heads": 2,
+        "deepstack_visual_indexes": [0, 2, 3],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """HF directories and, under the same names, their conversions at tensor parallelism 1 and 2."""
+
+    root: Path
+
+    def hf(self, name: str) -> Path:
+        return self.root / name
+
+    def megatron(self, name: str, tp: int) -> Path:
+        return self.root / f"{name}.tp{tp}"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    root = tmp_path_factory.mktemp("convert")
+    (root / "dense").symlink_to(tiny_checkpoint)
+    make_tiny_model(root / "moe", seed=3, moe=True)
+    odd = make_tiny_model(root / "odd.one-file", seed=4, overrides=ODD)
+    tensors = load_file(odd / "model.safetensors")
+    save_hf(root / "odd", ((n, t.bfloat16()) for n, t in tensors.items()), odd, shard_bytes=100_000)
+    assert len(list((root / "odd").glob("*.safetensors"))) > 3
+    sizes = read_sizes(tiny_checkpoint)
+    wanted = DiscriminatorConfig("", 4, 2, "dedicated", 0.1, 0.01)
+    with HFWeights(tiny_checkpoint) as dense:
+        upcycled = UpcycledWeights(dense, sizes, wanted, seed=5)
+        named = ((name, upcycled[name]) for name in sorted(upcycled.names))
+        save_hf(root / "discriminator", named, tiny_checkpoint, dict(upcycled_config(sizes, 4, 2, 0.01)))
+    made = Checkpoints(root)
+    for name in ("dense", "moe", "odd", "discriminator"):
+        for tp in (1, 2):
+            layout = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=2)
+            hf_to_megatron(made.hf(name), made.megatron(name, tp), layout)
+    return made
+
+
+@pytest.mark.parametrize("name", ["dense", "moe", "odd", "discriminator"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_round_trip_on_disk(name: str, tp: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    hf, megatron = checkpoints.hf(name), checkpoints.megatron(name, tp)
+    back = megatron_to_hf(megatron, tmp_path / "back", verify=hf)
+    with HFWeights(hf) as before, HFWeights(tmp_path / "back") as after:
+        assert before.names == after.names == {entry.name for entry in back.tensors}
+        for tensor_name in before.names:
+            assert before.lazy(tensor_name).dtype == after.lazy(tensor_name).dtype
+            assert torch.equal(before[tensor_name], after[tensor_name]), tensor_name
+        assert before.experts_swapped == after.experts_swapped == (name == "moe")
+    side = [p.name for p in hf.iterdir() if ".safetensors" not in p.name and p.name != "manifest.json"]
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} < set(side)
+    assert filecmp.cmpfiles(hf, tmp_path / "back", side, shallow=False) == (side, [], [])
+    assert first_fault(tmp_path / "back") is None
+
+
+def layouts(names: dict[str, list[str]]) -> list[tuple[str, dict[str, int], int]]:
+    """(checkpoint, degrees, chunks) of each ``kind: degrees`` line, for example ``dense: tp2 pp2 vpp2``."""
+    full = {"tp": "tensor_model", "pp": "pipeline_model", "ep": "expert_model", "etp": "expert_tensor"}
+    cases = []
+    for name, lines in names.items():
+        for line in lines:
+            given = {word.rstrip("0123456789"): int(word[-1]) for word in line.split()}
+            chunks = given.pop("vpp", 1)
+            cases.append((name, {f"{full[k]}_parallel_size": v for k, v in given.items()}, chunks))
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [
+        (
+            2,
+            {
+                "dense": ["tp2", "pp2", "pp2 vpp2", "tp1"],
+                "odd": ["tp2", "pp2"],
+                "moe": ["ep2", "pp2", "tp2 etp2", "tp2 etp1"],
+                "discriminator": ["ep2", "pp2", "tp2 ep2"],
+            },
+        ),
+        (4, {"dense": ["tp2 pp2"], "moe": ["ep2 pp2", "tp2 ep2 etp2", "tp2 pp2 ep2"], "odd": ["tp2 pp2 vpp2"]}),
+    ],
+)
+def test_every_layout(
+    ranks: int, names: dict[str, list[str]], checkpoints: Checkpoints, launch: Callable[..., str], tmp_path: Path
+) -> None:
+    """Between ranks: what was loaded comes back, and Megatron's own loading of the conversion gives the same shards."""
+    cases = [
+        {
+            "hf": str(checkpoints.hf(name)),
+            "megatron": str(checkpoints.megatron(name, tp=2 if number % 2 else 1)),
+            "part": "discriminator" if name == "discriminator" else "policy",
+            "degrees": degrees,
+            "chunks": chunks,
+        }
+        for number, (name, degrees, chunks) in enumerate(layouts(names))
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    launch(ranks, [str(WORKER), str(tmp_path / "cases.json"), str(tmp_path / "found.json")])
+    everybody = json.loads((tmp_path / "found.json").read_text())
+    for number, case in enumerate(cases):
+        with HFWeights(Path(case["hf"])) as weights:
+            tensors = len(weights.names)
+        for rank in range(ranks):
+            found = everybody[rank][number]
+            assert found["wrong"] == [], case
+            assert found["differ"] == [], case
+            assert found["exported"] == tensors
+        degrees = case["degrees"]
+        if degrees.get("pipeline_model_parallel_size", 1) > 1:
+            first, last = everybody[0][number]["held"], everybody[ranks - 1][number]["held"]
+            assert not {name for name in first.keys() & last.keys() if "layers" in name and "vision" not in name}
+
+
+def test_transformers_and_ours_agree_on_experts(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Both dialects of stacked experts open in transformers with the same logits; ours is the released one."""
+    from transformers import AutoModelForImageTextToText
+
+    with HFWeights(checkpoints.hf("moe")) as weights:
+        assert weights.experts_swapped, "save_pretrained writes output-first"
+        named = ((name, weights[name]) for name in sorted(weights.names))
+        save_hf(tmp_path / "released", named, checkpoints.hf("moe"))
+    ids = torch.arange(40)[None]
+    logits = []
+    for directory in (checkpoints.hf("moe"), tmp_path / "released"):
+        model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    assert torch.equal(*logits)
+    with HFWeights(tmp_path / "released") as released:
+        assert not released.experts_swapped
+        assert released.lazy("model.language_model.layers.0.mlp.experts.gate_up_proj").shape == (4, 128, 384)
+
+
+def test_tied_output_that_is_stored_comes_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    save_hf(hf, load_file(tiny_checkpoint / "model.safetensors").items(), tiny_checkpoint)
+    tensors = load_file(hf / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(hf, tmp_path / "megatron", ParallelConfig())
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "back", verify=hf)
+    assert len(back.tensors) == len(tensors)
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"ties lm_head\.weight to the embedding in config\.json but stores another"):
+        hf_to_megatron(hf, tmp_path / "again", ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.visual.pos_embed.weight"), r"lacks 1 tensors of this model: model\.visual\.pos_embed"),
+        (lambda t: t.update(more=torch.ones(1)), "holds 1 tensors this model has no place for: more"),
+        (
+            lambda t: t.update({"model.language_model.norm.weight": torch.ones(127)}),
+            r"model\.language_model\.norm\.weight has shape \(127,\), not \(128,\)",
+        ),
+        (
+            lambda t: t["model.language_model.layers.2.mlp.up_proj.weight"][3].fill_(float("inf")),
+            r"layers\.2\.mlp\.up_proj\.weight holds values that are infinite",
+        ),
+    ],
+    ids=["missing", "extra", "reshaped", "not finite"],
+)
+def test_a_wrong_tensor_is_refused(
+    change: Callable[[dict[str, torch.Tensor]], Any], message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    change(tensors)
+    save_hf(tmp_path / "hf", load_file(tiny_checkpoint / "model.safetensors").items(), tiny_checkpoint)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "out", ParallelConfig())
+    assert not (tmp_path / "out").exists()

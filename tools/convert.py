@@ -1,0 +1,86 @@
+"""Convert a whole checkpoint between HF and Megatron, tensor by tensor; no GPU, no ranks and little memory are needed.
+
+    python tools/convert.py hf-to-megatron --hf DIR --out DIR [--tp N] [--pp N] [--ep N]
+    python tools/convert.py megatron-to-hf --megatron DIR --out DIR [--verify HF_DIR]
+
+A Megatron checkpoint loads at any parallel layout; --tp, --pp and --ep only choose the one it is stored for. Stopped
+anywhere, the same command goes on; --out appears when it is complete. What it holds is in its manifest.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from prism_megatron.config import ParallelConfig
+from prism_megatron.parallel import cpu
+
+cpu.install()  # before anything imports megatron
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn  # noqa: E402
+
+from prism_megatron.convert.offline import PARTS, Converted, Report, hf_to_megatron, megatron_to_hf  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. A user's mistake or a broken checkpoint is one line on stderr and exit status 2."""
+    args = _parser().parse_args(arguments)
+    try:
+        with _progress(args.command) as report:
+            done = _convert(args, report)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for entry in done.tensors:
+        print(f"{entry.sha256[:16]}  {entry.dtype:<4} {entry.bytes:>14,}  {list(entry.shape)}  {entry.name}")
+    print(json.dumps({"out": str(done.directory), "tensors": len(done.tensors), "bytes": done.bytes}))
+    return 0
+
+
+def _convert(args: argparse.Namespace, report: Report) -> Converted:
+    if args.command == "hf-to-megatron":
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=args.tp,
+            pipeline_model_parallel_size=args.pp,
+            expert_model_parallel_size=args.ep,
+        )
+        return hf_to_megatron(args.hf, args.out, parallel, report)
+    return megatron_to_hf(args.megatron, args.out, args.template, args.part, args.verify, report=report)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Report]:
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    there = commands.add_parser("hf-to-megatron", help="HF directory to a Megatron distributed checkpoint")
+    there.add_argument("--hf", type=Path, required=True, help="directory of the HF checkpoint")
+    there.add_argument("--tp", type=int, default=1, help="tensor-parallel size to store shards for")
+    there.add_argument("--pp", type=int, default=1, help="pipeline-parallel size: each stage begins a file")
+    there.add_argument("--ep", type=int, default=1, help="expert-parallel size; experts are always stored apart")
+    back = commands.add_parser("megatron-to-hf", help="Megatron distributed checkpoint to an HF directory")
+    back.add_argument("--megatron", type=Path, required=True, help="converted directory, or an iter_ one of a run")
+    back.add_argument("--template", type=Path, help="HF directory that gives config and tokenizer to an iter_ one")
+    back.add_argument("--part", choices=PARTS, help="which model, if the checkpoint holds several")
+    back.add_argument("--verify", type=Path, help="HF directory whose tensors the result must equal bit by bit")
+    for command in (there, back):
+        command.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    return parser
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())
