@@ -93,7 +93,7 @@ class Visual:
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """A prompt as the trainer sees it: a visual token for every merged patch, ``visuals`` in the order they are shown."""
+    """A prompt as the trainer sees it: a visual token for every merged patch, and ``visuals`` in the order shown."""
 
     token_ids: tuple[int, ...]
     visuals: tuple[Visual, ...] = ()

@@ -96,8 +96,8 @@ VISION_CONFIG: dict[str, Any] = {
 # A token's embedding is also its row of the output layer, where ones would make the first guesses far too sure.
 TOKEN_STD, POSITION_STD = 0.3, 0.5
 
-# Qwen3-VL's ChatML, for text and images: system turns pass as they are, an image is one <|image_pad|> between its
-# markers (the processor expands it), and add_generation_prompt opens the assistant's turn.
+# Qwen3-VL's ChatML: system turns pass as they are, an image or a video is one pad token between its markers (the
+# processor expands it), and add_generation_prompt opens the assistant's turn.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -107,6 +107,8 @@ CHAT_TEMPLATE = """\
 {%- for part in message.content -%}
 {%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part.type == 'video' or 'video' in part -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
 {%- elif 'text' in part -%}
 {{- part.text -}}
 {%- endif -%}

@@ -8,7 +8,7 @@ bounded size; every rank sees every tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -93,13 +93,17 @@ def load_weights(model: Any, table: Sequence[Rule], source: TensorSource) -> Non
 
 
 def export_weights(
-    model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_BYTES
+    model: Any,
+    table: Sequence[Rule],
+    bucket_bytes: int = _BUCKET_BYTES,
+    read: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every (HF name, whole tensor) on every rank: all must iterate to the end. Tied copies are left out.
 
+    ``read`` says what of a parameter is exported: its values, or another tensor of its shape such as its gradient.
     At most ``bucket_bytes`` of gathered tensors are held per kind of parameter, or one tensor if that is larger.
     """
-    here = {name: parameter.detach() for name, parameter in named_parameters(model).items()}
+    here = {name: read(parameter) for name, parameter in named_parameters(model).items()}
     owners = _owners(here)
     buckets: dict[tuple[int, torch.dtype, str], _Bucket] = {}
     for rules in units(table):

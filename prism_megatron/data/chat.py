@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -75,7 +76,10 @@ class ChatProcessor:
         """
         try:
             encoded = self._processor.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_tensors="pt", do_sample_frames=False
+                list(messages),
+                tokenize=True,
+                return_dict=True,
+                processor_kwargs={"return_tensors": "pt", "videos_kwargs": {"do_sample_frames": False}},
             )
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ValueError(f"{source}: not a chat this checkpoint's processor can read ({error})") from error
@@ -109,7 +113,7 @@ def _visuals(pixels: Tensor | None, grids: Tensor | None, *, is_video: bool) -> 
     """HF's concatenated patches, cut into images or videos by their grids."""
     if pixels is None or grids is None:
         return []
-    cut = pixels.split(grids.prod(1).tolist())
+    cut = torch.split(pixels, grids.prod(1).tolist())
     return [Visual(patches, (t, h, w), is_video) for patches, (t, h, w) in zip(cut, grids.tolist(), strict=True)]
 
 

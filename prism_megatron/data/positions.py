@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from prism_megatron.types import Visual, InputSpec
+from prism_megatron.types import InputSpec, Visual
 
 
 def mrope_positions(token_ids: Sequence[int], visuals: Sequence[Visual], spec: InputSpec) -> Tensor:

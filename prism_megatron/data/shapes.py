@@ -8,11 +8,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from prism_megatron.data.dataset import IMAGE_PLACEHOLDER, write_atomic, write_prompts
 from prism_megatron.data.response import parse_response
@@ -42,6 +45,7 @@ __all__ = [
     "ShapesConfig",
     "caption_recall",
     "question_from_json",
+    "sample_scenes",
     "sample_texts",
     "scene_from_json",
     "solve",
@@ -117,6 +121,12 @@ def scene_of(example: Example) -> Scene:
 def question_of(example: Example) -> Question:
     """The question behind a prompt that was read from one of this task's parquet files."""
     return question_from_json(example.extra["question"])
+
+
+def sample_scenes(count: int, config: ShapesConfig) -> list[Image.Image]:
+    """Some pictures of the task, to look at or to measure with."""
+    drawn = (_draw("scenes", row, config, frozenset())[1] for row in range(count))
+    return [Image.open(io.BytesIO(render(scene))).convert("RGB") for scene in drawn]
 
 
 def sample_texts(count: int, seed: int = 0) -> list[str]:

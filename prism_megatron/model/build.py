@@ -22,7 +22,6 @@ from prism_megatron.parallel.groups import ModelDegrees
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MOE = {
-    "moe_token_dispatcher_type": "alltoall",
     "moe_router_load_balancing_type": "none",
     "moe_grouped_gemm": torch.cuda.is_available(),
 }
@@ -87,9 +86,7 @@ def build_policy(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -
             "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         }
     config, vision = text_config(model, parallel, sizes, moe), vision_config(model, parallel, sizes)
-    chunks = [
-        Qwen3VL(config, vision, _text_sizes(sizes), _vision_sizes(sizes), place) for place in _places(parallel)
-    ]
+    chunks = [Qwen3VL(config, vision, _text_sizes(sizes), _vision_sizes(sizes), place) for place in _places(parallel)]
     return [_place(chunk, model.freeze) for chunk in chunks]
 
 
@@ -169,6 +166,7 @@ def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, mo
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage or None,
         # Micro-batches differ in length, and what travels between stages in width.
         variable_seq_lengths=pp > 1,
+        moe_token_dispatcher_type="alltoall",  # varying lengths need it, even where nothing is routed
         # Batched, the two directions of an interleaved schedule would be mistaken for each other between two stages.
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,

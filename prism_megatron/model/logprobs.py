@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens over a vocabulary that is split over tensor-parallel ranks.
 
-The logits of a few tokens at a time exist, in float32, and are computed again in the backward pass: an 8K-token response
-over Qwen's vocabulary would need gigabytes for them, of which nothing but two numbers per token is kept.
+Only the logits of a few tokens at a time exist, in float32, and are computed again in the backward pass: those of an
+8K-token response over Qwen's vocabulary would take gigabytes, of which nothing but two numbers per token is kept.
 """
 
 from __future__ import annotations

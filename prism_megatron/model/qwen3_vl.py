@@ -124,9 +124,7 @@ class Qwen3VL(LanguageModule):
         """What the stage before sent, from Megatron's pipeline schedule."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(
-        self, batch: PackedBatch, token_share: float = 0.0, whole_logits: bool = False
-    ) -> Tensor | TokenScores:
+    def forward(self, batch: PackedBatch, token_share: float = 0.0, whole_logits: bool = False) -> Tensor | TokenScores:
         """One chunk's work on a micro-batch.
 
         The last chunk gives the scores of the trained tokens, zero elsewhere ([T], on every context-parallel rank), or

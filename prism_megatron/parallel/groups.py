@@ -31,10 +31,9 @@ def check_degrees(parallel: ParallelConfig, world_size: int, model: ModelDegrees
     """Refuse degrees that cannot work, before anything is built. Raises ValueError."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
-    for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor"):
-        size = getattr(parallel, f"{name}_parallel_size")
-        if size < 1:
-            raise ValueError(f"parallel.{name}_parallel_size must be at least 1, got {size}")
+    for name, size in vars(parallel).items():
+        if name.endswith("_parallel_size") and size < 1:
+            raise ValueError(f"parallel.{name} must be at least 1, got {size}")
     if world_size % (tp * pp * cp):
         raise ValueError(
             f"world size {world_size} is not a multiple of tensor ({tp}) x pipeline ({pp}) x context ({cp}) parallel "

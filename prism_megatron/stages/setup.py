@@ -43,7 +43,7 @@ from prism_megatron.parallel import groups
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in training: this rank's chunks in Megatron's wrapping, their optimizer, what is needed to export them."""
+    """A model in training: this rank's chunks in Megatron's DDP, their optimizer, what is needed to export them."""
 
     name: str
     chunks: list[Any]

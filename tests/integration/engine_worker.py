@@ -93,8 +93,8 @@ def logprob_difference(hf: Any, prompt: EncodedPrompt, rollout: Rollout) -> floa
         logits = hf(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid_thw,
+            pixel_values=torch.cat([visual.patches for visual in prompt.visuals]),
+            image_grid_thw=torch.tensor([visual.grid for visual in prompt.visuals]),
             mm_token_type_ids=(ids == hf.config.image_token_id).int(),
         ).logits[0, len(prompt.token_ids) - 1 : -1]
     wanted = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]

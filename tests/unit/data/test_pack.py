@@ -5,42 +5,80 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prism_megatron.data.pack import TrainingSequence, pack, split_by_tokens
-from prism_megatron.types import EncodedPrompt
+from prism_megatron.data.pack import Padding, TrainingSequence, pack, split_by_tokens
+from prism_megatron.types import EncodedPrompt, InputSpec, Visual
 
 IMAGE = 9
+SPEC = InputSpec(image_token_id=IMAGE, video_token_id=8, merge_size=2, patch_dim=2, max_positions=12)
+
+
+def picture() -> Visual:
+    return Visual(torch.ones(4, 2), (1, 2, 2))
 
 
 def prompt(*tokens: int) -> EncodedPrompt:
-    return EncodedPrompt(tokens, torch.ones(4, 2), torch.tensor([[1, 2, 2]]))
+    return EncodedPrompt(tokens, (picture(),))
 
 
 def test_two_answers_to_one_prompt_and_padding() -> None:
     shared = prompt(5, IMAGE)
-    batch = pack(
-        [TrainingSequence(shared, (6, 7)), TrainingSequence(shared, (8,))],
-        image_token_id=IMAGE,
-        merge_size=2,
-        pad_to_multiple=4,
-    )
-    assert batch.tokens.tolist() == [5, IMAGE, 6, 7, 5, IMAGE, 8, 0]
-    assert batch.targets.tolist() == [IMAGE, 6, 7, 0, IMAGE, 8, 0, 0]
+    batch = pack([TrainingSequence(shared, (6, 7)), TrainingSequence(shared, (7,))], SPEC, Padding(batch_multiple=4))
+    assert batch.tokens.tolist() == [5, IMAGE, 6, 7, 5, IMAGE, 7, 0]
+    assert batch.targets.tolist() == [IMAGE, 6, 7, 0, IMAGE, 7, 0, 0]
     assert batch.loss_mask.tolist() == [0, 1, 1, 0, 0, 1, 0, 0]
     assert batch.cu_seqlens.tolist() == [0, 4, 7, 8]
     assert batch.sequence_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 2]
     assert batch.visual_index.tolist() == [-1, 0, -1, -1, -1, 0, -1, -1]
-    assert batch.image_grid_thw.tolist() == [[1, 2, 2]], "the shared image is there once"
+    assert batch.grid_thw.tolist() == [[1, 2, 2]], "the shared image is there once"
     assert batch.max_seqlen == 4
+    assert batch.last_tokens.tolist() == [3, 6]
 
 
-def test_other_prompts_bring_their_own_image() -> None:
+def test_each_sequence_padded_where_it_ends() -> None:
     batch = pack(
-        [TrainingSequence(prompt(IMAGE), (1,)), TrainingSequence(prompt(IMAGE), (2,))],
-        image_token_id=IMAGE,
-        merge_size=2,
+        [TrainingSequence(prompt(5, IMAGE), (6,)), TrainingSequence(EncodedPrompt((1,)), (2, 3))], SPEC, Padding(4, 8)
     )
-    assert batch.visual_index.tolist() == [0, -1, 1, -1]
+    assert batch.tokens.tolist() == [5, IMAGE, 6, 0, 1, 2, 3, 0]
+    assert batch.targets.tolist() == [IMAGE, 6, 0, 0, 2, 3, 0, 0]
+    assert batch.loss_mask.tolist() == [0, 1, 0, 0, 1, 1, 0, 0]
+    assert batch.cu_seqlens.tolist() == [0, 4, 8]
+    assert batch.last_tokens.tolist() == [2, 6]
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_other_prompts_bring_their_own_image_and_share_a_common_one() -> None:
+    common = picture()
+    batch = pack(
+        [
+            TrainingSequence(EncodedPrompt((IMAGE,), (common,)), (1,)),
+            TrainingSequence(prompt(IMAGE), (2,)),
+            TrainingSequence(EncodedPrompt((IMAGE, 3), (common,)), (2,)),
+        ],
+        SPEC,
+    )
+    assert batch.visual_index.tolist() == [0, -1, 1, -1, 0, -1, -1]
     assert len(batch.pixel_values) == 8
+
+
+def test_text_alone_and_nothing_at_all_carry_a_blank_image() -> None:
+    text = pack([TrainingSequence(EncodedPrompt((1, 2)), (3,))], SPEC)
+    nothing = pack([], SPEC, Padding(2, 4))
+    for batch in (text, nothing):
+        assert batch.pixel_values.tolist() == [[0, 0]] * 4
+        assert batch.grid_thw.tolist() == [[1, 2, 2]]
+        assert batch.visual_index.max() == -1
+    assert nothing.tokens.tolist() == [0, 0, 0, 0]
+    assert nothing.loss_mask.sum() == 0
+    assert nothing.last_tokens.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [((1, IMAGE), "a response contains an image or video token"), ((1,) * 12, "a sequence of 13 positions")],
+)
+def test_responses_that_cannot_be_run_are_refused(response: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack([TrainingSequence(EncodedPrompt((1,)), response)], SPEC)
 
 
 def test_split_keeps_order_and_budget() -> None:

@@ -7,8 +7,9 @@ import pytest
 from prism_megatron.config import ParallelConfig
 from prism_megatron.parallel.groups import ModelDegrees, check_degrees
 
-DENSE = ModelDegrees(num_layers=4, num_attention_heads=16, num_query_groups=8, vision_heads=16)
-MOE = ModelDegrees(num_layers=4, num_attention_heads=16, num_query_groups=8, vision_heads=16, num_moe_experts=4)
+SIZES = {"num_layers": 8, "num_attention_heads": 16, "num_query_groups": 8, "vision_heads": 16, "vocab_size": 160}
+DENSE = ModelDegrees(**SIZES)
+MOE = ModelDegrees(**SIZES, num_moe_experts=4, moe_ffn_hidden_size=30)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,41 @@ MOE = ModelDegrees(num_layers=4, num_attention_heads=16, num_query_groups=8, vis
             MOE,
             "num_moe_experts (4) must be divisible by expert_model_parallel_size (3); use 2 or less",
         ),
-        ({"pipeline_model_parallel_size": 2}, 2, DENSE, "pipeline_model_parallel_size (2) is not supported yet"),
+        (
+            {"expert_tensor_parallel_size": 4},
+            4,
+            MOE,
+            "moe_ffn_hidden_size (30) must be divisible by expert_tensor_parallel_size (4); use 3 or less",
+        ),
+        (
+            {"pipeline_model_parallel_size": 3},
+            3,
+            DENSE,
+            "num_layers (8) must be divisible by pipeline_model_parallel_size (3); use 2 or less",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3},
+            2,
+            DENSE,
+            "layers of a pipeline stage (4) must be divisible by virtual_pipeline_model_parallel_size (3); use 2",
+        ),
+        (
+            {"pipeline_model_parallel_size": 4, "num_layers_in_first_pipeline_stage": 1},
+            4,
+            DENSE,
+            "7 layers do not divide over 3 middle pipeline stages; move 1 of them to the first or last stage",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_in_first_pipeline_stage": 3,
+                "num_layers_in_last_pipeline_stage": 3,
+            },
+            2,
+            DENSE,
+            "leaves 2 for 0 other stages; each needs at least one and every layer a stage",
+        ),
+        ({"num_layers_in_first_pipeline_stage": 3}, 1, DENSE, "need pipeline_model_parallel_size above 1"),
     ],
 )
 def test_refused(parallel: dict[str, int], world: int, model: ModelDegrees, message: str) -> None:
@@ -40,4 +75,7 @@ def test_refused(parallel: dict[str, int], world: int, model: ModelDegrees, mess
 
 def test_accepted() -> None:
     check_degrees(ParallelConfig(tensor_model_parallel_size=8), 16, DENSE)
+    check_degrees(ParallelConfig(pipeline_model_parallel_size=8), 8, DENSE)
+    uneven = {"num_layers_in_first_pipeline_stage": 2, "num_layers_in_last_pipeline_stage": 2}
+    check_degrees(ParallelConfig(pipeline_model_parallel_size=4, **uneven), 4, DENSE)
     check_degrees(ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2), 4, MOE)

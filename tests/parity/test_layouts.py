@@ -1,0 +1,123 @@
+"""HF = ours in one process = ours at every parallel layout, on one to eight real ranks: logits, gradients.
+
+The chain: ``hf_results`` is HF's model, row by row (the load-balancing loss written down once more from HF's own router
+logits). ``test_one_process`` proves ours in one process equal to it. ``test_layout`` proves each layout equal to one
+process, to a tighter tolerance, and with it that packed is padded is one sequence at a time, that recomputation changes
+nothing, that DeepStack crosses any stage boundary and that an image shown by two rows, or by none, is no special case.
+Ranks beyond a layout's own are data parallel. The rows: text, one image, two sizes of image, videos, one image
+twice. Sizes are odd on purpose: heads x head_dim is not the hidden size, three DeepStack levels over four layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from prism_megatron.config import ParallelConfig
+from tools import parity
+from tools.make_tiny_model import make_tiny_model
+
+AUX = 0.05
+SIZES: dict[str, dict[str, Any]] = {
+    "text_config": {
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "mrope_section": [4, 4, 4],
+            "mrope_interleaved": True,
+        },
+    },
+    "vision_config": {"depth": 4, "deepstack_visual_indexes": [0, 1, 3]},
+}
+
+
+def layout(
+    ranks: int, batching: str = "single", recompute: bool = False, distopt: bool = False, **degrees: Any
+) -> parity.Case:
+    names = {"tp": "tensor_model", "pp": "pipeline_model", "vpp": "virtual_pipeline_model", "cp": "context"}
+    names |= {"ep": "expert_model", "etp": "expert_tensor"}
+    split = {"first": "num_layers_in_first_pipeline_stage", "last": "num_layers_in_last_pipeline_stage"}
+    fields = {f"{names[k]}_parallel_size": n for k, n in degrees.items() if k in names}
+    fields |= {split[k]: n for k, n in degrees.items() if k in split}
+    parallel = ParallelConfig(**fields, sequence_parallel=degrees.get("sp", False))
+    return parity.Case(ranks, parallel, batching, recompute, distributed_optimizer=distopt)
+
+
+ONE = layout(1)
+DENSE = [
+    layout(2, distopt=True),
+    layout(8),
+    layout(1, "packed"),
+    layout(2, "padded"),
+    layout(2, tp=2),
+    layout(4, tp=2, sp=True, distopt=True),
+    layout(2, pp=2),
+    layout(4, pp=4),
+    layout(4, "packed", pp=2, first=1),
+    layout(2, pp=2, vpp=2),
+    layout(2, cp=2),
+    layout(4, "packed", cp=4, recompute=True),
+    layout(4, tp=2, pp=2, recompute=True),
+    layout(4, tp=2, sp=True, pp=2, vpp=2, distopt=True),
+    layout(8, tp=2, sp=True, pp=2, cp=2),
+    layout(6, pp=3, cp=2, first=1, last=1, distopt=True),
+]
+MOE = [
+    layout(2),
+    layout(2, ep=2),
+    layout(4, ep=4, distopt=True),
+    layout(2, tp=2, sp=True, ep=2),
+    layout(2, tp=2, sp=True, etp=2),
+    layout(4, tp=2, sp=True, etp=2, ep=2),
+    layout(4, pp=2, ep=2),
+    layout(4, pp=2, vpp=2, ep=2, recompute=True),
+    layout(8, pp=4, ep=2),
+    layout(2, cp=2, ep=2),
+    layout(4, cp=2, ep=4, recompute=True),
+    layout(4, tp=2, sp=True, pp=2, ep=2),
+    layout(8, tp=2, sp=True, pp=2, vpp=2, ep=2, distopt=True),
+    layout(4, tp=2, sp=True, cp=2, ep=4),
+    layout(8, tp=2, sp=True, pp=2, cp=2, etp=2, ep=2),
+]
+CASES = {
+    "dense": [ONE, *DENSE],
+    "moe": [dataclasses.replace(case, moe_aux_loss_coeff=AUX) for case in (ONE, *MOE)],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Per model: HF's results and ours at every layout."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for kind, cases in CASES.items():
+        checkpoint = tmp_path_factory.mktemp(kind) / "base"
+        make_tiny_model(checkpoint, seed=3, moe=kind == "moe", overrides=SIZES)
+        rows = parity.encode_rows(checkpoint, parity.default_chats())
+        found[kind] = {"hf": parity.hf_results(checkpoint, rows, True, AUX if kind == "moe" else 0.0)}
+        ran = parity.run_cases(checkpoint, rows, cases)
+        found[kind] |= zip((case.name for case in cases), ran, strict=True)
+    return found
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_one_process(kind: str, results: dict[str, dict[str, dict[str, Tensor]]]) -> None:
+    measured = parity.compare(results[kind][ONE.name], results[kind]["hf"])
+    assert measured["logits_relative"] < parity.LOGITS_TOLERANCE
+    assert measured["gradients_relative"] < parity.GRADIENT_TOLERANCE, measured["gradients_worst_tensor"]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, case.name) for kind, cases in CASES.items() for case in cases[1:]])
+def test_layout(kind: str, name: str, results: dict[str, dict[str, dict[str, Tensor]]]) -> None:
+    measured = parity.compare(results[kind][name], results[kind][ONE.name])
+    assert measured["logits_relative"] < 1e-5
+    assert measured["logprobs_relative"] < 1e-5
+    assert measured["entropy_relative"] < 1e-5
+    assert measured["gradients_relative"] < 1e-5, measured["gradients_worst_tensor"]

@@ -1,0 +1,95 @@
+"""An image that several sequences show is encoded once, and its gradient is the sum of theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prism_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from prism_megatron.data.pack import TrainingSequence, pack
+from prism_megatron.types import EncodedPrompt, Visual
+from tools import parity
+
+
+def built(checkpoint: Path, freeze: Sequence[str] = ()) -> torch.nn.Module:
+    from prism_megatron.convert.hf_io import HFWeights
+    from prism_megatron.convert.qwen3_vl import policy_table
+    from prism_megatron.convert.transfer import load_weights
+    from prism_megatron.model.build import build_policy, read_sizes
+
+    sizes = read_sizes(checkpoint)
+    chunks = build_policy(ModelConfig(str(checkpoint), freeze=list(freeze)), ParallelConfig(), sizes)
+    with HFWeights(checkpoint) as weights:
+        load_weights(chunks, policy_table(sizes), weights)
+    return chunks[0]
+
+
+def vision_gradients(model: torch.nn.Module, sequences: Sequence[TrainingSequence], spec: object) -> dict[str, Tensor]:
+    model.zero_grad()
+    (-model(pack(sequences, spec)).logprobs.sum()).backward()  # type: ignore[arg-type]
+    return {n: p.grad.clone() for n, p in model.named_parameters() if n.startswith("vision.") and p.grad is not None}
+
+
+def test_a_shared_image_is_encoded_once(tiny_checkpoint: Path) -> None:
+    model = built(tiny_checkpoint)
+    spec = parity.ChatProcessor(tiny_checkpoint).input_spec
+    row = parity.encode_rows(tiny_checkpoint, parity.default_chats())[1]
+    encoded = []
+    model.vision.register_forward_hook(lambda _m, inputs, _o: encoded.append(len(inputs[0])))  # type: ignore[operator]
+    answers = [(40, 41, 42), (50, 51), (60,)]
+    shared = vision_gradients(model, [TrainingSequence(row, answer) for answer in answers], spec)
+    (visual,) = row.visuals
+    assert encoded == [len(visual.patches)]
+
+    apart: dict[str, Tensor] = {}
+    for answer in answers:
+        for name, gradient in vision_gradients(model, [TrainingSequence(row, answer)], spec).items():
+            apart[name] = apart.get(name, torch.zeros_like(gradient)) + gradient
+    assert shared.keys() == apart.keys()
+    for name, gradient in shared.items():
+        scale = apart[name].abs().max()
+        assert float((gradient - apart[name]).abs().max() / scale) < 1e-5, name
+
+
+def test_a_batch_of_text_gives_the_vision_tower_a_gradient_of_zero(tiny_checkpoint: Path) -> None:
+    model = built(tiny_checkpoint)
+    spec = parity.ChatProcessor(tiny_checkpoint).input_spec
+    gradients = vision_gradients(model, [TrainingSequence(EncodedPrompt((40, 41)), (42, 43))], spec)
+    assert gradients.keys() == {n for n, _ in model.named_parameters() if n.startswith("vision.")}
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_a_frozen_tensor_has_no_gradient_and_no_optimizer_state(tiny_checkpoint: Path) -> None:
+    from prism_megatron.model.build import wrap_for_training
+    from prism_megatron.optim.optimizer import build_optimizer
+    from prism_megatron.optim.step import Stats, train_step
+
+    model = built(tiny_checkpoint, freeze=("vision", "merger"))
+    spec = parity.ChatProcessor(tiny_checkpoint).input_spec
+    (wrapped,) = chunks = wrap_for_training([model], use_distributed_optimizer=False)
+    optimizer = build_optimizer(OptimizerConfig(lr=1.0, weight_decay=0.5), chunks)
+    row = parity.encode_rows(tiny_checkpoint, parity.default_chats())[1]
+    batch = pack([TrainingSequence(row, (40, 41))], spec)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train_step(
+        chunks, optimizer, [batch], lambda chunk, b: chunk(b), lambda b, s: (-s.logprobs.sum(), Stats({})), lr=0.01
+    )
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    in_buffers = {id(p) for buffer in wrapped.buffers for p in buffer.params}
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith("vision.")
+        assert torch.equal(parameter, before[name]) == frozen, name
+        assert (id(parameter) not in in_buffers) == frozen, name
+        if frozen:
+            assert parameter.grad is None
+            assert id(parameter) not in trained
+            assert not hasattr(parameter, "main_grad")
+
+
+def test_visual_records_are_told_apart_by_identity() -> None:
+    visual = Visual(torch.zeros(4, 2), (1, 2, 2))
+    assert dataclasses.replace(visual) != visual
