@@ -249,13 +249,12 @@ def our_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputSpec
             scored.append((f"entropy_{row}", scores.entropy[response].cpu()))
         return -(scores.logprobs * batch.loss_mask).sum() / trained, Stats({})
 
-    config = OptimizerConfig(lr=_STEP * _EPSILON, adam_eps=_EPSILON, clip_grad=0.0) if case.distributed_optimizer else None
-    optimizer = build_optimizer(config or OptimizerConfig(lr=0.0, clip_grad=0.0), wrapped)
-    before = dict(export_weights(wrapped, table)) if config else {}
-    lr = config.lr if config else 0.0
+    lr = _STEP * _EPSILON if case.distributed_optimizer else 0.0
+    optimizer = build_optimizer(OptimizerConfig(lr=lr, adam_eps=_EPSILON, clip_grad=0.0), wrapped)
+    before = dict(export_weights(wrapped, table)) if case.distributed_optimizer else {}
     train_step(wrapped, optimizer, batches, lambda chunk, batch: chunk(batch, shares[id(batch)]), loss, lr)
     results |= dict(gather_over_data_parallel(from_last_stage(scored)))
-    if config:  # gradients are scattered over the ranks: look at what the step made of them
+    if case.distributed_optimizer:  # gradients are scattered over the ranks: look at what the step made of them
         after = export_weights(wrapped, table)
         return results | {f"grad:{name}": (before[name] - tensor) / _STEP for name, tensor in after}
     return results | {f"grad:{name}": g for name, g in export_weights(wrapped, table, read=_gradient)}

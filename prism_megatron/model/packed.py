@@ -47,15 +47,18 @@ def packed_context(
     token_share: float,
 ) -> PackedContext:
     """The context of this rank's part of ``batch``; ``token_share`` is the micro-batch's part of the global batch."""
+    branches = batch.branch_ids if batch.branch_ids is not None else torch.zeros_like(batch.last_tokens)
+    with_padding = torch.cat((branches, branches.new_full((1,), -1)))
+    ends = torch.cat((batch.last_tokens, batch.last_tokens.new_full((1,), -1)))
+    behind = torch.arange(len(batch.tokens), device=ends.device) > ends[batch.sequence_ids]
+    token_branch = with_padding[batch.sequence_ids].masked_fill(behind, -1)
+    position_ids = batch.position_ids
     index = order = None
-    position_ids, sequence_ids = batch.position_ids, batch.sequence_ids
     if (size := config.context_parallel_size) > 1:
         parts = [context_tokens(batch.cu_seqlens, rank, size) for rank in range(size)]
         index, order = parts[parallel_state.get_context_parallel_rank()], torch.cat(parts).argsort()
-        position_ids, sequence_ids = position_ids[:, index], sequence_ids[index]
+        position_ids, token_branch = position_ids[:, index], token_branch[index]
     cos, sin = mrope_cos_sin(position_ids, config.kv_channels, rotary_base, list(mrope_section))
-    branches = batch.branch_ids if batch.branch_ids is not None else torch.zeros_like(batch.last_tokens)
-    with_padding = torch.cat((branches, branches.new_full((1,), -1)))
     return PackedContext(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -68,6 +71,6 @@ def packed_context(
         rope_sin=sin,
         token_index=index,
         token_order=order,
-        token_branch=with_padding[sequence_ids],
+        token_branch=token_branch,
         token_share=token_share,
     )

@@ -27,7 +27,7 @@ def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataPar
             clip_grad=config.clip_grad,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=config.use_distributed_optimizer,
+            use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
         ),
         list(chunks),
     )

@@ -128,6 +128,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_megatron() -> None:
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as tp_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -136,6 +137,8 @@ def _patch_megatron() -> None:
         # Upstream converts split sizes to host integers only when the tensor is on a GPU.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
+    mappings._gather_along_first_dim = _uneven(mappings._gather_along_first_dim, _gather_parts)
+    mappings._reduce_scatter_along_first_dim = _uneven(mappings._reduce_scatter_along_first_dim, _reduce_scatter_parts)
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
     tp_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     tp_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
@@ -143,3 +146,29 @@ def _patch_megatron() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+def _uneven(even: Callable[..., Any], uneven: Callable[..., Any]) -> Callable[..., Any]:
+    """Gloo gathers and scatters equal parts only; experts cut over tensor-parallel ranks exchange unequal ones."""
+
+    def mapped(input_: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
+        sizes = kwargs.pop("output_split_sizes", kwargs.pop("input_split_sizes", sizes))
+        if sizes is None or group.size() == 1:
+            return even(input_, group, None, *args, **kwargs)
+        return uneven(input_, group, [int(size) for size in sizes])
+
+    return mapped
+
+
+def _gather_parts(part: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
+    padded = part.new_zeros(max(sizes), *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded, group=group)
+    return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+
+
+def _reduce_scatter_parts(whole: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
+    summed = whole.contiguous().clone()
+    torch.distributed.all_reduce(summed, group=group)
+    return summed.split(sizes)[group.rank()]

@@ -155,13 +155,6 @@ def data_parallel_size() -> int:
     return int(parallel_state.get_data_parallel_world_size())
 
 
-def has_output() -> bool:
-    """Whether this rank holds the last pipeline stage, and so log-probabilities, scores and losses."""
-    from megatron.core import parallel_state
-
-    return bool(parallel_state.is_pipeline_last_stage())
-
-
 def is_main_rank() -> bool:
     """The one rank that writes files and prints."""
     return dist.get_rank() == 0
