@@ -51,7 +51,7 @@ def _convert(args: argparse.Namespace, report: Report) -> Converted:
             pipeline_model_parallel_size=args.pp,
             expert_model_parallel_size=args.ep,
         )
-        return hf_to_megatron(args.hf, args.out, parallel, report)
+        return hf_to_megatron(args.hf, args.out, parallel, report=report)
     return megatron_to_hf(args.megatron, args.out, args.template, args.part, args.verify, report=report)
 
 

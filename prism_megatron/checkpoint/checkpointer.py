@@ -1,109 +1,179 @@
 """Saving and resuming with Megatron's distributed checkpoint.
 
-``checkpoints/iter_0000042/`` appears only when complete; ``latest_checkpointed_iteration.txt`` names the last one. A
-run that is killed at any moment finds the last complete checkpoint and nothing else.
+``checkpoints/iter_0000042/`` appears when it is complete, with a manifest of sizes and checksums that is checked before
+anything is loaded; ``latest_checkpointed_iteration.txt`` names the last one for other tools. Whatever happens to a run
+or to its files, the next start takes the newest checkpoint that is whole.
+
+What is saved is weights, optimizer state and the iteration. Learning rate, data order and sampling seeds are pure
+functions of (seed, iteration), and nothing else is random, so there is no other state.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
+from prism_megatron.checkpoint.writer import results_in, take_digests
+from prism_megatron.convert.hf_io import replace_directory
+from prism_megatron.convert.manifest import digest_file, fsync, write_durably, write_manifest
+from prism_megatron.convert.native import content_metadata, first_common_fault, load_weights_of, sharded_weights
 from prism_megatron.parallel import groups
 
 _LATEST = "latest_checkpointed_iteration.txt"
+_MEGATRON_FILES = (".metadata", "metadata.json")
+_MISFITS = (RuntimeError, KeyError, CheckpointException, dist_checkpointing.core.CheckpointingException)
 
 
 class Checkpointer:
-    """Saves named (model, optimizer) pairs and the iteration; keeps the newest few."""
+    """Saves named (model, optimizer) pairs and the iteration; keeps the newest few.
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    ``seed`` is kept with each checkpoint: with another one, a run would not go on as it began. Writing goes on in the
+    background until :meth:`poll` finds it done on every rank; close the checkpointer when the last save must be whole.
+    """
+
+    def __init__(self, directory: Path, keep: int, seed: int = 0) -> None:
         self.directory = directory
         self.keep = max(keep, 1)
+        self.seed = seed
+        self._queue = AsyncCallsQueue(persistent=False)
 
     def latest(self) -> int:
-        """Last complete iteration, 0 if there is none. Raises ValueError if the tracker names a missing folder."""
-        tracker = self.directory / _LATEST
-        if not tracker.is_file():
-            return 0
-        text = tracker.read_text().strip()
-        if not text.isdigit() or not self._folder(int(text)).is_dir():
+        """Newest whole iteration, 0 if nothing was ever saved; says which it passed over and why.
+
+        Collective. Raises ValueError if there are checkpoints and none is whole.
+        """
+        passed: list[str] = []
+        for iteration in sorted(self._iterations(), reverse=True):
+            fault = first_common_fault(self._folder(iteration))
+            if fault is None:
+                for reason in passed:
+                    self._say(f"passed over {reason}; going on from iteration {iteration}")
+                return iteration
+            passed.append(f"{self._folder(iteration).name} ({fault})")
+        if passed:
             raise ValueError(
-                f"{tracker} says {text!r} but {self.directory} has no such checkpoint; write the iteration of an "
-                "existing iter_ folder into it, or delete it to start over"
+                f"no checkpoint in {self.directory} is whole: {'; '.join(passed)}. Remove them to start over"
             )
-        return int(text)
+        return 0
 
     def save(self, iteration: int, parts: Mapping[str, tuple[Any, Any]]) -> None:
-        """Write ``iter_<iteration>``. Raises OSError, with the last checkpoint untouched, if the disk is full."""
+        """Take a copy of the state and write ``iter_<iteration>`` from it while training goes on.
+
+        Collective. Waits for the save before it, if that is still being written. Raises OSError, with the checkpoints
+        before untouched, if the disk is full; that may be found later, by :meth:`poll` or :meth:`close`.
+        """
+        self.close()
         final = self._folder(iteration)
-        partial = final.with_name(f".{final.name}.partial")
+        # A writer that outlives its killed run must not write into the folder of the next one.
+        token = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(token, src=0)
+        partial = final.with_name(f".{final.name}.{token[0]}.partial")
         if groups.is_main_rank():
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
+            self._remove_unfinished()
             partial.mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(_state(parts, iteration, loading=False), str(partial), ("torch_dist", 1))
-        dist.barrier()
-        if groups.is_main_rank():
-            os.replace(partial, final)
-            self._point_to(iteration)
-            self._prune(iteration)
-        dist.barrier()
+        with results_in(partial, dist.get_rank()):
+            request = dist_checkpointing.save(
+                _state(parts, iteration, self.seed, loading=False),
+                str(partial),
+                async_sharded_save=True,
+                async_strategy="mcore",
+            )
+        request.add_finalize_fn(lambda: self._complete(partial, iteration))
+        self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Make a finished save the latest. Collective; call it once an iteration."""
+        self._finalize(blocking=False)
+
+    def close(self) -> None:
+        """Wait until everything is written. Collective."""
+        self._finalize(blocking=True)
 
     def load(self, iteration: int, parts: Mapping[str, tuple[Any, Any]]) -> None:
-        """Restore weights and optimizer state, at any tensor- and data-parallel layout."""
+        """Restore weights and optimizer state, at any parallel layout. Collective."""
         folder = self._folder(iteration)
         for _, optimizer in parts.values():
             _prefill_state(optimizer)
         try:
-            loaded = dist_checkpointing.load(_state(parts, iteration, loading=True), str(folder))
-        except (RuntimeError, EOFError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
+            loaded = dist_checkpointing.load(_state(parts, iteration, self.seed, loading=True), str(folder))
+        except _MISFITS as error:
             raise ValueError(
-                f"{folder} cannot be read ({type(error).__name__}: {str(error)[:200]}); it is damaged or of another "
-                f"model. Delete it and write an older iteration into {self.directory / _LATEST}"
+                f"{folder} does not fit this configuration ({_last_line(error)}); it is of "
+                "another model. Give the run another run.name, or remove the checkpoint"
             ) from error
-        for name, (chunks, optimizer) in parts.items():
-            for number, chunk in enumerate(chunks):
-                chunk.module.load_state_dict(loaded[name][number])
+        if loaded["seed"] != self.seed:
+            raise ValueError(
+                f"{folder} was trained with run.seed {loaded['seed']}, not {self.seed}; use that, or another run.name"
+            )
+        for name, (model, optimizer) in parts.items():
+            load_weights_of(model, loaded[name])
             optimizer.load_state_dict(loaded[f"{name}_optimizer"])
+
+    def _finalize(self, blocking: bool) -> None:
+        try:
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
+        except (CheckpointException, OSError) as error:
+            # Megatron's writer reports a fault without its cause.
+            full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(self.directory).free < 1 << 16
+            if groups.is_main_rank():
+                self._remove_unfinished()
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory)) from error
+            raise
+
+    def _complete(self, partial: Path, iteration: int) -> None:
+        """Every rank has written its files: describe them, then let the folder appear."""
+        dist.barrier()
+        if groups.is_main_rank():
+            files = take_digests(partial)
+            files |= {name: digest_file(partial / name) for name in _MEGATRON_FILES}
+            for name in _MEGATRON_FILES:
+                fsync(partial / name)
+            write_manifest(partial, files, about={"iteration": iteration, "policy_version": iteration})
+            replace_directory(partial, self._folder(iteration))
+            write_durably(self.directory / _LATEST, f"{iteration}\n")
+            self._prune()
+        dist.barrier()
+
+    def _iterations(self) -> list[int]:
+        folders = self.directory.glob("iter_*")
+        return [int(p.name.removeprefix("iter_")) for p in folders if p.is_dir() and p.name[5:].isdigit()]
 
     def _folder(self, iteration: int) -> Path:
         return self.directory / f"iter_{iteration:07d}"
 
-    def _point_to(self, iteration: int) -> None:
-        temporary = self.directory / f".{_LATEST}"
-        temporary.write_text(f"{iteration}\n")
-        os.replace(temporary, self.directory / _LATEST)
+    def _prune(self) -> None:
+        for iteration in sorted(self._iterations())[: -self.keep]:
+            shutil.rmtree(self._folder(iteration))
 
-    def _prune(self, newest: int) -> None:
-        complete = sorted(path for path in self.directory.glob("iter_*") if path.is_dir())
-        for path in complete[: -self.keep]:
-            if path != self._folder(newest):
-                shutil.rmtree(path)
+    def _remove_unfinished(self) -> None:
+        for folder in self.directory.glob(".iter_*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _say(self, text: str) -> None:
+        if not dist.is_initialized() or groups.is_main_rank():
+            print(f"checkpoint: {text}", flush=True)
 
 
-def _state(parts: Mapping[str, tuple[Any, Any]], iteration: int, loading: bool) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-    state: dict[str, Any] = {"iteration": iteration}
-    for name, (chunks, optimizer) in parts.items():
-        sharded = [chunk.module.sharded_state_dict(prefix=f"{name}.", metadata=metadata) for chunk in chunks]
-        # Each chunk names its layers from its own first one here, and from the model's in the file.
-        state[name] = [{k.removeprefix(f"{name}."): value for k, value in chunk.items()} for chunk in sharded]
-        together = dict(enumerate(sharded))
-        state[f"{name}_optimizer"] = optimizer.sharded_state_dict(together, is_loading=loading, metadata=metadata)
+def _state(parts: Mapping[str, tuple[Any, Any]], iteration: int, seed: int, loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {"iteration": iteration, "policy_version": iteration, "seed": seed}
+    for name, (model, optimizer) in parts.items():
+        state[name] = sharded_weights(model, f"{name}.")
+        state[f"{name}_optimizer"] = optimizer.sharded_state_dict(
+            state[name], is_loading=loading, metadata=content_metadata()
+        )
     return state
 
 
@@ -116,3 +186,8 @@ def _prefill_state(optimizer: Any) -> None:
                 inner.state[parameter].setdefault("step", torch.tensor(0.0))
                 inner.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
                 inner.state[parameter].setdefault("exp_avg_sq", torch.zeros_like(parameter))
+
+
+def _last_line(error: BaseException) -> str:
+    """What a chain of tracebacks in one message comes down to."""
+    return ["", *str(error).strip().splitlines()][-1][:300]

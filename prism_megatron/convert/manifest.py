@@ -52,9 +52,9 @@ def write_manifest(
     content = {
         **(about or {}),
         "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
-        "tensors": [dataclasses.asdict(entry) for entry in tensors],
+        "tensors": [dataclasses.asdict(entry) | {"shape": list(entry.shape)} for entry in tensors],
     }
-    write_durably(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
+    write_durably(directory / MANIFEST, _text(content))
     fsync(directory)
 
 
@@ -62,14 +62,22 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Raises ValueError if there is none or it cannot be read."""
     path = directory / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{directory} has no {MANIFEST}: it was never finished")
+        raise ValueError(f"it has no {MANIFEST}: it was never finished")
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        text = path.read_bytes().decode()
+        content: dict[str, Any] = json.loads(text)
+        if text != _text({key: value for key, value in content.items() if key != "sha256"}):
+            raise ValueError("its own checksum is wrong")
         files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
         tensors = [TensorEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in content["tensors"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__})") from error
+        raise ValueError(f"{path.name} is damaged ({error})") from error
     return {**content, "files": files, "tensors": tensors}
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": sha256}, indent=1) + "\n"
 
 
 def first_fault(directory: Path, part: int = 0, parts: int = 1) -> str | None:

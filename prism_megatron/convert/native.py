@@ -1,7 +1,8 @@
-"""Megatron's own loading of a converted directory: each rank reads the blocks it holds, at any layout."""
+"""Starting from a checkpoint, HF or converted: each rank reads what it holds, at any layout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,24 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
+from prism_megatron.convert.hf_io import HFWeights
 from prism_megatron.convert.manifest import first_fault
-from prism_megatron.convert.transfer import unwrap
+from prism_megatron.convert.rules import Rule
+from prism_megatron.convert.transfer import load_weights, unwrap
 
 
-def is_megatron_checkpoint(directory: Path) -> bool:
-    return dist_checkpointing.check_is_distributed_checkpoint(str(directory))
+def is_converted(directory: Path) -> bool:
+    """Whether the weights are Megatron's instead of safetensors."""
+    return (directory / ".metadata").is_file()
+
+
+def load_checkpoint(model: Any, table: Sequence[Rule], directory: Path, part: str) -> None:
+    """Fill a module, or a list of virtual pipeline chunks, from an HF directory or a converted one."""
+    if is_converted(directory):
+        load_megatron(model, directory, part)
+        return
+    with HFWeights(directory) as weights:
+        load_weights(model, table, weights)
 
 
 def load_megatron(model: Any, directory: Path, part: str) -> None:
@@ -45,7 +58,8 @@ def sharded_weights(model: Any, prefix: str) -> dict[str, Any]:
     chunks = model if isinstance(model, list | tuple) else [model]
     state = {}
     for number, chunk in enumerate(chunks):
-        sharded = unwrap(chunk).sharded_state_dict(prefix=prefix, metadata=content_metadata())
+        inner: Any = unwrap(chunk)
+        sharded = inner.sharded_state_dict(prefix=prefix, metadata=content_metadata())
         state[f"model{number}"] = {name.removeprefix(prefix): value for name, value in sharded.items()}
     return state
 
@@ -70,6 +84,8 @@ def content_metadata() -> dict[str, Any]:
 
 def first_common_fault(directory: Path) -> str | None:
     """:func:`first_fault` by all ranks together, each checking its share of the files; all get the same answer."""
+    if not dist.is_initialized():
+        return first_fault(directory)
     faults: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(faults, first_fault(directory, dist.get_rank(), dist.get_world_size()))
     return next((fault for fault in faults if fault), None)

@@ -41,7 +41,6 @@ from prism_megatron.convert.transfer import check_source, units
 from prism_megatron.model.build import HFSizes, read_sizes
 
 PARTS = ("policy", "discriminator")  # what a training checkpoint holds, and the prefix of its keys
-_FILE_BYTES = 1 << 30
 _INPUTS = "inputs.json"  # what an unfinished directory is made from
 Report = Callable[[int, int], object]  # called with bytes done and bytes in all
 
@@ -59,7 +58,11 @@ class Converted:
 
 
 def hf_to_megatron(
-    hf: Path, out: Path, parallel: ParallelConfig, report: Report = lambda done, total: None
+    hf: Path,
+    out: Path,
+    parallel: ParallelConfig,
+    file_bytes: int = 1 << 30,
+    report: Report = lambda done, total: None,
 ) -> Converted:
     """Write ``out`` as a distributed checkpoint that loads at any layout and needs no resharding at ``parallel``'s.
 
@@ -80,7 +83,7 @@ def hf_to_megatron(
         if about["stores_tied_output"]:
             _check_tied(hf, weights)
         with _unfinished(out, {"hf": _fingerprint(hf), "parallel": asdict(parallel)}) as partial:
-            writer = TorchDistWriter(partial, f"{part}.", parallel.tensor_model_parallel_size, _FILE_BYTES)
+            writer = TorchDistWriter(partial, f"{part}.", parallel.tensor_model_parallel_size, file_bytes)
             names = {name for rule in table for name in rule.hf}
             total = sum(_bytes(weights.lazy(name)) for name in names)
             done = {entry.name for entry in writer.entries}
@@ -123,7 +126,7 @@ def megatron_to_hf(
         raise ValueError(f"{megatron}: {fault}; convert or save it again")
     template = template or megatron
     sizes = read_sizes(template)
-    about = read_manifest(megatron)
+    about = read_manifest(megatron)  # whole, as was just checked
     with TorchDistReader(megatron) as reader:
         stored = reader.tensors()
         prefix = f"{part or about.get('part') or _only_part(megatron, stored)}."

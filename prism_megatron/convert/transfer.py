@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from prism_megatron.convert.manifest import check_finite
-from prism_megatron.convert.rules import OUTPUT, Rule, Sliceable
+from prism_megatron.convert.rules import OUTPUT, SCORE_HEAD, Rule, Sliceable
 from prism_megatron.parallel import groups
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
@@ -62,11 +62,21 @@ def check_source(table: Sequence[Rule], source: TensorSource) -> None:
     ``lm_head.weight`` may be left over: tied to the embedding, or of a model that becomes a discriminator.
     """
     expected = {name: shape for rule in table for name, shape in zip(rule.hf, rule.shapes, strict=True)}
+    if SCORE_HEAD in expected.keys() - source.names:
+        raise ValueError(
+            f"checkpoint has no score head ({SCORE_HEAD}, value_head.safetensors or value_head.pt); tools/upcycle.py "
+            "makes one with --init-score-head"
+        )
     if missing := sorted(expected.keys() - source.names):
         raise ValueError(f"checkpoint lacks {len(missing)} tensors of this model: {', '.join(missing[:3])}")
     if extra := sorted(source.names - expected.keys() - {OUTPUT}):
         raise ValueError(f"checkpoint holds {len(extra)} tensors this model has no place for: {', '.join(extra[:3])}")
     for name, shape in expected.items():
+        if name == SCORE_HEAD and source.lazy(name).shape[0] != shape[0]:
+            raise ValueError(
+                f"{name} has {source.lazy(name).shape[0]} score heads, not {shape[0]}; discriminator.experts=shared "
+                "has one, dedicated has one per branch"
+            )
         if tuple(source.lazy(name).shape) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(source.lazy(name).shape)}, not {shape}; config.json and the weights are of "

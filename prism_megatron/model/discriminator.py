@@ -6,6 +6,8 @@ With dedicated experts each branch owns half of the pool and one head; a shared 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.module import MegatronModule
@@ -49,6 +51,13 @@ class Discriminator(Qwen3VL):
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return self.score_heads(_at(hidden[:, 0], batch.last_tokens, context), batch.branch_ids)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's language models end in an output layer and save it by name; this one is saved as it is."""
+        state: dict[str, Any] = MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return state
 
 
 class ScoreHeads(MegatronModule):

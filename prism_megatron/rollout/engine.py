@@ -144,6 +144,8 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
 
     return LLM(
         model=str(checkpoint),
+        # A directory converted for Megatron has no weights that vLLM reads: they are pushed.
+        load_format="auto" if any(checkpoint.glob("*.safetensors")) else "dummy",
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prism_megatron.config import CollectConfig
+from prism_megatron.convert.native import is_converted
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_rlvr, write_pairs, write_prompts
 from prism_megatron.data.loader import rank_share
@@ -31,6 +32,11 @@ _CHUNK = 64  # prompts per engine call, so that progress is seen
 def run_collect(config: CollectConfig) -> None:
     demonstrations = read_alignment(Path(config.alignment_data))
     candidates = read_rlvr(Path(config.candidates))[: config.num_candidates or None]
+    if is_converted(Path(config.model.hf_checkpoint)):
+        raise ValueError(
+            f"model.hf_checkpoint {config.model.hf_checkpoint} is converted for Megatron; collecting needs the HF "
+            "directory (tools/convert.py megatron-to-hf makes one)"
+        )
     with open_stage(config) as stage:
         processor = load_processor(config)
         engine = start_engine(config, Path(config.model.hf_checkpoint))

@@ -20,6 +20,7 @@ from torch import nn
 from prism_megatron import config as cfg
 from prism_megatron.checkpoint.checkpointer import Checkpointer
 from prism_megatron.convert.hf_io import HFWeights, save_hf
+from prism_megatron.convert.native import load_checkpoint
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import export_weights, load_weights
@@ -80,11 +81,15 @@ class Stage:
     start: int
 
     def save_if_due(self, iteration: int, parts: Mapping[str, Trained]) -> None:
-        """Save every ``save_interval`` iterations and after the last one."""
+        """Save every ``save_interval`` iterations and, to the end, after the last one."""
         run = self.config.run
         if iteration % run.save_interval == 0 or iteration == run.train_iters:
             with self.timers("save"), clear_disk_errors(self.dir):
                 self.checkpointer.save(iteration, {n: (p.chunks, p.optimizer) for n, p in parts.items()})
+        if iteration == run.train_iters:
+            self.checkpointer.close()
+        else:
+            self.checkpointer.poll()
 
     def resume(self, parts: Mapping[str, Trained]) -> None:
         """Load the last checkpoint of this stage into ``parts``, if there is one."""
@@ -100,7 +105,7 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     groups.check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
     groups.initialize(config.parallel, config.run.seed)
-    checkpointer = Checkpointer(directory / "checkpoints", config.run.keep_checkpoints)
+    checkpointer = Checkpointer(directory / "checkpoints", config.run.keep_checkpoints, config.run.seed)
     start = checkpointer.latest()
     if groups.is_main_rank():
         with clear_disk_errors(directory):
@@ -131,8 +136,7 @@ def load_policy(config: cfg.StageConfig) -> Trained:
     sizes = read_sizes(source)
     table = policy_table(sizes)
     chunks = build_policy(config.model, config.parallel, sizes)
-    with HFWeights(source) as weights:
-        load_weights(chunks, table, weights)
+    load_checkpoint(chunks, table, source, "policy")
     return _trained("policy", chunks, config.optimizer, table, sizes, source, {})
 
 
@@ -144,11 +148,11 @@ def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cf
     check_discriminator(wanted, sizes)
     table = discriminator_table(sizes, wanted.num_experts, 2 if wanted.experts == "dedicated" else 1)
     chunks = build_discriminator(config.model, config.parallel, wanted, sizes)
-    with HFWeights(source) as weights:
-        if sizes.num_experts is None:
+    if sizes.num_experts is None:
+        with HFWeights(source) as weights:
             load_weights(chunks, table, UpcycledWeights(weights, sizes, wanted, config.run.seed))
-        else:
-            load_weights(chunks, table, weights)
+    else:
+        load_checkpoint(chunks, table, source, "discriminator")
     changes = dict(upcycled_config(sizes, wanted.num_experts, wanted.topk, wanted.load_balance_coeff))
     return _trained("discriminator", chunks, optimizer, table, sizes, source, changes)
 

@@ -104,15 +104,3 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=message) as caught, clear_disk_errors(tmp_path), open("/dev/full", "w") as full:
         full.write("x" * 10000)
     assert caught.value.errno == errno.ENOSPC
-
-
-def test_a_checkpoint_that_was_being_written_is_not_the_latest(tmp_path: Path) -> None:
-    from prism_megatron.checkpoint.checkpointer import Checkpointer
-
-    keeper = Checkpointer(tmp_path, keep=2)
-    assert keeper.latest() == 0
-    (tmp_path / "iter_0000005.partial").mkdir()
-    assert keeper.latest() == 0
-    (tmp_path / "iter_0000003").mkdir()
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3\n")
-    assert keeper.latest() == 3

@@ -1,4 +1,4 @@
-"""The policy's HF directory says the same in transformers and in vLLM, both as they come."""
+"""HF directories of ours say the same in transformers and in vLLM, both as they come."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from prism_megatron.parallel import cpu
+
+cpu.install()  # before anything imports megatron
+
+from prism_megatron.config import ParallelConfig  # noqa: E402
+from prism_megatron.convert.hf_io import HFWeights, save_hf  # noqa: E402
+from prism_megatron.convert.offline import hf_to_megatron, megatron_to_hf  # noqa: E402
+from tools.make_tiny_model import make_tiny_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("hf_text_worker.py")
@@ -21,15 +30,33 @@ def test_identical_greedy_text(tiny_checkpoint: Path, tiny_data: Path, tmp_path:
     trained = (QUICKSTART / "hf" / "config.json").is_file()
     checkpoint = QUICKSTART / "hf" if trained else tiny_checkpoint
     prompts = (QUICKSTART / "data" if trained else tiny_data) / "heldout.parquet"
-    out = tmp_path / "answers.json"
-    command = [sys.executable, "-W", "ignore", str(WORKER), str(checkpoint), str(prompts), str(PROMPTS), str(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    if done.returncode:
-        pytest.fail(done.stderr[-4000:])
-    answers = json.loads(out.read_text())
-    assert len(answers["vllm"]) == PROMPTS
+    answers = ask(checkpoint, prompts, PROMPTS, tmp_path)
     assert len(set(answers["vllm"])) > 1, "the pictures and questions matter"
     assert answers["transformers"] == answers["vllm"]
     if trained:
         assert all("<answer>" in text for text in answers["vllm"])
+
+
+def test_converted_experts(tiny_data: Path, tmp_path: Path) -> None:
+    """A mixture-of-experts policy, stored as the released ones are, after a way to Megatron and back."""
+    made = make_tiny_model(tmp_path / "made", seed=6, moe=True)
+    with HFWeights(made) as weights:
+        save_hf(tmp_path / "hf", ((name, weights[name]) for name in sorted(weights.names)), made)
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", ParallelConfig())
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", verify=tmp_path / "hf")
+    answers = ask(tmp_path / "back", tiny_data / "heldout.parquet", 6, tmp_path)
+    assert len(set(answers["vllm"])) > 1
+    assert answers["transformers"] == answers["vllm"]
+
+
+def ask(checkpoint: Path, prompts: Path, count: int, tmp_path: Path) -> dict[str, list[str]]:
+    """What transformers and vLLM answer to the first ``count`` prompts."""
+    out = tmp_path / "answers.json"
+    command = [sys.executable, "-W", "ignore", str(WORKER), str(checkpoint), str(prompts), str(count), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    if done.returncode:
+        pytest.fail(done.stderr[-4000:])
+    answers: dict[str, list[str]] = json.loads(out.read_text())
+    assert len(answers["vllm"]) == count
+    return answers

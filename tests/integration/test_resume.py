@@ -1,12 +1,16 @@
-"""Every stage, killed at a random step and started again, ends with the same numbers as one never stopped."""
+"""Every stage, killed at a random moment and started again, ends with the same numbers as one never stopped.
+
+The moments are seeded, and some fall into a save. That a checkpointer survives many kills is tested, cheaply, in
+tests/unit/checkpoint.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -14,14 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from prism_megatron.data.dataset import read_alignment, write_pairs
 from prism_megatron.data.response import parse_response
+from prism_megatron.observe.metrics import LOSS
+from prism_megatron.parallel.groups import free_port
 from prism_megatron.types import PreferencePair
+from tools.convert import main as convert
 
 ROOT = Path(__file__).resolve().parents[2]
-ITERATIONS = 4
+ITERATIONS = 5
 SHORT = [f"run.train_iters={ITERATIONS}", "run.save_interval=1", "eval.num_questions=0"]
 SMALL = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prompts_per_iteration=4"]
 
@@ -86,8 +94,9 @@ def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Ca
     assert expected[0] != expected[-1], "something was trained"
 
     interrupted = [*command, f"run.name={stage}/interrupted"]
-    kill_at = random.randint(1, ITERATIONS - 1)
-    start_and_kill(interrupted, kill_at)
+    rng = random.Random(stage)
+    kill_at = rng.randint(1, ITERATIONS - 2)
+    start_and_kill(interrupted, kill_at, delay=rng.uniform(0, 0.1))
     assert not (folder(interrupted) / "finished.json").exists()
     launch(1, ["-m", "prism_megatron.train", *interrupted])
     assert measured(interrupted) == expected, f"killed at iteration {kill_at}"
@@ -95,13 +104,56 @@ def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Ca
     assert f"{stage}: already finished in" in again
 
 
-def start_and_kill(command: list[str], iteration: int) -> None:
-    """Start a stage and kill -9 its whole process group once it has logged ``iteration``."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+@pytest.mark.parametrize(
+    ("ranks", "before", "after", "ranks_after"),
+    [
+        (1, [], ["parallel.tensor_model_parallel_size=2"], 2),
+        (2, ["optimizer.use_distributed_optimizer=true"], ["optimizer.use_distributed_optimizer=true"], 1),
+    ],
+    ids=["tp1 to tp2", "dp2 to dp1, distributed optimizer"],
+)
+def test_resumed_at_another_layout(
+    ranks: int,
+    before: list[str],
+    after: list[str],
+    ranks_after: int,
+    stages: dict[str, list[str]],
+    launch: Callable[..., str],
+) -> None:
+    command = stages["sft"]
+    name = f"sft/{ranks}-{ranks_after}"
+    straight = [*command, f"run.name={name}/straight", *before]
+    launch(ranks, ["-m", "prism_megatron.train", *straight])
+    moved = [*command, f"run.name={name}/moved"]
+    start_and_kill([*moved, *before], 2, delay=0.05, ranks=ranks)
+    launch(ranks_after, ["-m", "prism_megatron.train", *moved, *after])
+    losses, expected = ([row[LOSS] for row in measured(run)] for run in (moved, straight))
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_started_from_a_converted_directory(stages: dict[str, list[str]], launch: Callable[..., str]) -> None:
+    """Trainer and engine go on from Megatron's files as from HF's, and an HF directory is exported at the end."""
+    options = dict(argument.split("=", 1) for argument in stages["rlvr"][1:])
+    hf, megatron = Path(options["model.hf_checkpoint"]), Path(options["run.dir"]) / "converted"
+    assert convert(["hf-to-megatron", "--hf", str(hf), "--out", str(megatron)]) == 0
+    runs = []
+    for name, checkpoint in (("hf", hf), ("megatron", megatron)):
+        started = [f"run.name=start/{name}", f"model.hf_checkpoint={checkpoint}", "run.train_iters=2"]
+        runs.append([*stages["rlvr"], *started])
+        launch(1, ["-m", "prism_megatron.train", *runs[-1]])
+    assert measured(runs[0]) == measured(runs[1])
+    exported = [{path.name for path in (folder(run) / "hf").iterdir()} for run in runs]
+    assert exported[0] == exported[1] >= {"model.safetensors", "config.json", "tokenizer.json"}
+
+
+def start_and_kill(command: list[str], iteration: int, delay: float, ranks: int = 1) -> None:
+    """Start a stage and kill -9 all its ranks ``delay`` seconds after it has logged ``iteration``."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1))}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "prism_megatron.train", *command],
+        [sys.executable, "-W", "ignore", *torchrun, "-m", "prism_megatron.train", *command],
         cwd=ROOT,
-        env=environment | single_rank(),
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -111,24 +163,21 @@ def start_and_kill(command: list[str], iteration: int) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if log.is_file() and len(log.read_text().splitlines()) >= iteration:
-            os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(delay)
+            kill_session(process.pid)
             process.communicate()
             return
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_session(process.pid)
     pytest.fail(f"{command[0]} never logged iteration {iteration}:\n{process.communicate()[0][-4000:]}")
 
 
-def single_rank() -> dict[str, str]:
-    from prism_megatron.parallel.groups import free_port
-
-    return {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+def kill_session(leader: int) -> None:
+    """torchrun gives every rank a process group of its own; the session is what they share."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == leader:
+                process.kill()
 
 
 def folder(command: list[str]) -> Path:

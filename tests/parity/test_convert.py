@@ -105,16 +105,18 @@ def test_round_trip_on_disk(name: str, tp: int, checkpoints: Checkpoints, tmp_pa
     assert first_fault(tmp_path / "back") is None
 
 
-def layouts(names: dict[str, list[str]]) -> list[tuple[str, dict[str, int], int]]:
-    """(checkpoint, degrees, chunks) of each ``kind: degrees`` line, for example ``dense: tp2 pp2 vpp2``."""
-    full = {"tp": "tensor_model", "pp": "pipeline_model", "ep": "expert_model", "etp": "expert_tensor"}
-    cases = []
-    for name, lines in names.items():
-        for line in lines:
-            given = {word.rstrip("0123456789"): int(word[-1]) for word in line.split()}
-            chunks = given.pop("vpp", 1)
-            cases.append((name, {f"{full[k]}_parallel_size": v for k, v in given.items()}, chunks))
-    return cases
+DEGREES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
+
+def degrees_of(line: str) -> dict[str, int]:
+    """``tp2 pp2`` in ParallelConfig's words."""
+    return {DEGREES[word.rstrip("0123456789")]: int(word[-1]) for word in line.split()}
 
 
 @pytest.mark.parametrize(
@@ -141,10 +143,9 @@ def test_every_layout(
             "hf": str(checkpoints.hf(name)),
             "megatron": str(checkpoints.megatron(name, tp=2 if number % 2 else 1)),
             "part": "discriminator" if name == "discriminator" else "policy",
-            "degrees": degrees,
-            "chunks": chunks,
+            "degrees": degrees_of(line),
         }
-        for number, (name, degrees, chunks) in enumerate(layouts(names))
+        for number, (name, line) in enumerate((name, line) for name, lines in names.items() for line in lines)
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     launch(ranks, [str(WORKER), str(tmp_path / "cases.json"), str(tmp_path / "found.json")])
