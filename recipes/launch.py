@@ -89,7 +89,7 @@ def run_locally(step: Step, ranks: int) -> None:
         warnings.simplefilter("ignore")  # deprecations in what NeMo-Run imports
         import nemo_run as run
 
-    threads = max((os.cpu_count() or 1) // ranks, 1)
+    threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
     executor = run.LocalExecutor(
         ntasks_per_node=ranks,
         launcher="torchrun",

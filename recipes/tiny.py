@@ -39,7 +39,7 @@ def _discriminator(checkpoint: str) -> DiscriminatorConfig:
 def tiny_sft() -> SFTConfig:
     return SFTConfig(
         stage="sft",
-        run=RunConfig(name="tiny/sft", train_iters=450, save_interval=100),
+        run=RunConfig(name="tiny/sft", train_iters=1200, save_interval=200),
         model=ModelConfig(hf_checkpoint=f"{ROOT}/base"),
         optimizer=OptimizerConfig(
             lr=2e-3,
@@ -66,9 +66,9 @@ def tiny_collect() -> CollectConfig:
         rollout=_rollout(4),
         max_tokens_per_microbatch=_MAX_TOKENS,
         alignment_data=f"{ROOT}/data/alignment.parquet",
-        pair_samples_per_prompt=2,
+        pair_samples_per_prompt=1,
         candidates=f"{ROOT}/data/rlvr_candidates.parquet",
-        num_candidates=256,
+        num_candidates=384,
         band_low=0.2,
         band_high=0.8,
     )
@@ -77,7 +77,7 @@ def tiny_collect() -> CollectConfig:
 def tiny_warmup() -> WarmupConfig:
     return WarmupConfig(
         stage="warmup",
-        run=RunConfig(name="tiny/warmup", train_iters=60, save_interval=20),
+        run=RunConfig(name="tiny/warmup", train_iters=40, save_interval=20),
         model=ModelConfig(hf_checkpoint=f"{ROOT}/sft/hf"),
         optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
         rollout=_rollout(1),
@@ -110,9 +110,9 @@ def tiny_align() -> AlignConfig:
 def tiny_rlvr() -> RLVRConfig:
     return RLVRConfig(
         stage="rlvr",
-        run=RunConfig(name="tiny/rlvr", train_iters=20, save_interval=5),
+        run=RunConfig(name="tiny/rlvr", train_iters=30, save_interval=10),
         model=ModelConfig(hf_checkpoint=f"{ROOT}/align/hf"),
-        optimizer=OptimizerConfig(lr=2e-4, weight_decay=0.01),
+        optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.01),
         rollout=_rollout(8),
         eval=EvalConfig(data=f"{ROOT}/data/heldout.parquet", num_questions=512),
         max_tokens_per_microbatch=_MAX_TOKENS,

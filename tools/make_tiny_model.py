@@ -52,7 +52,7 @@ VOCAB_MULTIPLE = 16  # so that the embedding splits evenly over any tensor-paral
 CORPUS_QUESTIONS = 400
 
 PATCH, MERGE, TEMPORAL_PATCH = 16, 2, 2
-MIN_PIXELS, MAX_PIXELS = 32 * 32, 256 * 256  # the task's 96 x 96 images pass through unresized
+MIN_PIXELS, MAX_PIXELS = 32 * 32, 256 * 256  # the task's images pass through unresized
 
 # The task's pictures are mostly paper: centred on its brightness, the paper is near zero and the objects are not.
 IMAGE_MEAN, IMAGE_STD = 0.94, 0.25

@@ -20,6 +20,9 @@ from PIL import Image
 from prism_megatron.data.dataset import IMAGE_PLACEHOLDER, write_atomic, write_prompts
 from prism_megatron.data.response import parse_response
 from prism_megatron.data.shapes_scene import (
+    COLUMNS,
+    KINDS,
+    ROWS,
     Question,
     Scene,
     draw_question,
@@ -59,31 +62,36 @@ MANIFEST = "shapes.json"
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """Sizes (rows per file), the make-up of the scenes, and how careless the broad demonstrations are."""
+    """Sizes (rows per file), the make-up of the scenes, and how careless the broad demonstrations are.
+
+    ``vague_rates`` go by row of the grid, ``glance_rates`` by kind of question (see broad_demonstration).
+    """
 
     seed: int = 0
-    sft_rows: int = 10_000
-    alignment_rows: int = 1_000
-    rlvr_rows: int = 1_000
+    sft_rows: int = 16_000
+    alignment_rows: int = 640
+    rlvr_rows: int = 512
     heldout_rows: int = 512
-    min_objects: int = 2
+    min_objects: int = 3
     max_objects: int = 6
     choice_rate: float = 0.25
-    vague_rates: tuple[float, float, float] = (0.1, 0.35, 0.65)
-    glance_rate: float = 0.65
+    vague_rates: tuple[float, float] = (0.1, 0.6)
+    glance_rates: tuple[float, float, float, float, float] = (0.25, 0.55, 0.55, 0.5, 0.5)
     slip_rate: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("sft_rows", "alignment_rows", "rlvr_rows", "heldout_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: every file needs at least one row")
-        if not 1 <= self.min_objects <= self.max_objects <= 9:
+        cells = len(ROWS) * len(COLUMNS)
+        if not 1 <= self.min_objects <= self.max_objects <= cells:
             raise ValueError(
-                f"min_objects={self.min_objects}, max_objects={self.max_objects}: the grid has 9 cells, "
-                "choose 1 <= min_objects <= max_objects <= 9"
+                f"min_objects={self.min_objects}, max_objects={self.max_objects}: the grid has {cells} cells, "
+                f"choose 1 <= min_objects <= max_objects <= {cells}"
             )
-        rates = {"choice_rate": self.choice_rate, "glance_rate": self.glance_rate, "slip_rate": self.slip_rate}
+        rates = {"choice_rate": self.choice_rate, "slip_rate": self.slip_rate}
         rates |= {f"vague_rates[{i}]": rate for i, rate in enumerate(self.vague_rates)}
+        rates |= {f"glance_rates[{i}]": rate for i, rate in enumerate(self.glance_rates)}
         for name, rate in rates.items():
             if not 0 <= rate <= 1:
                 raise ValueError(f"{name}={rate}: a rate lies between 0 and 1")
@@ -156,7 +164,7 @@ def _broad(rng: random.Random, scene: Scene, question: Question, config: ShapesC
         scene,
         question,
         vague_rates=config.vague_rates,
-        glance_rate=config.glance_rate,
+        glance_rate=config.glance_rates[KINDS.index(question.kind)],
         slip_rate=config.slip_rate,
     )
 

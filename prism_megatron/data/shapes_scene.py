@@ -1,7 +1,8 @@
 """Scenes and questions of the built-in visual task: what is in the picture and what is asked about it.
 
-A scene is a 3 x 3 grid of 32-pixel cells, so that with Qwen3-VL's own geometry (patch 16, merge 2) one merged visual
-token covers one cell. Every scene and question can be rebuilt from its JSON, which the data files carry along.
+A scene is a grid of two rows and three columns of 32-pixel cells, so that with Qwen3-VL's own geometry (patch 16,
+merge 2) one merged visual token covers one cell. Every scene and question can be rebuilt from its JSON, which the data
+files carry along.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from dataclasses import asdict, dataclass
 
 from PIL import Image, ImageDraw
 
-COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50)}
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220)}
 SHAPES = ("circle", "square", "triangle")
-ROWS = ("top", "middle", "bottom")
+ROWS = ("top", "bottom")
 COLUMNS = ("left", "center", "right")
+KINDS = ("count", "comparison", "arithmetic", "position", "neighbour")
 OPERATORS = {"+": "plus", "-": "minus", "*": "times"}
 # Relation -> (rows, columns) to step from the reference object.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 LETTERS = "ABCD"
 
 CELL = 32  # pixels
-IMAGE_SIZE = CELL * len(ROWS)
+WIDTH, HEIGHT = CELL * len(COLUMNS), CELL * len(ROWS)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Scene:
 class Question:
     """A question in a form a program can answer.
 
-    ``kind``      count, comparison, arithmetic, position (is X left of Y) or neighbour (what is left of X)
+    ``kind``      one of KINDS: position asks whether X is left of Y, neighbour what is left of X
     ``terms``     conditions to count ("red", "circle", "red circle", "red or circle") or names of objects
     ``operator``  a key of OPERATORS (arithmetic) or of RELATIONS (position, neighbour)
     ``options``   the offered answers of a multiple-choice question, else empty
@@ -162,7 +164,7 @@ def draw_scene(rng: random.Random, min_objects: int, max_objects: int) -> Scene:
 def draw_question(rng: random.Random, scene: Scene, choice_rate: float) -> Question:
     """Sample a question the scene can answer; ``choice_rate`` of those about numbers offer options instead."""
     while True:
-        kind = rng.choice(("count", "comparison", "arithmetic", "position", "neighbour"))
+        kind = rng.choice(("count", "comparison", "arithmetic", rng.choice(("position", "neighbour"))))
         question = _draw_of_kind(kind, rng, scene)
         if question is not None:
             break
@@ -184,7 +186,7 @@ def _draw_of_kind(kind: str, rng: random.Random, scene: Scene) -> Question | Non
     for _ in range(10):
         match kind:
             case "count":
-                return Question(kind, (_condition(rng, scene, ("color", "shape", "both", "union")),))
+                return Question(kind, (_condition(rng, scene, ("color", "shape", "color", "shape", "both", "union")),))
             case "comparison":
                 terms = _two_conditions(rng, scene)
                 if terms is not None and (scene.count(terms[0]) > scene.count(terms[1])) == aim:
@@ -251,12 +253,12 @@ def _number_options(rng: random.Random, value: int) -> tuple[str, ...]:
 
 
 def render(scene: Scene) -> bytes:
-    """The scene as a PNG of 96 x 96 pixels. Specks and lines are grey: there to be ignored."""
+    """The scene as a PNG of WIDTH x HEIGHT pixels. Specks and lines are grey: there to be ignored."""
     rng = random.Random(scene.look)
-    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (rng.randint(225, 255),) * 3)
+    image = Image.new("RGB", (WIDTH, HEIGHT), (rng.randint(225, 255),) * 3)
     canvas = ImageDraw.Draw(image)
     for _ in range(rng.randint(0, 2)):
-        ends = [rng.randrange(IMAGE_SIZE) for _ in range(4)]
+        ends = [rng.randrange(side) for side in (WIDTH, HEIGHT, WIDTH, HEIGHT)]
         canvas.line(ends, fill=(rng.randint(150, 200),) * 3)
     for thing in scene.things:
         size = rng.randint(18, 24)
@@ -271,7 +273,7 @@ def render(scene: Scene) -> bytes:
         else:
             canvas.polygon([(left + size // 2, top), (left, top + size), (left + size, top + size)], fill=shade)
     for _ in range(rng.randint(2, 6)):
-        x, y = rng.randrange(IMAGE_SIZE - 2), rng.randrange(IMAGE_SIZE - 2)
+        x, y = rng.randrange(WIDTH - 2), rng.randrange(HEIGHT - 2)
         canvas.rectangle((x, y, x + 1, y + 1), fill=(rng.randint(120, 180),) * 3)
     encoded = io.BytesIO()
     image.save(encoded, format="PNG")

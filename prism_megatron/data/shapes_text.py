@@ -1,8 +1,8 @@
 """Demonstrations of the built-in visual task, written and graded by program.
 
-Two qualities exist. ``faithful`` names every object and enumerates before it counts. ``broad`` is a mixture, as a
-large distilled corpus is: captions grow vague towards the bottom, most reasoning is a glance that states totals without
-the enumeration, and some of it looks at the picture wrongly.
+Two qualities exist. ``faithful`` names every object and keeps a tally, cell by cell, of whatever it counts. ``broad``
+is a mixture, as a large distilled corpus is: captions grow vague towards the bottom, reasoning about harder questions
+is mostly a glance that states the result without a step, and some of it looks at the picture wrongly.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ EMPTY, VAGUE = "none", "object"
 
 @dataclass(frozen=True)
 class Solution:
-    """The reasoning as a list of steps, at full length and at a glance, and the answer it leads to."""
+    """The reasoning as a list of steps, what they result in, and the answer (a letter where options are offered)."""
 
     steps: tuple[str, ...]
-    glance: tuple[str, ...]
+    result: str
     answer: str
 
 
@@ -43,34 +43,28 @@ def solve(scene: Scene, question: Question) -> Solution:
     """The reference solution of a question about a scene."""
     match question.kind:
         case "count" | "comparison" | "arithmetic":
-            steps = [
-                f"{term}: {'+'.join(map(str, _by_row(scene, term)))}={scene.count(term)}" for term in question.terms
-            ]
-            glance = [f"{term}: {scene.count(term)}" for term in question.terms]
+            steps = [line for term in question.terms for line in _tally(scene, term)]
             if question.kind == "comparison":
                 first, second = (scene.count(term) for term in question.terms)
                 steps.append(f"{first}{'>' if first > second else '=' if first == second else '<'}{second}")
-                answer = "yes" if first > second else "no"
+                result = "yes" if first > second else "no"
             else:
-                answer = str(number(scene, question))
+                result = str(number(scene, question))
             if question.kind == "arithmetic":
-                steps.append(f"{question.operator.join(str(scene.count(term)) for term in question.terms)}={answer}")
+                steps.append(f"{question.operator.join(str(scene.count(term)) for term in question.terms)}={result}")
         case "position":
             first_thing, second_thing = (_find(scene, term) for term in question.terms)
             steps = [f"{thing.name}: {thing.place}" for thing in (first_thing, second_thing)]
-            glance = steps[:1]
-            answer = "yes" if lies(first_thing, question.operator, second_thing) else "no"
+            result = "yes" if lies(first_thing, question.operator, second_thing) else "no"
         case _:
             reference = _find(scene, question.terms[0])
             rows, columns = RELATIONS[question.operator]
             target = scene.at(reference.row + rows, reference.column + columns)
             assert target is not None, f"no neighbour in {scene} for {question}"
             steps = [f"{reference.name}: {reference.place}", f"{target.place}: {target.name}"]
-            glance = steps[:1]
-            answer = target.name
-    if question.options:
-        answer = LETTERS[question.options.index(answer)]
-    return Solution(tuple(steps), tuple(glance), answer)
+            result = target.name
+    answer = LETTERS[question.options.index(result)] if question.options else result
+    return Solution(tuple(steps), result, answer)
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -94,7 +88,7 @@ def broad_demonstration(
     """A demonstration of mixed quality.
 
     ``vague_rates[row]`` is the chance that an object of that row is only called "object", ``glance_rate`` that the
-    reasoning skips the enumeration, ``slip_rate`` that it reads the picture wrongly and so reaches a wrong answer.
+    reasoning skips its steps, ``slip_rate`` that it reads the picture wrongly and so reaches a wrong answer.
     """
     cells = _cells(scene)
     for thing in scene.things:
@@ -103,12 +97,12 @@ def broad_demonstration(
     solution = solve(scene, question)
     if rng.random() < slip_rate:
         solution = _slipped(rng, scene, question) or solution
-    steps = solution.glance if rng.random() < glance_rate else solution.steps
+    steps = (f"at a glance: {solution.result}",) if rng.random() < glance_rate else solution.steps
     return _demonstration(_caption(cells), steps, solution.answer)
 
 
 def dense_caption(scene: Scene) -> str:
-    """All nine cells in raster order, one line for each row."""
+    """All cells in raster order, one line for each row."""
     return _caption(_cells(scene))
 
 
@@ -177,8 +171,24 @@ def _answerable(scene: Scene, question: Question) -> bool:
             return value >= 0 and (not question.options or str(value) in question.options)
 
 
-def _by_row(scene: Scene, condition: str) -> list[int]:
-    return [sum(t.row == row and matches(condition, t) for t in scene.things) for row in range(len(ROWS))]
+def _tally(scene: Scene, condition: str) -> list[str]:
+    """One line for each row: what of each cell the condition is about, + where that satisfies it, the count so far."""
+    lines, total = [], 0
+    for row, row_name in enumerate(ROWS):
+        counted = []
+        for column in range(len(COLUMNS)):
+            thing = scene.at(row, column)
+            counts = thing is not None and matches(condition, thing)
+            total += counts
+            counted.append(f"{_seen(condition, thing)}{'+' if counts else '='}{total}")
+        lines.append(f"{condition}, {row_name}: {', '.join(counted)}")
+    return lines
+
+
+def _seen(condition: str, thing: Thing | None) -> str:
+    if thing is None:
+        return EMPTY
+    return thing.color if condition in COLORS else thing.shape if condition in SHAPES else thing.name
 
 
 def _find(scene: Scene, name: str) -> Thing:
@@ -204,8 +214,8 @@ def caption_recall(scene: Scene, caption: str) -> float:
 def step_correct(scene: Scene, question: Question, think: str) -> float:
     """Fraction of the reference solution's facts that the reasoning states rightly.
 
-    "red: 1+0+2=3" holds two facts, the count in each row and the total; "red: 3" only the total. A fact stated twice
-    with different values is not stated.
+    A fact is a line: what a row holds with the tally so far, where an object lies, or what the tallies come to. One
+    that is stated twice with different values is not stated.
     """
     expected, stated = _facts(_bullets(solve(scene, question).steps)), _facts(think)
     return sum(stated.get(key) == value for key, value in expected.items()) / len(expected)
@@ -218,11 +228,6 @@ def _facts(think: str) -> dict[str, str | None]:
         subject, colon, value = step.partition(": ")
         if not step:
             continue
-        if not colon:
-            found = {"result": step}
-        else:
-            rows, equals, total = value.rpartition("=")
-            found = {subject: total} | ({f"{subject} by row": rows} if equals else {})
-        for key, fact in found.items():
-            facts[key] = fact if facts.get(key, fact) == fact else None
+        key, fact = (subject, value) if colon else ("result", step)
+        facts[key] = fact if facts.get(key, fact) == fact else None
     return facts

@@ -54,7 +54,7 @@ def test_the_teacher_of_the_alignment_set_is_faithful(data: Path):
 
 
 def test_heldout_scenes_are_seen_nowhere_else(tmp_path: Path):
-    """One object in a scene leaves 108 scenes in all: splits drawn independently would surely overlap."""
+    """One object in a scene leaves 72 scenes in all: splits drawn independently would surely overlap."""
     config = replace(SMALL, min_objects=1, max_objects=1)
     write_shapes_data(tmp_path, config)
     heldout = {scene_of(e).key for e in read_rlvr(tmp_path / "heldout.parquet")}
@@ -87,9 +87,10 @@ def test_a_finished_data_set_is_left_alone_and_a_different_one_replaced(tmp_path
     ("changes", "message"),
     [
         ({"sft_rows": 0}, "sft_rows=0"),
-        ({"max_objects": 10}, "max_objects=10"),
+        ({"max_objects": 7}, "max_objects=7.*6 cells"),
         ({"slip_rate": 1.5}, "slip_rate=1.5"),
-        ({"vague_rates": (0.0, 0.0, -1.0)}, r"vague_rates\[2\]=-1.0"),
+        ({"vague_rates": (0.0, -1.0)}, r"vague_rates\[1\]=-1.0"),
+        ({"glance_rates": (0.0, 0.0, 0.0, 2.0, 0.0)}, r"glance_rates\[3\]=2.0"),
     ],
 )
 def test_impossible_configs_are_refused(changes: dict[str, object], message: str):
