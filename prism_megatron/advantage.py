@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def group_normalize(scores: Tensor, groups: Tensor, *, eps: float) -> Tensor:
+def group_normalize(scores: Tensor, groups: Tensor, *, eps: float, compat: str = "fixed") -> Tensor:
     """(s - mean) / (std + eps) inside each group, std unbiased, [N] float32.
 
-    A group of one has nothing to be compared with: its advantage is 0. (The paper's code leaves the raw score there,
-    which is on no common scale.) A group of equal scores gives zeros.
+    A group of one has nothing to be compared with: its advantage is 0. (In the paper's code, ``compat`` reference, it
+    keeps its raw score, which is on no common scale.) A group of equal scores gives zeros.
     """
     index, size = _group_index(groups)
     counts = torch.bincount(index, minlength=size)
@@ -19,12 +22,32 @@ def group_normalize(scores: Tensor, groups: Tensor, *, eps: float) -> Tensor:
     mean = zeros.index_add(0, index, scores) / counts
     centred = scores - mean[index]
     variance = zeros.index_add(0, index, centred.square()) / (counts - 1).clamp(min=1)
-    return centred / (variance.sqrt()[index] + eps)
+    normalized = centred / (variance.sqrt()[index] + eps)
+    return torch.where(counts[index] == 1, scores / (1 + eps), normalized) if compat == "reference" else normalized
 
 
-def grpo_advantage(rewards: Tensor, groups: Tensor, *, eps: float) -> Tensor:
+def grpo_advantage(rewards: Tensor, groups: Tensor, *, eps: float, compat: str = "fixed") -> Tensor:
     """Group-normalised rewards (GRPO, spec 5.1)."""
-    return group_normalize(rewards, groups, eps=eps)
+    return group_normalize(rewards, groups, eps=eps, compat=compat)
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How verified answers come into the alignment's advantage (spec 4.5).
+
+    mode                  none: not at all; else one of :func:`alignment_advantage`
+    align_coeff           c, the weight of the discriminator's part
+    wrong_penalty         wp, for a response in the grammar with a wrong answer
+    format_penalty        fp, for one outside the grammar
+    accuracy_weight, format_weight    of the verifiable reward
+    """
+
+    mode: str = "none"
+    align_coeff: float = 1.0
+    wrong_penalty: float = 1.0
+    format_penalty: float = 0.0
+    accuracy_weight: float = 1.0
+    format_weight: float = 1.0
 
 
 def alignment_advantage(
@@ -37,27 +60,67 @@ def alignment_advantage(
     format_penalty: float,
     combine: str,
     eps: float,
+    compat: str = "fixed",
+    correct: Tensor | None = None,
+    gating: Gating | None = None,
 ) -> Tensor:
     """Advantage of each response in the adversarial game (spec 4.5 with the repairs of 9.1).
 
     per_branch normalises each branch's scores in its group and adds them with weights alpha and 1 - alpha, as the
     released code does; weighted_sum adds the raw scores first and normalises once, as Eq. 1 and 3 say. A response
     outside the grammar stands one below the worst valid one of its group, and pays ``format_penalty`` on top. A group
-    without any valid response has nothing to learn from: its advantages are 0 (D8).
+    without any valid response has nothing to learn from: its advantages are 0 (D8); ``compat`` reference pushes all of
+    it down.
+
+    With a ``gating`` mode, GN the group normalisation, F outside the grammar, W wrong though inside it:
+
+        acc_gating  c A - wp W - fp F
+        gated       c A (1 - F)(1 - W) - wp W - fp F
+        rlvr        GN(wa acc + wf fmt) + c A (1 - F)(1 - W)
+        rlvr_v2     GN(wa acc + wf fmt - wp W - fp F) + c A (1 - F)(1 - W)
+        sign_align  GN(wa acc + wf fmt - wp W - fp F) + c A (1 - F)(1 - 2 W)
     """
     alpha = perception_weight
     perception = _below_the_worst(perception_scores.float(), format_valid, groups)
     reasoning = _below_the_worst(reasoning_scores.float(), format_valid, groups)
+
+    def normalized(values: Tensor) -> Tensor:
+        return group_normalize(values, groups, eps=eps, compat=compat)
+
     if combine == "per_branch":
-        advantage = alpha * group_normalize(perception, groups, eps=eps)
-        advantage = advantage + (1 - alpha) * group_normalize(reasoning, groups, eps=eps)
+        advantage = alpha * normalized(perception) + (1 - alpha) * normalized(reasoning)
     else:
         assert combine == "weighted_sum"
-        advantage = group_normalize(alpha * perception + (1 - alpha) * reasoning, groups, eps=eps)
+        advantage = normalized(alpha * perception + (1 - alpha) * reasoning)
+    if gating is not None and gating.mode != "none":
+        assert correct is not None
+        return _gated(advantage, format_valid, correct, normalized, gating)
     advantage = advantage - format_penalty * (~format_valid).float()
+    if compat == "reference":
+        return advantage
     index, size = _group_index(groups)
     any_valid = torch.zeros(size, device=groups.device).index_add(0, index, format_valid.float()) > 0
     return torch.where(any_valid[index], advantage, 0.0)
+
+
+def _gated(
+    align: Tensor, format_valid: Tensor, correct: Tensor, normalized: Callable[[Tensor], Tensor], gating: Gating
+) -> Tensor:
+    valid, accuracy = format_valid.float(), (correct & format_valid).float()
+    wrong, invalid = valid - accuracy, 1 - valid
+    align = gating.align_coeff * align
+    reward = gating.accuracy_weight * accuracy + gating.format_weight * valid
+    penalty = gating.wrong_penalty * wrong + gating.format_penalty * invalid
+    if gating.mode == "acc_gating":
+        return align - penalty
+    if gating.mode == "gated":
+        return align * valid * (1 - wrong) - penalty
+    if gating.mode == "rlvr":
+        return normalized(reward) + align * valid * (1 - wrong)
+    if gating.mode == "rlvr_v2":
+        return normalized(reward - penalty) + align * valid * (1 - wrong)
+    assert gating.mode == "sign_align"
+    return normalized(reward - penalty) + align * valid * (1 - 2 * wrong)
 
 
 def informative_groups(rewards: Tensor, groups: Tensor) -> Tensor:

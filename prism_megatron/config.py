@@ -173,40 +173,99 @@ class WarmupConfig(StageConfig):
 
 
 @dataclass
-class AlignConfig(StageConfig):
-    """Adversarial alignment (spec 4)."""
+class PolicyGradientConfig(StageConfig):
+    """What alignment and RLVR share: sampled responses, group advantages, clipped updates (spec 4.6, 5).
+
+    An iteration's samples are used ``epochs_per_iteration`` times, in ``mini_batches_per_iteration`` updates each. With
+    one of either the policy is the one that sampled, every ratio is 1 and no clip acts. ``compat`` reference repeats
+    what the paper's code does, mistakes included (prism_megatron/README.md lists them).
+    """
 
     data: str = MISSING
     prompts_per_iteration: int = MISSING
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    perception_weight: float = MISSING  # alpha of Eq. 1
-    format_penalty: float = MISSING
-    score_regularizer: float = MISSING
-    combine: str = "per_branch"  # per_branch (the released code) | weighted_sum (the paper's Eq. 1 and 3)
+    mini_batches_per_iteration: int = 1  # each has its part of every prompt's responses
+    epochs_per_iteration: int = 1
     advantage_eps: float = 1e-6
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float = 0.0  # 0: off
+    kl_coeff: float = 0.0  # KL to the policy the stage started from
+    kl_estimator: str = "k3"  # k1 | k2 | k3
+    importance_cap: float = 0.0  # truncates the correction for trainer and engine differing; 0: no correction
+    compat: str = "fixed"  # fixed | reference
 
     def __post_init__(self) -> None:
-        _one_of("combine", self.combine, "per_branch", "weighted_sum")
+        _one_of("kl_estimator", self.kl_estimator, "k1", "k2", "k3")
+        _one_of("compat", self.compat, "fixed", "reference")
+        if self.epochs_per_iteration < 1:
+            raise ValueError(f"epochs_per_iteration must be at least 1, got {self.epochs_per_iteration}")
+        parts, samples = self.mini_batches_per_iteration, self.rollout.samples_per_prompt
+        if parts < 1 or samples % parts:
+            raise ValueError(
+                f"mini_batches_per_iteration ({parts}) must divide rollout.samples_per_prompt ({samples}), "
+                "since each mini-batch has its part of every prompt's responses"
+            )
 
 
 @dataclass
-class RLVRConfig(StageConfig):
-    """Reinforcement learning with verifiable rewards (spec 5)."""
+class GatingConfig:
+    """How verified answers come into the alignment's advantage, so that it may go on in RLVR (spec 4.5)."""
 
-    data: str = MISSING
-    prompts_per_iteration: int = MISSING
-    accuracy_weight: float = MISSING
-    format_weight: float = MISSING
-    algorithm: str = "grpo"
-    advantage_eps: float = 1e-6
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    mode: str = "none"  # none | acc_gating | gated | rlvr | rlvr_v2 | sign_align
+    align_coeff: float = 1.0
+    wrong_penalty: float = 1.0
+    format_penalty: float = 0.0
+    accuracy_weight: float = 1.0
+    format_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("algorithm", self.algorithm, "grpo")
+        _one_of("gating.mode", self.mode, "none", "acc_gating", "gated", "rlvr", "rlvr_v2", "sign_align")
+
+
+@dataclass
+class AlignConfig(PolicyGradientConfig):
+    """Adversarial alignment (spec 4)."""
+
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    discriminator_steps: int = 1  # per policy step, on the same pairs
+    perception_weight: float = MISSING  # alpha of Eq. 1
+    format_penalty: float = MISSING
+    score_regularizer: float = MISSING
+    label_smoothing: float = 0.0
+    combine: str = "per_branch"  # per_branch (the released code) | weighted_sum (the paper's Eq. 1 and 3)
+    gating: GatingConfig = field(default_factory=GatingConfig)
+
+    def __post_init__(self) -> None:
+        PolicyGradientConfig.__post_init__(self)
+        _one_of("combine", self.combine, "per_branch", "weighted_sum")
+        if self.discriminator_steps < 1:
+            raise ValueError(f"discriminator_steps must be at least 1, got {self.discriminator_steps}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+
+
+@dataclass
+class RLVRConfig(PolicyGradientConfig):
+    """Reinforcement learning with verifiable rewards (spec 5).
+
+    grpo and dapo average over tokens, gspo over sequences, with a ratio per sequence. dapo samples further prompts, up
+    to ``max_sampling_rounds`` times, until every group it trains on has rewards that differ, and takes
+    ``overlong_penalty`` times a response's part in the last ``overlong_buffer_tokens`` from its reward.
+    """
+
+    accuracy_weight: float = MISSING
+    format_weight: float = MISSING
+    algorithm: str = "grpo"  # grpo | dapo | gspo
+    max_sampling_rounds: int = 10
+    overlong_buffer_tokens: int = 0  # 0: no such penalty
+    overlong_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        PolicyGradientConfig.__post_init__(self)
+        _one_of("algorithm", self.algorithm, "grpo", "dapo", "gspo")
+        if self.max_sampling_rounds < 1:
+            raise ValueError(f"max_sampling_rounds must be at least 1, got {self.max_sampling_rounds}")
 
 
 def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[str]) -> ConfigT:

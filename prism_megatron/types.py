@@ -15,6 +15,7 @@ from torch import Tensor
 
 # The discriminator's two branches, as they are numbered in ``branch_ids``.
 PERCEPTION, REASONING = 0, 1
+BRANCH_NAMES = ("perception", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Example:
 
     ``messages`` ends with the user's turn. ``response`` is a full demonstration in the response grammar;
     ``teacher_caption`` and ``teacher_reasoning`` are its two halves as the discriminator sees them (with tags).
+    ``equivalent_answers`` are right, too.
     ``source`` says where the row came from ("alignment.parquet, row 12") and is quoted in every error about it.
     """
 
@@ -40,6 +42,7 @@ class Example:
     source: str
     response: str | None = None
     answer: str | None = None
+    equivalent_answers: tuple[str, ...] = ()
     teacher_caption: str | None = None
     teacher_reasoning: str | None = None
     data_source: str | None = None

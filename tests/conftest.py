@@ -46,6 +46,18 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def speaking_checkpoint(
+    tiny_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A tiny policy that already answers in the grammar."""
+    root = tmp_path_factory.mktemp("speaks")
+    sft = [f"model.hf_checkpoint={tiny_checkpoint}", f"data={tiny_data}/sft.jsonl", "global_batch_size=16"]
+    run = ["run.name=sft", f"run.dir={root}", "run.train_iters=150", "eval.num_questions=0"]
+    launch(1, ["-m", "prism_megatron.train", "tiny_sft", *sft, *run])
+    return root / "sft" / "hf"
+
+
+@pytest.fixture(scope="session")
 def launch() -> Callable[..., str]:
     """Start real ranks: ``launch(ranks, ["-m", "module", ...])`` returns their output, or fails with it."""
     return _launch

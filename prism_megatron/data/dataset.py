@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def read_alignment(path: str | Path) -> list[Example]:
 def read_rlvr(path: str | Path) -> list[Example]:
     """Read an RLVR set (spec 1.4): prompts with a verifiable answer, images embedded."""
     return _read_parquet(Path(path), _rlvr_example, _RLVR_COLUMNS)
+
+
+def read_pool(path: str | Path) -> list[Example]:
+    """Read prompts for curation: as for RLVR, with demonstrations where there are some, whatever they are worth."""
+    return _read_parquet(Path(path), _pool_example, _RLVR_COLUMNS)
 
 
 def read_pairs(path: str | Path) -> list[PreferencePair]:
@@ -109,7 +115,10 @@ def write_prompts(path: str | Path, examples: Sequence[Example]) -> None:
         "prompt": [[{"role": m.role, "content": m.content} for m in e.messages] for e in examples],
         "images": [[{"bytes": image, "path": None} for image in e.images] for e in examples],
         "answer": [e.answer for e in examples],
-        "reward_model": [{"ground_truth": e.answer, "style": "rule"} for e in examples],
+        "reward_model": [
+            {"ground_truth": e.answer, "equivalent_answers": list(e.equivalent_answers), "style": "rule"}
+            for e in examples
+        ],
     }
     if all(e.response is not None for e in examples):
         columns["teacher_caption"] = [e.teacher_caption for e in examples]
@@ -162,7 +171,8 @@ def _rlvr_example(row: Mapping[str, Any], source: str) -> Example:
     images = _embedded_images(row["images"], source)
     messages = _messages(row["prompt"], source)
     _check_placeholders(messages, images, source)
-    answer = row.get("answer") or (row["reward_model"] or {}).get("ground_truth")
+    reward_model = row["reward_model"] or {}
+    answer = row.get("answer") or reward_model.get("ground_truth")
     if answer is None:
         raise ValueError(f"{source}: no answer; fill reward_model.ground_truth (the verifier compares with it)")
     return Example(
@@ -171,9 +181,14 @@ def _rlvr_example(row: Mapping[str, Any], source: str) -> Example:
         images=images,
         source=source,
         answer=str(answer),
+        equivalent_answers=tuple(map(str, reward_model.get("equivalent_answers") or ())),
         data_source=row["data_source"],
         extra=extra,
     )
+
+
+def _pool_example(row: Mapping[str, Any], source: str) -> Example:
+    return replace(_rlvr_example(row, source), response=row.get("teacher_response") or None)
 
 
 def _alignment_example(row: Mapping[str, Any], source: str) -> Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 
 def batch_indices(num_rows: int, batch_size: int, iteration: int, seed: int) -> list[int]:
@@ -14,6 +15,13 @@ def batch_indices(num_rows: int, batch_size: int, iteration: int, seed: int) -> 
         epoch, offset = divmod(position, num_rows)
         indices.append(_epoch_order(num_rows, epoch, seed)[offset])
     return indices
+
+
+def further_indices(num_rows: int, taken: Sequence[int], iteration: int, seed: int) -> list[int]:
+    """The rows not among ``taken``, in an order of this iteration's own: what it samples if those are useless."""
+    rest = sorted(set(range(num_rows)).difference(taken))
+    random.Random(f"{seed}/{iteration}/further").shuffle(rest)
+    return rest
 
 
 _orders: dict[tuple[int, int, int], list[int]] = {}

@@ -33,6 +33,12 @@ _RESPONSE = re.compile(
     r"\s*<caption>(?P<caption>.*)</caption>\s*<think>(?P<think>.*)</think>(?P<gap>\s*)<answer>(?P<answer>.*)</answer>\s*",
     re.DOTALL,
 )
+# The paper's expressions (spec 1.1).
+_REFERENCE = re.compile(
+    r"\s*<caption>(?P<caption>.*?)</caption>\s*<think>(?P<think>.*?)</think>(?P<gap>\s*)<answer>(?P<answer>.*?)</answer>\s*",
+    re.DOTALL,
+)
+_FIRST_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,14 @@ class Response:
         return f"<think>{self.think}</think>{self.gap}<answer>{self.answer}</answer>"
 
 
-def parse_response(text: str) -> Response | None:
-    """Split a whole response into its blocks, or return None where it breaks the grammar."""
+def parse_response(text: str, *, compat: str = "fixed") -> Response | None:
+    """Split a whole response into its blocks, or return None where it breaks the grammar.
+
+    ``compat`` reference accepts what the paper's code accepts: empty blocks, and tags inside of blocks.
+    """
+    if compat == "reference":
+        match = _REFERENCE.fullmatch(text)
+        return Response(**match.groupdict()) if match else None
     if any(text.count(tag) != 1 for tag in TAGS):
         return None
     match = _RESPONSE.fullmatch(text)
@@ -68,6 +80,12 @@ def parse_response(text: str) -> Response | None:
     response = Response(**match.groupdict())
     blocks = (response.caption, response.think, response.answer)
     return response if all(block.strip() for block in blocks) else None
+
+
+def first_answer(text: str) -> str:
+    """The answer that the paper's code judges: the first in the text, wherever it stands."""
+    match = _FIRST_ANSWER.search(text)
+    return match[1] if match else ""
 
 
 def render_response(caption: str, think: str, answer: str) -> str:

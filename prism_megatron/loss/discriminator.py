@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+REFERENCE_SCORE_CLIP = 10.0  # spec 4.1
+_REFERENCE_FALLBACK = 0.01  # spec 4.4
 
-def bradley_terry_loss(teacher_scores: Tensor, student_scores: Tensor, weights: Tensor) -> Tensor:
-    """sum w softplus(-(s_teacher - s_student)), a scalar: -log sigmoid of the gap, stable at any. Inputs are [M]."""
-    return (F.softplus(student_scores - teacher_scores) * weights).sum()
+
+def bradley_terry_loss(
+    teacher_scores: Tensor, student_scores: Tensor, weights: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """-sum w ((1 - e) log sigmoid(gap) + e log sigmoid(-gap)), a scalar; gap = s_teacher - s_student, inputs [M].
+
+    With label smoothing e the loss is smallest at the gap log((1 - e) / e), not at infinity: the discriminator is told
+    to stay unsure.
+    """
+    gap = teacher_scores - student_scores
+    loss = (1 - label_smoothing) * F.softplus(-gap) + label_smoothing * F.softplus(gap)
+    return (loss * weights).sum()
 
 
 def score_regularizer(teacher_scores: Tensor, student_scores: Tensor, weights: Tensor) -> Tensor:
@@ -17,3 +28,20 @@ def score_regularizer(teacher_scores: Tensor, student_scores: Tensor, weights: T
     Keeps scores from drifting without the dead gradient of a clamp (spec 9.1, D6).
     """
     return ((teacher_scores.square() + student_scores.square()) * weights).sum() / 4
+
+
+def reference_branch_loss(
+    teacher_scores: Tensor, student_scores: Tensor, valid: Tensor, *, regularizer: float
+) -> Tensor:
+    """One branch's loss over one micro-batch as the paper's code has it (spec 4.4); inputs [M], ``valid`` bool.
+
+    Scores are clamped, and have no gradient beyond. The mean is over this micro-batch's valid rows; without one, the
+    teacher's mean score is pushed up a little instead. Invalid rows, split in half, still count for the regulariser.
+    """
+    teacher = teacher_scores.clamp(-REFERENCE_SCORE_CLIP, REFERENCE_SCORE_CLIP)
+    student = student_scores.clamp(-REFERENCE_SCORE_CLIP, REFERENCE_SCORE_CLIP)
+    if bool(valid.any()):
+        loss = F.softplus(student - teacher)[valid].mean()
+    else:
+        loss = _REFERENCE_FALLBACK * F.softplus(-teacher.mean())
+    return loss + regularizer * (teacher.square().mean() + student.square().mean()) / 4

@@ -7,12 +7,13 @@ global batch (spec 9.1, D9: local means over-weight sparse shards).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Aggregation = Literal["token_mean", "sequence_mean"]
+Aggregation = Literal["token_mean", "sequence_mean", "reference"]
 
 
 def token_weights(
@@ -26,14 +27,28 @@ def token_weights(
     """Weight of each token, [T] float32, from its ``mask`` [T] and ``sequence_ids`` [T].
 
     token_mean: every trained token counts the same, 1 / ``total_tokens``. sequence_mean: every sequence counts the
-    same, 1 / ``total_sequences``, shared by its trained tokens. Totals are global.
+    same, 1 / ``total_sequences``, shared by its trained tokens. Totals are global. reference is what the paper's code
+    does (spec 4.6): a mean over this micro-batch's tokens, weighted by its part of the sequences.
     """
     if aggregation == "token_mean":
         return mask / max(total_tokens, 1.0)
-    if aggregation != "sequence_mean":
-        raise ValueError(f"aggregation must be token_mean or sequence_mean, got {aggregation!r}")
     lengths = sequence_sums(mask, sequence_ids)
-    return mask / lengths[sequence_ids].clamp(min=1.0) / max(total_sequences, 1.0)
+    if aggregation == "sequence_mean":
+        return mask / lengths[sequence_ids].clamp(min=1.0) / max(total_sequences, 1.0)
+    if aggregation == "reference":
+        return mask / mask.sum().clamp(min=1.0) * (lengths > 0).sum() / max(total_sequences, 1.0)
+    raise ValueError(f"aggregation must be token_mean, sequence_mean or reference, got {aggregation!r}")
+
+
+def require_finite(what: str, values: Tensor, owners: Sequence[str]) -> None:
+    """Refuse values [N] that are not finite. Raises FloatingPointError naming what they are and whose."""
+    if bool(torch.isfinite(values).all()):
+        return
+    index = int((~torch.isfinite(values)).nonzero()[0])
+    raise FloatingPointError(
+        f"{what} of sample {owners[index]} is {float(values[index])}; the step is refused. "
+        "Lower the learning rate, or look at this sample"
+    )
 
 
 def sequence_sums(values: Tensor, sequence_ids: Tensor) -> Tensor:

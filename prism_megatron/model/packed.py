@@ -28,6 +28,7 @@ class PackedContext(PackedSeqParams):
     token_branch        [T'] int64: 0 perception (and everything of a policy), 1 reasoning, -1 padding
     token_share         this micro-batch's part of the global batch's tokens (weight of its load-balancing loss)
     load_balance        what each router's load-balancing loss was, detached, for the log
+    routing             and [2, E + 2] of each branch: tokens sent to each expert, summed entropy, number of tokens
     """
 
     rope_cos: Tensor | None = None
@@ -37,6 +38,7 @@ class PackedContext(PackedSeqParams):
     token_branch: Tensor | None = None
     token_share: float = 0.0
     load_balance: list[Tensor] = field(default_factory=list)
+    routing: list[Tensor] = field(default_factory=list)
 
 
 def packed_context(

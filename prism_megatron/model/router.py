@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prism_megatron.model.packed import PackedContext
 from prism_megatron.parallel.context import sum_over
+from prism_megatron.types import PERCEPTION, REASONING
 
 
 class BranchRouter(TopKRouter):
@@ -45,6 +46,7 @@ class BranchRouter(TopKRouter):
         if self.training and torch.is_grad_enabled() and self.config.moe_aux_loss_coeff:
             loss = self._load_balance(probs, routing_map, branch)
             self.context.load_balance.append(loss.detach())
+            self.context.routing.append(self._routing_stats(probs.detach(), routing_map, branch))
             routed = MoEAuxLossAutoScaler.apply(routed, loss * self.config.moe_aux_loss_coeff)
         return routed, routing_map
 
@@ -56,12 +58,22 @@ class BranchRouter(TopKRouter):
         for group in range(self.groups):
             mine = (branch == group if self.groups > 1 else branch >= 0)[:, None]
             sums.append(torch.stack(((routing_map & mine).sum(0), (probs * mine).sum(0), mine.sum().expand(experts))))
-        stacked = torch.stack(sums)
-        if self.config.sequence_parallel or self.config.context_parallel_size > 1:
-            stacked = sum_over(stacked, parallel_state.get_tensor_and_context_parallel_group())
+        stacked = self._over_all_tokens(torch.stack(sums))
         routed, prob, count = stacked.unbind(1)
         balance = experts // self.groups * (routed * prob / count.clamp(min=1).square()).sum(1)
         return balance.mean() * self.context.token_share / self.config.num_layers
+
+    def _routing_stats(self, probs: Tensor, routing_map: Tensor, branch: Tensor) -> Tensor:
+        """Of each branch: tokens sent to each expert, summed entropy (nats) of the choice, tokens. [2, E + 2]."""
+        entropy = torch.special.entr(probs).sum(-1, keepdim=True)
+        per_token = torch.cat((routing_map.float(), entropy, torch.ones_like(entropy)), -1)
+        return self._over_all_tokens(torch.stack([per_token[branch == b].sum(0) for b in (PERCEPTION, REASONING)]))
+
+    def _over_all_tokens(self, sums: Tensor) -> Tensor:
+        """Sums over this rank's tokens, added up where the micro-batch's tokens lie on several ranks."""
+        if self.config.sequence_parallel or self.config.context_parallel_size > 1:
+            return sum_over(sums, parallel_state.get_tensor_and_context_parallel_group())
+        return sums
 
 
 class RoutedLayer(TransformerLayer):

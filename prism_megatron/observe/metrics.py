@@ -14,7 +14,11 @@ RESPONSE_TOKENS = "response_tokens"  # mean length
 ENTROPY = "entropy"  # mean per response token, nats
 VALID_GROUPS = "valid_groups"  # fraction of responses whose group has rewards that differ
 POLICY_LOSS = "policy_loss"
-CLIP_FRACTION = "clip_fraction"
+CLIP_FRACTION = "clip_fraction"  # of trained tokens, over all updates of an iteration
+APPROX_KL = "approx_kl"  # mean k3 estimate of KL(old || new) per token, nats
+REFERENCE_KL = "reference_kl"  # mean estimate of KL(policy || where the stage started) per token, nats
+TRUNCATED_FRACTION = "truncated_fraction"  # of trained tokens, importance weights above their cap
+GENERATED_PROMPTS = "generated_prompts"  # prompts sampled to find enough groups whose rewards differ
 TRAIN_ROLLOUT_LOGPROB_ABS_DIFF = "train_rollout_logprob_abs_diff"  # largest over sampled tokens, nats
 
 DISCRIMINATOR_LOSS = "discriminator_loss"  # Bradley-Terry, both branches
@@ -25,6 +29,20 @@ PERCEPTION_GAP = "perception_gap"  # mean teacher score minus student score
 REASONING_GAP = "reasoning_gap"
 PERCEPTION_PAIR_ACCURACY = "perception_pair_accuracy"  # fraction of pairs with the teacher ahead
 REASONING_PAIR_ACCURACY = "reasoning_pair_accuracy"
+PERCEPTION_PAIRS = "perception_pairs"  # how many pairs these are means over
+REASONING_PAIRS = "reasoning_pairs"
+PERCEPTION_SCORE_LEVEL = "perception_score_level"  # mean of both sides' scores; no pair fixes it, so it can only drift
+REASONING_SCORE_LEVEL = "reasoning_score_level"
+PERCEPTION_LENGTH_CORRELATION = "perception_length_correlation"  # Pearson, of a response's score and tokens
+REASONING_LENGTH_CORRELATION = "reasoning_length_correlation"
+PERCEPTION_ROUTER_ENTROPY = "perception_router_entropy"  # mean over its tokens and layers, nats
+REASONING_ROUTER_ENTROPY = "reasoning_router_entropy"
+
+
+def expert_load(branch: str, expert: int) -> str:
+    """Part of a branch's routed tokens that an expert gets, over all layers: 1 / its experts when balanced."""
+    return f"{branch}_expert_{expert}_load"
+
 
 # What a line on the console shows, in this order, of whatever the stage has.
 ON_CONSOLE = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,37 +10,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prism_megatron.advantage import alignment_advantage
+from prism_megatron.advantage import Gating, alignment_advantage
 from prism_megatron.config import AlignConfig
-from prism_megatron.data.branches import branch_sequences
+from prism_megatron.data.branches import (
+    BranchSequences,
+    branch_sequences,
+    reference_student_sequences,
+    reference_teacher_sequences,
+)
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment
 from prism_megatron.data.pack import TrainingSequence
-from prism_megatron.loss.policy import PolicyLossConfig
-from prism_megatron.stages.discriminator import Pair, discriminator_step, score
+from prism_megatron.loss.discriminator import REFERENCE_SCORE_CLIP
+from prism_megatron.observe import metrics as names
+from prism_megatron.parallel.collectives import gather_over_data_parallel
+from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, discriminator_step, score
 from prism_megatron.stages.evaluate import conclude, judge, response_metrics
-from prism_megatron.stages.policy import Objective, policy_gradient_step
+from prism_megatron.stages.policy import policy_gradient_step, policy_objective
 from prism_megatron.stages.rollouts import Sample, gallery_row, push_weights, sample_responses, start_engine
 from prism_megatron.stages.setup import (
     Trained,
     load_discriminator,
     load_policy,
     load_processor,
+    load_reference,
     open_stage,
     rows_of_iteration,
 )
-
-# The two branches' losses are added, each a mean over its valid pairs (spec 4.4).
-_BRANCH_WEIGHTS = (1.0, 1.0)
+from prism_megatron.types import PERCEPTION, REASONING
 
 
 def run_align(config: AlignConfig) -> None:
     rows = read_alignment(Path(config.data))
     run = config.run
-    objective = Objective(PolicyLossConfig("grpo", config.clip_low, config.clip_high, None), "token_mean")
+    objective = policy_objective(config, "grpo")
+    adversary = discriminator_objective(config)
     with open_stage(config, config.discriminator.num_experts) as stage:
         processor = load_processor(config)
         policy = load_policy(config)
+        reference = load_reference(config) if config.kl_coeff else None
         discriminator = load_discriminator(config, config.discriminator_optimizer)
         parts = {"policy": policy, "discriminator": discriminator}
         stage.resume(parts)
@@ -50,24 +59,20 @@ def run_align(config: AlignConfig) -> None:
             with stage.timers("sync"):
                 push_weights(engine, policy, iteration)
             with stage.timers("rollout"):
-                samples = sample_responses(engine, processor, mine, iteration, config)
+                samples = sample_responses(engine, processor, mine, iteration, config, config.compat)
             with stage.timers("score"):
                 branches = score_branches(discriminator, samples, processor, config)
             advantages = branches.advantages(samples, config)
+            measured = response_metrics(samples) | branches.length_correlations()
             with stage.timers("discriminator"):
-                measured = discriminator_step(
-                    discriminator,
-                    branches.pairs,
-                    processor,
-                    config,
-                    branch_weights=_BRANCH_WEIGHTS,
-                    regularizer=config.score_regularizer,
-                    lr=discriminator.learning_rate(iteration, run.train_iters),
-                )
+                lr = discriminator.learning_rate(iteration, run.train_iters)
+                for _ in range(config.discriminator_steps):
+                    measured |= discriminator_step(discriminator, branches.pairs, processor, config, adversary, lr)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
-                measured |= policy_gradient_step(policy, samples, advantages, processor, objective, config, lr)
-            measured |= response_metrics(samples)
+                measured |= policy_gradient_step(
+                    policy, reference, samples, advantages, processor, objective, config, lr
+                )
             stage.log.log(iteration + 1, measured | stage.timers.pop())
             stage.log.rollouts(iteration + 1, branches.gallery(samples, advantages, iteration + 1, config))
             stage.save_if_due(iteration + 1, parts)
@@ -76,20 +81,29 @@ def run_align(config: AlignConfig) -> None:
         conclude(stage, policy, processor, engine)
 
 
+def discriminator_objective(config: AlignConfig) -> DiscriminatorObjective:
+    """The branches' losses are added, each a mean over its valid pairs, weighted as in the reward (spec 4.4, D10)."""
+    alpha = config.perception_weight
+    reference = config.compat == "reference"
+    weights = (1.0, 1.0) if reference else (2 * alpha, 2 * (1 - alpha))
+    return DiscriminatorObjective(weights, config.score_regularizer, config.label_smoothing, reference)
+
+
 @dataclass(frozen=True)
 class ScoredBranches:
     """The discriminator's view of an iteration's samples, before it is updated.
 
-    ``perception`` and ``reasoning`` [N] hold each sample's scores, undefined (and unused) where the response breaks the
-    grammar; ``pairs`` sets every valid sample against its prompt's demonstration, per branch.
+    ``perception`` and ``reasoning`` [N] hold each sample's scores, undefined (and unused) where it is not ``valid``
+    [N], outside the grammar; ``pairs`` sets every valid sample against its prompt's demonstration, per branch.
     """
 
     perception: Tensor
     reasoning: Tensor
+    valid: Tensor
     pairs: list[Pair]
 
     def advantages(self, samples: Sequence[Sample], config: AlignConfig) -> list[float]:
-        """A = alpha GN(s_caption) + (1 - alpha) GN(s_reasoning) - penalty (spec 4.5, Eq. 3)."""
+        """A = alpha GN(s_caption) + (1 - alpha) GN(s_reasoning) - penalty (spec 4.5, Eq. 3), or a gated form of it."""
         advantages: list[float] = alignment_advantage(
             self.perception,
             self.reasoning,
@@ -99,8 +113,26 @@ class ScoredBranches:
             format_penalty=config.format_penalty,
             combine=config.combine,
             eps=config.advantage_eps,
+            compat=config.compat,
+            correct=torch.tensor([judge(s, config.compat) for s in samples]),
+            gating=Gating(**vars(config.gating)),
         ).tolist()
         return advantages
+
+    def length_correlations(self) -> dict[str, float | None]:
+        """Of the valid responses' scores with their lengths, over all ranks: what a discriminator must not learn."""
+        pairs = [pair for pair in self.pairs if pair.valid]
+        measured = {}
+        for branch, scores, name in (
+            (PERCEPTION, self.perception, names.PERCEPTION_LENGTH_CORRELATION),
+            (REASONING, self.reasoning, names.REASONING_LENGTH_CORRELATION),
+        ):
+            lengths = [len(pair.student.response_ids) for pair in pairs if pair.branch == branch]
+            valid = scores[self.valid].tolist()
+            points = gather_over_data_parallel(list(zip(valid, lengths, strict=True)))
+            varied = len({s for s, _ in points}) > 1 and len({length for _, length in points}) > 1
+            measured[name] = statistics.correlation(*zip(*points, strict=True)) if varied else None
+        return measured
 
     def gallery(
         self, samples: Sequence[Sample], advantages: Sequence[float], iteration: int, config: AlignConfig
@@ -110,7 +142,9 @@ class ScoredBranches:
         for i in range(min(config.run.log_rollouts_per_iteration, len(samples))):
             valid = samples[i].response is not None
             scores = (float(self.perception[i]), float(self.reasoning[i])) if valid else None
-            rows.append(gallery_row(samples[i], "align", iteration, judge(samples[i]), advantages[i], scores))
+            rows.append(
+                gallery_row(samples[i], "align", iteration, judge(samples[i], config.compat), advantages[i], scores)
+            )
         return rows
 
 
@@ -118,27 +152,33 @@ def score_branches(
     discriminator: Trained, samples: Sequence[Sample], processor: ChatProcessor, config: AlignConfig
 ) -> ScoredBranches:
     """Split every valid response, score both parts, and pair them with the demonstration's."""
-    teachers: dict[int, tuple[TrainingSequence, TrainingSequence]] = {}
+    reference = config.compat == "reference"
+    teachers: dict[int, BranchSequences] = {}
     students: list[TrainingSequence] = []
     pairs: list[Pair] = []
-    valid: list[int] = []
-    for index, sample in enumerate(samples):
-        if sample.response is None:
+    for sample in samples:
+        row, response = sample.example, sample.response
+        if response is None and not reference:
             continue
         if sample.group not in teachers:
-            row = sample.example
             assert row.teacher_caption is not None
             assert row.teacher_reasoning is not None
-            teachers[sample.group] = branch_sequences(
-                processor, sample.prompt, row.teacher_caption, row.teacher_reasoning
-            )
-        student = branch_sequences(
-            processor, sample.prompt, sample.response.caption_block, sample.response.reasoning_block
-        )
-        students += student
-        pairs += [Pair(t, s) for t, s in zip(teachers[sample.group], student, strict=True)]
-        valid.append(index)
+            split = reference_teacher_sequences if reference else branch_sequences
+            teachers[sample.group] = split(processor, sample.prompt, row.teacher_caption, row.teacher_reasoning)
+        if reference:
+            student = reference_student_sequences(processor, sample.prompt, sample.rollout.token_ids, response)
+        else:
+            assert response is not None
+            student = branch_sequences(processor, sample.prompt, response.caption_block, response.reasoning_block)
+        pairs += [
+            Pair(t, s, row.id, response is not None) for t, s in zip(teachers[sample.group], student, strict=True)
+        ]
+        if response is not None:
+            students += student
+    valid = torch.tensor([sample.response is not None for sample in samples])
+    owners = [sample.example.id for sample in samples if sample.response is not None for _ in range(2)]
     scores = torch.zeros(len(samples), 2)
-    if valid:
-        scores[valid] = torch.tensor(score(discriminator, students, processor, config)).view(-1, 2)
-    return ScoredBranches(scores[:, 0], scores[:, 1], pairs)
+    scores[valid] = score(discriminator, students, owners, processor, config).view(-1, 2)
+    if reference:
+        scores = scores.clamp(-REFERENCE_SCORE_CLIP, REFERENCE_SCORE_CLIP)
+    return ScoredBranches(scores[:, 0], scores[:, 1], valid, pairs)

@@ -12,21 +12,27 @@ from torch import Tensor
 from prism_megatron.config import StageConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence, split_by_tokens
-from prism_megatron.loss.discriminator import bradley_terry_loss, score_regularizer
+from prism_megatron.loss.discriminator import bradley_terry_loss, reference_branch_loss, score_regularizer
+from prism_megatron.loss.reduce import require_finite
 from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
 from prism_megatron.parallel.collectives import sum_over_data_parallel, sum_over_pipeline
 from prism_megatron.stages.microbatch import equal_over_ranks, pack_microbatch
 from prism_megatron.stages.setup import Trained
-from prism_megatron.types import PERCEPTION, REASONING, PackedBatch
+from prism_megatron.types import BRANCH_NAMES, PERCEPTION, REASONING, PackedBatch
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Teacher and student sequences of one branch for one prompt."""
+    """Teacher and student sequences of one branch for one prompt.
+
+    ``owner`` names the sample. Only the paper's own loss has pairs whose student is not ``valid``.
+    """
 
     teacher: TrainingSequence
     student: TrainingSequence
+    owner: str
+    valid: bool = True
 
     @property
     def branch(self) -> int:
@@ -46,18 +52,39 @@ class PairMicrobatch:
     teacher: Tensor
     student: Tensor
     branch: Tensor
+    valid: Tensor
     weights: Tensor
+    owners: tuple[str, ...]
     token_share: float
 
 
+@dataclass(frozen=True)
+class DiscriminatorObjective:
+    """The weights of the branches' losses and of the score regulariser; ``reference`` is the paper's own loss."""
+
+    branch_weights: tuple[float, float]
+    regularizer: float = 0.0
+    label_smoothing: float = 0.0
+    reference: bool = False
+
+
 def score(
-    discriminator: Trained, sequences: Sequence[TrainingSequence], processor: ChatProcessor, config: StageConfig
-) -> list[float]:
-    """Score of every sequence by the current discriminator, without gradient."""
+    discriminator: Trained,
+    sequences: Sequence[TrainingSequence],
+    owners: Sequence[str],
+    processor: ChatProcessor,
+    config: StageConfig,
+) -> Tensor:
+    """Score of every sequence by the current discriminator, [N] without gradient. ``owners`` names their samples.
+
+    Raises FloatingPointError naming the sample whose score is not finite.
+    """
     groups = equal_over_ranks(split_by_tokens(sequences, config.max_tokens_per_microbatch), config.parallel)
     batches = [pack_microbatch([sequences[i] for i in group], processor, config) for group in groups]
     scores = evaluate_step(discriminator.chunks, batches, lambda chunk, batch: chunk(batch))
-    return [float(value) for value in torch.cat(scores)]
+    values = torch.cat(scores).cpu()
+    require_finite("score", values, owners)
+    return values
 
 
 def discriminator_step(
@@ -65,9 +92,7 @@ def discriminator_step(
     pairs: Sequence[Pair],
     processor: ChatProcessor,
     config: StageConfig,
-    *,
-    branch_weights: tuple[float, float],
-    regularizer: float,
+    objective: DiscriminatorObjective,
     lr: float,
 ) -> dict[str, float | None]:
     """Bradley-Terry step on the pairs of the global batch (Eq. 2), with live load balancing.
@@ -75,11 +100,11 @@ def discriminator_step(
     Each branch's loss is the mean over its pairs on all ranks, times its weight. With no pair anywhere nothing is
     trained, and nothing is reported.
     """
-    counts = [float(sum(pair.branch == branch for pair in pairs)) for branch in (PERCEPTION, REASONING)]
-    totals = sum_over_data_parallel(*counts)
-    if sum(totals) == 0:
+    counts = [sum(pair.branch == branch and pair.valid for pair in pairs) for branch in (PERCEPTION, REASONING)]
+    *totals, rows = sum_over_data_parallel(*counts, len(pairs) / 2)
+    if rows == 0:
         return {}
-    batches = _pair_microbatches(pairs, totals, branch_weights, processor, config)
+    batches = _pair_microbatches(pairs, totals, objective, processor, config)
     contexts: list[Any] = []
 
     def forward(chunk: Any, batch: PairMicrobatch) -> Tensor:
@@ -89,13 +114,19 @@ def discriminator_step(
 
     def loss(batch: PairMicrobatch, scores: Tensor) -> tuple[Tensor, Stats]:
         teacher, student = scores[batch.teacher], scores[batch.student]
-        pair_loss = bradley_terry_loss(teacher, student, batch.weights)
-        value = pair_loss + regularizer * score_regularizer(teacher, student, batch.weights)
-        gap = (teacher - student).detach()
+        require_finite("score of the demonstration", teacher.detach(), batch.owners)
+        require_finite("score of the response", student.detach(), batch.owners)
+        if objective.reference:
+            value = pair_loss = _reference_loss(batch, teacher, student, rows, objective.regularizer)
+        else:
+            pair_loss = bradley_terry_loss(teacher, student, batch.weights, label_smoothing=objective.label_smoothing)
+            value = pair_loss + objective.regularizer * score_regularizer(teacher, student, batch.weights)
+        gap, level = (teacher - student).detach(), (teacher + student).detach() / 2
         stats = {"loss": pair_loss.detach()}
         for branch in (PERCEPTION, REASONING):
-            mine = (batch.branch == branch).float()
+            mine = ((batch.branch == branch) & batch.valid).float()
             stats[f"gap_{branch}"] = (gap * mine).sum()
+            stats[f"level_{branch}"] = (level * mine).sum()
             # A tie is no preference: half a win.
             stats[f"wins_{branch}"] = ((gap > 0).float() * mine + 0.5 * (gap == 0).float() * mine).sum()
         return value, Stats(stats)
@@ -115,15 +146,47 @@ def discriminator_step(
         names.DISCRIMINATOR_LEARNING_RATE: lr,
         names.PERCEPTION_GAP: mean("gap", PERCEPTION),
         names.REASONING_GAP: mean("gap", REASONING),
+        names.PERCEPTION_SCORE_LEVEL: mean("level", PERCEPTION),
+        names.REASONING_SCORE_LEVEL: mean("level", REASONING),
         names.PERCEPTION_PAIR_ACCURACY: mean("wins", PERCEPTION),
         names.REASONING_PAIR_ACCURACY: mean("wins", REASONING),
+        names.PERCEPTION_PAIRS: totals[PERCEPTION],
+        names.REASONING_PAIRS: totals[REASONING],
+        **_routing_metrics(contexts, config),
     }
+
+
+def _routing_metrics(contexts: Sequence[Any], config: StageConfig) -> dict[str, float | None]:
+    """Which experts each branch uses and how sure its routers are, over all layers, stages and ranks."""
+    stats = [stats for context in contexts for stats in context.routing]
+    if not stats:
+        return {}
+    local = torch.stack(stats).sum(0).double().cpu()
+    flat = sum_over_data_parallel(*(sum_over_pipeline(value) for value in local.flatten().tolist()))
+    measured: dict[str, float | None] = {}
+    for branch, name in ((PERCEPTION, names.PERCEPTION_ROUTER_ENTROPY), (REASONING, names.REASONING_ROUTER_ENTROPY)):
+        *loads, entropy, tokens = torch.tensor(flat).view(local.shape)[branch].tolist()
+        measured[name] = entropy / tokens if tokens else None
+        for expert, load in enumerate(loads):
+            measured[names.expert_load(BRANCH_NAMES[branch], expert)] = load / sum(loads) if tokens else None
+    return measured
+
+
+def _reference_loss(batch: PairMicrobatch, teacher: Tensor, student: Tensor, rows: float, regularizer: float) -> Tensor:
+    """The paper's loss of a micro-batch: means over its own rows, weighted by its part of all ``rows``."""
+    value = 0.0 * (teacher.sum() + student.sum())
+    for branch in (PERCEPTION, REASONING):
+        mine = batch.branch == branch
+        if bool(mine.any()):
+            part = reference_branch_loss(teacher[mine], student[mine], batch.valid[mine], regularizer=regularizer)
+            value = value + part * (mine.sum() / rows)
+    return value
 
 
 def _pair_microbatches(
     pairs: Sequence[Pair],
     totals: Sequence[float],
-    branch_weights: tuple[float, float],
+    objective: DiscriminatorObjective,
     processor: ChatProcessor,
     config: StageConfig,
 ) -> list[PairMicrobatch]:
@@ -142,7 +205,11 @@ def _pair_microbatches(
                 teacher=torch.tensor([place[id(pair.teacher)] for pair in group], dtype=torch.long, device=device),
                 student=torch.tensor([place[id(pair.student)] for pair in group], dtype=torch.long, device=device),
                 branch=torch.tensor(branches, device=device),
-                weights=torch.tensor([branch_weights[b] / totals[b] for b in branches], device=device),
+                valid=torch.tensor([pair.valid for pair in group], dtype=torch.bool, device=device),
+                weights=torch.tensor(
+                    [objective.branch_weights[b] / max(totals[b], 1.0) for b in branches], device=device
+                ),
+                owners=tuple(pair.owner for pair in group),
                 token_share=sum(len(s) for s in members) / total_tokens,
             )
         )

@@ -16,7 +16,7 @@ from prism_megatron.data.loader import rank_share
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
-from prism_megatron.reward.answer import answers_match
+from prism_megatron.reward.verifiable import VERIFIERS
 from prism_megatron.rollout.engine import RolloutEngine
 from prism_megatron.stages.rollouts import Sample, greedy_responses, push_weights, start_engine
 from prism_megatron.stages.setup import Stage, Trained, finish
@@ -77,10 +77,12 @@ def evaluate(engine: RolloutEngine, processor: ChatProcessor, stage: Stage) -> d
     return result
 
 
-def judge(sample: Sample) -> bool:
+def judge(sample: Sample, compat: str = "fixed") -> bool:
     """Whether the response is in the grammar and its answer is right."""
-    assert sample.example.answer is not None, "the readers refuse prompts without an answer"
-    return sample.response is not None and answers_match(sample.response.answer, sample.example.answer)
+    row = sample.example
+    assert row.answer is not None, "the readers refuse prompts without an answer"
+    right = VERIFIERS[compat]
+    return sample.response is not None and right(sample.response.answer, row.answer, row.equivalent_answers)
 
 
 def response_metrics(samples: Sequence[Sample]) -> dict[str, float | None]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from prism_megatron.config import StageConfig
+from prism_megatron.config import PolicyGradientConfig, StageConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence, split_by_tokens
-from prism_megatron.loss.policy import PolicyLossConfig, policy_loss
-from prism_megatron.loss.reduce import Aggregation, token_weights
+from prism_megatron.loss.policy import PolicyLossConfig, TokenLogprobs, policy_loss
+from prism_megatron.loss.reduce import Aggregation, require_finite, sequence_sums, token_weights
 from prism_megatron.loss.sft import sft_loss
 from prism_megatron.model.logprobs import TokenScores
 from prism_megatron.observe import metrics as names
-from prism_megatron.optim.step import Stats, train_step
+from prism_megatron.optim.step import Stats, evaluate_step, train_step
+from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import sum_over_data_parallel
 from prism_megatron.stages.microbatch import equal_over_ranks, pack_microbatch
 from prism_megatron.stages.rollouts import Sample
@@ -27,16 +29,20 @@ from prism_megatron.types import PackedBatch
 
 @dataclass(frozen=True)
 class PolicyMicrobatch:
-    """A packed batch and what the loss needs about each token, all [T]. The last two are for policy gradients only.
+    """A packed batch and what the loss needs about each token, all [T]. The last ones are for policy gradients only.
 
-    ``token_share`` is its part of the global batch's tokens.
+    ``token_share`` is its part of the global batch's tokens; ``owners`` names the sample of each sequence. Without
+    ``old_logprobs`` the policy is still the one that sampled.
     """
 
     packed: PackedBatch
     token_share: float
+    owners: tuple[str, ...]
     weights: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
+    old_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,21 @@ class Objective:
 
 
 def sft_step(
-    policy: Trained, sequences: Sequence[TrainingSequence], processor: ChatProcessor, config: StageConfig, lr: float
+    policy: Trained,
+    sequences: Sequence[TrainingSequence],
+    owners: Sequence[str],
+    processor: ChatProcessor,
+    config: StageConfig,
+    lr: float,
 ) -> dict[str, float | None]:
-    """Cross-entropy on the responses of the global batch, averaged over its response tokens (spec 2)."""
-    batches = _microbatches(sequences, None, None, processor, config, "token_mean")
+    """Cross-entropy on the responses of the global batch, averaged over its response tokens (spec 2).
+
+    ``owners`` names the row of each sequence.
+    """
+    batches = _microbatches(sequences, None, None, owners, processor, config, "token_mean")
 
     def loss(batch: PolicyMicrobatch, scores: TokenScores) -> tuple[Tensor, Stats]:
+        require_finite("log-probability", _per_sequence(scores.logprobs.detach(), batch.packed), batch.owners)
         value = sft_loss(scores.logprobs, batch.weights)
         return value, Stats({"loss": value.detach()})
 
@@ -61,52 +76,127 @@ def sft_step(
     return {names.LOSS: measured["loss"], names.GRAD_NORM: grad_norm, names.LEARNING_RATE: lr}
 
 
+def policy_objective(config: PolicyGradientConfig, kind: Literal["grpo", "dapo", "gspo"]) -> Objective:
+    """The loss that a stage's configuration asks for (spec 5.2)."""
+    aggregation: Aggregation = "sequence_mean" if kind == "gspo" else "token_mean"
+    loss = PolicyLossConfig(
+        kind,
+        config.clip_low,
+        config.clip_high,
+        config.dual_clip or None,
+        config.kl_coeff,
+        cast(Literal["k1", "k2", "k3"], config.kl_estimator),
+        config.importance_cap or None,
+    )
+    return Objective(loss, "reference" if config.compat == "reference" and kind != "gspo" else aggregation)
+
+
 def policy_gradient_step(
     policy: Trained,
+    reference: Trained | None,
     samples: Sequence[Sample],
     advantages: Sequence[float],
     processor: ChatProcessor,
     objective: Objective,
-    config: StageConfig,
+    config: PolicyGradientConfig,
     lr: float,
 ) -> dict[str, float | None]:
-    """One on-policy step: the old log-probabilities are the current ones, detached (spec 4.6, 5.1).
+    """Every update of an iteration: each mini-batch of its samples, as many times as there are epochs (spec 4.6, 5.1).
 
-    Also measures how far the trainer's log-probabilities are from the engine's on the very tokens that were sampled.
+    The log-probabilities that ratios are taken to are computed once, before the first update. Also measures how far
+    they are from the engine's, on the very tokens that were sampled.
     """
-    sequences = [sample.sequence() for sample in samples]
-    engine_logprobs = [sample.rollout.logprobs for sample in samples]
-    batches = _microbatches(sequences, advantages, engine_logprobs, processor, config, objective.aggregation)
+    mini_batches = []
+    for part in _mini_batches(samples, config.mini_batches_per_iteration):
+        chosen = [samples[i] for i in part]
+        batches = _microbatches(
+            [sample.sequence() for sample in chosen],
+            [advantages[i] for i in part],
+            [sample.rollout.logprobs for sample in chosen],
+            [sample.example.id for sample in chosen],
+            processor,
+            config,
+            objective.aggregation,
+        )
+        if config.mini_batches_per_iteration * config.epochs_per_iteration > 1:
+            old = _logprobs(policy, batches)
+            batches = [replace(batch, old_logprobs=values) for batch, values in zip(batches, old, strict=True)]
+        if reference is not None:
+            held = _logprobs(reference, batches)
+            batches = [replace(batch, reference_logprobs=values) for batch, values in zip(batches, held, strict=True)]
+        mini_batches.append(batches)
 
     def loss(batch: PolicyMicrobatch, scores: TokenScores) -> tuple[Tensor, Stats]:
-        packed, mask, logprobs = batch.packed, batch.packed.loss_mask, scores.logprobs
-        value, stats = policy_loss(
-            logprobs, logprobs.detach(), batch.advantages, batch.weights, mask, packed.sequence_ids, objective.loss
-        )
-        difference = ((logprobs.detach() - batch.rollout_logprobs).abs() * mask).max()
+        packed, mask = batch.packed, batch.packed.loss_mask
+        require_finite("log-probability", _per_sequence(scores.logprobs.detach(), packed), batch.owners)
+        old = scores.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        tokens = TokenLogprobs(scores.logprobs, old, batch.rollout_logprobs, batch.reference_logprobs)
+        value, stats = policy_loss(tokens, batch.advantages, batch.weights, mask, packed.sequence_ids, objective.loss)
+        require_finite("policy loss", value.detach()[None], [", ".join(batch.owners)])
         sums = {
             "loss": value.detach(),
             "clipped": stats.clip_fraction_sum,
+            "truncated": stats.truncated_sum,
+            "drift": stats.approx_kl_sum,
+            "divergence": stats.reference_kl_sum,
             "entropy": (scores.entropy * mask).sum(),
             "tokens": mask.sum(),
         }
-        return value, Stats(sums, {"difference": difference})
+        return value, Stats(sums, {"difference": ((old - batch.rollout_logprobs).abs() * mask).max()})
 
-    measured, grad_norm = train_step(policy.chunks, policy.optimizer, batches, _forward, loss, lr)
+    totals: dict[str, float] = defaultdict(float)
+    grad_norms: list[float] = []
+    for batches in mini_batches * config.epochs_per_iteration:
+        measured, grad_norm = train_step(policy.chunks, policy.optimizer, batches, _forward, loss, lr)
+        grad_norms.append(grad_norm)
+        difference = max(totals["difference"], measured.pop("difference"))
+        for key, value in measured.items():
+            totals[key] += value
+        totals["difference"] = difference
     limit = config.rollout.max_logprob_abs_diff
-    if limit and measured["difference"] > limit:
+    if limit and totals["difference"] > limit:
         raise RuntimeError(
-            f"trainer and engine differ by {measured['difference']:.2g} nats on a sampled token, more than "
+            f"trainer and engine differ by {totals['difference']:.2g} nats on a sampled token, more than "
             f"rollout.max_logprob_abs_diff ({limit:g}): the engine does not run the policy that is being trained"
         )
+    tokens = totals["tokens"]
     return {
-        names.POLICY_LOSS: measured["loss"],
-        names.GRAD_NORM: grad_norm,
+        names.POLICY_LOSS: totals["loss"] / len(grad_norms),
+        names.GRAD_NORM: sum(grad_norms) / len(grad_norms),
         names.LEARNING_RATE: lr,
-        names.CLIP_FRACTION: measured["clipped"] / measured["tokens"],
-        names.ENTROPY: measured["entropy"] / measured["tokens"],
-        names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF: measured["difference"],
+        names.CLIP_FRACTION: totals["clipped"] / tokens,
+        names.APPROX_KL: totals["drift"] / tokens,
+        names.REFERENCE_KL: totals["divergence"] / tokens if reference is not None else None,
+        names.TRUNCATED_FRACTION: totals["truncated"] / tokens if config.importance_cap else None,
+        names.ENTROPY: totals["entropy"] / tokens,
+        names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF: totals["difference"],
     }
+
+
+def _mini_batches(samples: Sequence[Sample], count: int) -> list[list[int]]:
+    """Samples dealt out so that each mini-batch has as many of every group, whatever rank the group is on."""
+    seen: dict[int, int] = defaultdict(int)
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for index, sample in enumerate(samples):
+        parts[seen[sample.group] % count].append(index)
+        seen[sample.group] += 1
+    return parts
+
+
+def _logprobs(model: Trained, batches: Sequence[PolicyMicrobatch]) -> list[Tensor]:
+    """log p of every target by the model as it is now, [T] per micro-batch."""
+
+    def forward(chunk: Any, batch: PolicyMicrobatch) -> Any:
+        output = _forward(chunk, batch)
+        return output.logprobs if isinstance(output, TokenScores) else output
+
+    return [values.to(groups.device()) for values in evaluate_step(model.chunks, batches, forward)]
+
+
+def _per_sequence(values: Tensor, packed: PackedBatch) -> Tensor:
+    """Sum over each real sequence's trained tokens."""
+    trained = torch.where(packed.loss_mask > 0, values, 0.0)
+    return sequence_sums(trained, packed.sequence_ids)[: len(packed.last_tokens)]
 
 
 def _forward(chunk: Any, batch: PolicyMicrobatch) -> Any:
@@ -117,6 +207,7 @@ def _microbatches(
     sequences: Sequence[TrainingSequence],
     advantages: Sequence[float] | None,
     engine_logprobs: Sequence[Sequence[float]] | None,
+    owners: Sequence[str],
     processor: ChatProcessor,
     config: StageConfig,
     aggregation: Aggregation,
@@ -145,5 +236,6 @@ def _microbatches(
             flat = [value for i in group for value in engine_logprobs[i]]
             token_logps[packed.loss_mask.bool()] = torch.tensor(flat, device=token_logps.device)
         share = sum(len(sequences[i]) for i in group) / max(total_tokens, 1.0)
-        batches.append(PolicyMicrobatch(packed, share, weights, token_advantages, token_logps))
+        names_of = tuple(owners[i] for i in group)
+        batches.append(PolicyMicrobatch(packed, share, names_of, weights, token_advantages, token_logps))
     return batches

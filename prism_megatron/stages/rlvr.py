@@ -2,70 +2,157 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 
 from prism_megatron.advantage import grpo_advantage, informative_groups
 from prism_megatron.config import RLVRConfig
+from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
-from prism_megatron.loss.policy import PolicyLossConfig
+from prism_megatron.data.loader import batch_indices, further_indices, rank_share
 from prism_megatron.observe import metrics as names
-from prism_megatron.parallel.collectives import sum_over_data_parallel
-from prism_megatron.reward.verifiable import verifiable_reward
+from prism_megatron.parallel import groups as ranks
+from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
+from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
+from prism_megatron.rollout.engine import RolloutEngine
 from prism_megatron.stages.evaluate import conclude, judge, response_metrics
-from prism_megatron.stages.policy import Objective, policy_gradient_step
+from prism_megatron.stages.policy import policy_gradient_step, policy_objective
 from prism_megatron.stages.rollouts import Sample, gallery_row, push_weights, sample_responses, start_engine
-from prism_megatron.stages.setup import load_policy, load_processor, open_stage, rows_of_iteration
+from prism_megatron.stages.setup import load_policy, load_processor, load_reference, open_stage
+from prism_megatron.types import Example
 
 
 def run_rlvr(config: RLVRConfig) -> None:
     rows = read_rlvr(Path(config.data))
     run = config.run
-    objective = Objective(PolicyLossConfig("grpo", config.clip_low, config.clip_high, None), "token_mean")
+    objective = policy_objective(config, cast(Literal["grpo", "dapo", "gspo"], config.algorithm))
     with open_stage(config) as stage:
         processor = load_processor(config)
         policy = load_policy(config)
+        reference = load_reference(config) if config.kl_coeff else None
         parts = {"policy": policy}
         stage.resume(parts)
 
         engine = start_engine(config, policy.source)
         for iteration in range(stage.start, run.train_iters):
-            mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
             with stage.timers("sync"):
                 push_weights(engine, policy, iteration)
             with stage.timers("rollout"):
-                samples = sample_responses(engine, processor, mine, iteration, config)
+                samples, generated = sample_groups(engine, processor, rows, iteration, config)
             rewards = torch.tensor([reward(sample, config) for sample in samples])
             groups = torch.tensor([sample.group for sample in samples])
-            advantages = grpo_advantage(rewards, groups, eps=config.advantage_eps).tolist()
+            advantages = grpo_advantage(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
-                measured = policy_gradient_step(policy, samples, advantages, processor, objective, config, lr)
-            total, useful, count = sum_over_data_parallel(
-                float(rewards.sum()), float(informative_groups(rewards, groups).sum()), len(samples)
-            )
-            measured |= {names.REWARD: total / count, names.VALID_GROUPS: useful / count}
-            measured |= response_metrics(samples)
+                measured = policy_gradient_step(
+                    policy, reference, samples, advantages, processor, objective, config, lr
+                )
+            measured |= reward_metrics(generated, config) | response_metrics(generated)
             stage.log.log(iteration + 1, measured | stage.timers.pop())
             shown = range(min(run.log_rollouts_per_iteration, len(samples)))
+            correct = [judge(samples[i], config.compat) for i in shown]
             stage.log.rollouts(
                 iteration + 1,
-                [gallery_row(samples[i], "rlvr", iteration + 1, judge(samples[i]), advantages[i]) for i in shown],
+                [gallery_row(samples[i], "rlvr", iteration + 1, correct[i], advantages[i]) for i in shown],
             )
             stage.save_if_due(iteration + 1, parts)
 
         conclude(stage, policy, processor, engine)
 
 
+def sample_groups(
+    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], iteration: int, config: RLVRConfig
+) -> tuple[list[Sample], list[Sample]]:
+    """This rank's samples to train on, and all that it generated for them.
+
+    DAPO's dynamic sampling (spec 5.2): groups whose rewards do not differ are replaced by those of other prompts. Each
+    round samples as many prompts as are still missing, so that there is no surplus to throw away, or to keep over a
+    restart; which prompts, and in which order, depends on seed and iteration only. Where the rounds end first, what was
+    found is trained on.
+    """
+    order = batch_indices(len(rows), config.prompts_per_iteration, iteration, config.run.seed)
+    rounds = 1
+    if config.algorithm == "dapo":
+        order = order + further_indices(len(rows), order, iteration, config.run.seed)
+        rounds = config.max_sampling_rounds
+    kept: list[Sample] = []
+    generated: list[Sample] = []
+    tried = missing = 0
+    for _ in range(rounds):
+        missing = config.prompts_per_iteration - len({sample.group for sample in kept})
+        drawn = order[tried : tried + missing]
+        if not drawn:
+            break
+        share = rank_share(drawn, ranks.data_parallel_rank(), ranks.data_parallel_size())
+        asked = [rows[i] for i in share]
+        samples = sample_responses(engine, processor, asked, iteration, config, config.compat) if asked else []
+        first = tried + len(drawn) * ranks.data_parallel_rank() // ranks.data_parallel_size()
+        samples = [replace(sample, group=first + sample.group) for sample in samples]
+        generated += samples
+        tried += len(drawn)
+        if config.algorithm != "dapo":
+            return samples, generated
+        kept += gather_over_data_parallel(_informative(samples, config))
+    if not kept:
+        raise ValueError(
+            f"of {tried} prompts none has responses with different rewards; choose prompts that the policy solves "
+            "sometimes (the collect stage does), raise rollout.samples_per_prompt, or max_sampling_rounds"
+        )
+    chosen = rank_share(
+        sorted({sample.group for sample in kept}), ranks.data_parallel_rank(), ranks.data_parallel_size()
+    )
+    return [sample for sample in kept if sample.group in chosen], generated
+
+
+def _informative(samples: Sequence[Sample], config: RLVRConfig) -> list[Sample]:
+    """Samples of the groups in which some answers are right and some are wrong, as the reference filters (spec 5.2)."""
+    if not samples:
+        return []
+    correct = torch.tensor([float(judge(sample, config.compat)) for sample in samples])
+    useful = informative_groups(correct, torch.tensor([sample.group for sample in samples]))
+    return [sample for sample, keep in zip(samples, useful.tolist(), strict=True) if keep]
+
+
+def reward_metrics(samples: Sequence[Sample], config: RLVRConfig) -> dict[str, float | None]:
+    """Over all that was generated, whatever of it is trained on: a filter must not flatter the reward."""
+    rewards = torch.tensor([reward(sample, config) for sample in samples])
+    useful = informative_groups(rewards, torch.tensor([sample.group for sample in samples]))
+    total, informative, count, prompts = sum_over_data_parallel(
+        float(rewards.sum()), float(useful.sum()), len(samples), len({sample.group for sample in samples})
+    )
+    return {
+        names.REWARD: total / count,
+        names.VALID_GROUPS: informative / count,
+        names.GENERATED_PROMPTS: prompts,
+    }
+
+
 def reward(sample: Sample, config: RLVRConfig) -> float:
-    """accuracy_weight * accuracy + format_weight * format; a response cut at the length limit has no format (Eq. 5)."""
-    if not sample.rollout.finished:
-        return 0.0
-    assert sample.example.answer is not None
-    return verifiable_reward(
-        sample.rollout.text,
-        sample.example.answer,
-        accuracy_weight=config.accuracy_weight,
-        format_weight=config.format_weight,
-    ).score
+    """accuracy_weight * accuracy + format_weight * format; a response cut at the length limit has no format (Eq. 5).
+
+    DAPO takes a penalty for the last part of the room for a response.
+    """
+    row, rollout = sample.example, sample.rollout
+    assert row.answer is not None
+    score = 0.0
+    if rollout.finished:
+        score = verifiable_reward(
+            rollout.text,
+            row.answer,
+            row.equivalent_answers,
+            accuracy_weight=config.accuracy_weight,
+            format_weight=config.format_weight,
+            compat=config.compat,
+        ).score
+    if config.algorithm == "dapo" and config.overlong_buffer_tokens:
+        score += overlong_penalty(
+            len(rollout.token_ids),
+            max_tokens=config.rollout.max_response_tokens,
+            buffer_tokens=config.overlong_buffer_tokens,
+            factor=config.overlong_penalty,
+        )
+    return score

@@ -57,12 +57,20 @@ def push_weights(engine: RolloutEngine, policy: Trained, version: int) -> None:
 
 
 def sample_responses(
-    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], iteration: int, config: cfg.StageConfig
+    engine: RolloutEngine,
+    processor: ChatProcessor,
+    rows: Sequence[Example],
+    iteration: int,
+    config: cfg.StageConfig,
+    compat: str = "fixed",
 ) -> list[Sample]:
-    """``samples_per_prompt`` responses to each row, in order; seeds depend on run, iteration and row only."""
+    """``samples_per_prompt`` responses to each row, in order; seeds depend on run, iteration and row only.
+
+    ``compat`` says which grammar they are held to.
+    """
     rollout = config.rollout
     sampling = Sampling(rollout.samples_per_prompt, rollout.temperature, rollout.top_p, rollout.max_response_tokens)
-    return _samples(engine, processor, rows, sampling, config.run.seed, iteration)
+    return _samples(engine, processor, rows, sampling, config.run.seed, iteration, compat)
 
 
 def greedy_responses(
@@ -79,6 +87,7 @@ def _samples(
     sampling: Sampling,
     seed: int,
     iteration: int,
+    compat: str = "fixed",
 ) -> list[Sample]:
     requests = [
         RolloutRequest(processor.prompt_ids(row.messages), row.images, sample_seed(seed, iteration, row.id))
@@ -87,7 +96,7 @@ def _samples(
     answers = engine.generate(requests, sampling)
     prompts = processor.encode_prompts(rows)
     return [
-        Sample(row, prompt, rollout, parse_response(rollout.text) if rollout.finished else None, group)
+        Sample(row, prompt, rollout, parse_response(rollout.text, compat=compat) if rollout.finished else None, group)
         for group, (row, prompt, rollouts) in enumerate(zip(rows, prompts, answers, strict=True))
         for rollout in rollouts
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -138,6 +139,19 @@ def load_policy(config: cfg.StageConfig) -> Trained:
     chunks = build_policy(config.model, config.parallel, sizes)
     load_checkpoint(chunks, table, source, "policy")
     return _trained("policy", chunks, config.optimizer, table, sizes, source, {})
+
+
+def load_reference(config: cfg.StageConfig) -> Trained:
+    """The policy as this stage found it, with neither gradients nor an optimizer."""
+    source = Path(config.model.hf_checkpoint)
+    sizes = read_sizes(source)
+    table = policy_table(sizes)
+    frozen = dataclasses.replace(config.model, freeze=["vision", "merger", "language_model"])
+    chunks = build_policy(frozen, config.parallel, sizes)
+    with HFWeights(source) as weights:
+        load_weights(chunks, table, weights)
+    wrapped = wrap_for_training(chunks, use_distributed_optimizer=False)
+    return Trained("reference", wrapped, None, config.optimizer, table, sizes, source, {})
 
 
 def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cfg.OptimizerConfig) -> Trained:

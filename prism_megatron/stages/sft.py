@@ -33,7 +33,7 @@ def run_sft(config: SFTConfig) -> None:
                 sequences = demonstrations(mine, processor)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
-                measured = sft_step(policy, sequences, processor, config, lr)
+                measured = sft_step(policy, sequences, [row.id for row in mine], processor, config, lr)
             (tokens,) = sum_over_data_parallel(sum(map(len, sequences)))
             measured[names.TOKENS_PER_SECOND] = tokens / (time.monotonic() - began)
             stage.log.log(iteration + 1, measured | stage.timers.pop())

@@ -8,12 +8,12 @@ from prism_megatron.config import WarmupConfig
 from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_pairs
-from prism_megatron.stages.discriminator import Pair, discriminator_step
+from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, discriminator_step
 from prism_megatron.stages.setup import finish, load_discriminator, load_processor, open_stage, rows_of_iteration
 from prism_megatron.types import PreferencePair
 
 # The loss is the mean over the pairs of both branches (spec 3.3), and every line of the file gives one of each.
-_BRANCH_WEIGHTS = (0.5, 0.5)
+_OBJECTIVE = DiscriminatorObjective(branch_weights=(0.5, 0.5))
 
 
 def run_warmup(config: WarmupConfig) -> None:
@@ -31,9 +31,7 @@ def run_warmup(config: WarmupConfig) -> None:
                 pairs = preference_pairs(mine, processor)
             with stage.timers("train"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
-                measured = discriminator_step(
-                    discriminator, pairs, processor, config, branch_weights=_BRANCH_WEIGHTS, regularizer=0.0, lr=lr
-                )
+                measured = discriminator_step(discriminator, pairs, processor, config, _OBJECTIVE, lr)
             stage.log.log(iteration + 1, measured | stage.timers.pop())
             stage.save_if_due(iteration + 1, parts)
 
@@ -47,5 +45,5 @@ def preference_pairs(rows: list[PreferencePair], processor: ChatProcessor) -> li
     for row, prompt in zip(rows, processor.encode_prompts(rows), strict=True):
         teacher = branch_sequences(processor, prompt, row.teacher_caption, row.teacher_reasoning)
         student = branch_sequences(processor, prompt, row.student_caption, row.student_reasoning)
-        pairs += [Pair(t, s) for t, s in zip(teacher, student, strict=True)]
+        pairs += [Pair(t, s, row.id) for t, s in zip(teacher, student, strict=True)]
     return pairs

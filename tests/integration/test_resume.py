@@ -36,19 +36,14 @@ SMALL = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prom
 
 @pytest.fixture(scope="module")
 def stages(
-    tiny_checkpoint: Path,
-    tiny_data: Path,
-    launch: Callable[..., str],
-    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Path, speaking_checkpoint: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[str]]:
     """The command line of each stage, all on a policy that already speaks the grammar."""
     root = tmp_path_factory.mktemp("resume")
     sft = [f"model.hf_checkpoint={tiny_checkpoint}", f"data={tiny_data}/sft.jsonl", "global_batch_size=16"]
-    speaks = ["run.name=speaks", f"run.dir={root}", "run.train_iters=150", "eval.num_questions=0"]
-    launch(1, ["-m", "prism_megatron.train", "tiny_sft", *sft, *speaks])
-    policy = f"model.hf_checkpoint={root}/speaks/hf"
+    policy = f"model.hf_checkpoint={speaking_checkpoint}"
     write_pairs(root / "pairs.jsonl", some_pairs(tiny_data / "alignment.parquet"))
-    dense = f"discriminator.hf_checkpoint={root}/speaks/hf"
+    dense = f"discriminator.hf_checkpoint={speaking_checkpoint}"
     return {
         "sft": ["tiny_sft", f"run.dir={root}", *sft, *SHORT],
         "warmup": [
@@ -64,7 +59,11 @@ def stages(
             *SHORT,
             *SMALL,
         ],
-        "rlvr": ["tiny_rlvr", f"run.dir={root}", policy, f"data={tiny_data}/rlvr_candidates.parquet", *SHORT, *SMALL],
+        # DAPO with several updates an iteration: the stage with the most that might be remembered.
+        "rlvr": [
+            *("tiny_rlvr", f"run.dir={root}", policy, f"data={tiny_data}/rlvr_candidates.parquet", *SHORT, *SMALL),
+            *("algorithm=dapo", "mini_batches_per_iteration=2", "epochs_per_iteration=2"),
+        ],
     }
 
 

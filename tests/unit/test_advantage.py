@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prism_megatron.advantage import alignment_advantage, group_normalize, grpo_advantage, informative_groups
+from prism_megatron.advantage import Gating, alignment_advantage, group_normalize, grpo_advantage, informative_groups
 
 ROOT_HALF = 1 / math.sqrt(2)  # z-score of the two ends of a pair, the deviation being unbiased
 
@@ -72,3 +72,50 @@ def test_a_broken_response_stands_below_the_worst_and_pays_the_penalty() -> None
 def test_a_group_without_a_valid_response_teaches_nothing() -> None:
     # D8: the paper's code gives -1.5 to all of them.
     assert align([1.0, 2.0], [3.0, 4.0], [False, False], [0, 0]).tolist() == [0, 0]
+
+
+# One group of four: right, wrong, wrong, outside the grammar. Branches agree, so A is one z-score: scores 3, 2, 1 and
+# 1 - 1 = 0, mean 1.5, squares 2.25 + 0.25 + 0.25 + 2.25 = 5, deviation sqrt(5 / 3).
+SCORES, VALID, CORRECT = [3.0, 2.0, 1.0, 9.0], [True, True, True, False], [True, False, False, False]
+A = [value / math.sqrt(5 / 3) for value in (1.5, 0.5, -0.5, -1.5)]
+# acc + fmt = 2, 1, 1, 0: mean 1, deviation sqrt(2 / 3).
+REWARD = [value / math.sqrt(2 / 3) for value in (1.0, 0.0, 0.0, -1.0)]
+# minus 0.5 where wrong, minus 2 where broken: 2, 0.5, 0.5, -2: mean 0.25, squares 3.0625 + 2 * 0.0625 + 5.0625 = 8.25.
+PENALIZED = [value / math.sqrt(8.25 / 3) for value in (1.75, 0.25, 0.25, -2.25)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("none", [A[0], A[1], A[2], A[3] - 1.5]),
+        ("acc_gating", [2 * A[0], 2 * A[1] - 0.5, 2 * A[2] - 0.5, 2 * A[3] - 2]),
+        ("gated", [2 * A[0], -0.5, -0.5, -2]),
+        ("rlvr", [REWARD[0] + 2 * A[0], REWARD[1], REWARD[2], REWARD[3]]),
+        ("rlvr_v2", [PENALIZED[0] + 2 * A[0], PENALIZED[1], PENALIZED[2], PENALIZED[3]]),
+        ("sign_align", [PENALIZED[0] + 2 * A[0], PENALIZED[1] - 2 * A[1], PENALIZED[2] - 2 * A[2], PENALIZED[3]]),
+    ],
+)
+def test_gates_by_hand(mode: str, expected: list[float]) -> None:
+    gating = Gating(mode, align_coeff=2.0, wrong_penalty=0.5, format_penalty=2.0)
+    advantage = align(SCORES, SCORES, VALID, [0, 0, 0, 0], correct=torch.tensor(CORRECT), gating=gating)
+    assert advantage.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_reference_pushes_a_group_without_a_valid_response_down() -> None:
+    reference = align([1.0, 2.0], [3.0, 4.0], [False, False], [0, 0], compat="reference", eps=1e-6)
+    assert reference.tolist() == [-1.5, -1.5]
+
+
+def test_the_reference_leaves_a_lone_score_as_it_is() -> None:
+    assert group_normalize(torch.tensor([9.0]), torch.zeros(1), eps=0.0, compat="reference").tolist() == [9.0]
+
+
+def test_splitting_the_prompts_over_ranks_changes_nothing() -> None:
+    """Advantages need one group only, and no rank ever holds part of a group."""
+    generator = torch.Generator().manual_seed(1)
+    perception, reasoning = torch.randn(2, 12, generator=generator).tolist()
+    valid = (torch.rand(12, generator=generator) > 0.3).tolist()
+    groups = [0] * 4 + [1] * 4 + [2] * 4
+    whole = align(perception, reasoning, valid, groups).tolist()
+    cut = [align(perception[i : i + 4], reasoning[i : i + 4], valid[i : i + 4], [7] * 4).tolist() for i in (0, 4, 8)]
+    assert whole == pytest.approx(cut[0] + cut[1] + cut[2], abs=1e-6)

@@ -143,6 +143,7 @@ def test_pairs_survive_the_disk(tmp_path: Path):
 
 def test_prompts_survive_the_disk_with_and_without_a_teacher(tmp_path: Path):
     (taught,) = read_alignment(write_parquet(tmp_path, parquet_row(extra_info={"index": 3})))
+    taught = replace(taught, equivalent_answers=("four", "4.0"))
     bare = replace(taught, response=None, teacher_caption=None, teacher_reasoning=None)
     write_prompts(tmp_path / "taught.parquet", [taught])
     write_prompts(tmp_path / "bare.parquet", [bare, bare])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from prism_megatron.loss.discriminator import bradley_terry_loss, score_regularizer
+from prism_megatron.loss.discriminator import bradley_terry_loss, reference_branch_loss, score_regularizer
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -32,3 +32,28 @@ def test_regularizer_is_the_mean_square_of_all_scores() -> None:
     teacher, student = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([3.0, 0.0, 4.0])
     value = score_regularizer(teacher, student, torch.tensor([0.5, 0.5, 1.0]))
     assert float(value) == pytest.approx(0.5 * (3.5 + 10.0))
+
+
+def test_label_smoothing_by_hand() -> None:
+    # Gap ln 3, e = 0.1: 0.9 ln(4/3) + 0.1 ln 4. The slope vanishes at sigmoid(gap) = 0.9, gap ln 9.
+    teacher = torch.tensor([math.log(3), math.log(9)], requires_grad=True)
+    loss = bradley_terry_loss(teacher, torch.zeros(2), torch.tensor([1.0, 0.0]), label_smoothing=0.1)
+    assert float(loss) == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4))
+    bradley_terry_loss(teacher, torch.zeros(2), torch.tensor([0.0, 1.0]), label_smoothing=0.1).backward()
+    assert teacher.grad is not None
+    assert teacher.grad.tolist() == pytest.approx([0, 0], abs=1e-7)
+
+
+def test_the_reference_loss_by_hand() -> None:
+    # Two valid rows with gaps 0 and ln 3, one invalid row that only the regulariser sees: squares 1, 9, 4 and 1, 0, 16
+    # (with ln 3 squared instead of 9).
+    teacher, student = torch.tensor([1.0, math.log(3), 2.0]), torch.tensor([1.0, 0.0, -4.0])
+    loss = reference_branch_loss(teacher, student, torch.tensor([True, True, False]), regularizer=0.1)
+    squares = (1 + math.log(3) ** 2 + 4) / 3 + (1 + 0 + 16) / 3
+    assert float(loss) == pytest.approx((math.log(2) + math.log(4 / 3)) / 2 + 0.1 * squares / 4)
+
+
+def test_the_reference_falls_back_without_a_valid_row() -> None:
+    teacher = torch.tensor([0.0, 2 * math.log(3)], requires_grad=True)
+    loss = reference_branch_loss(teacher, torch.zeros(2), torch.tensor([False, False]), regularizer=0.0)
+    assert float(loss) == pytest.approx(0.01 * math.log(4 / 3))

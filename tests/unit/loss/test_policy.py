@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prism_megatron.loss.policy import PolicyLossConfig, policy_loss
+from prism_megatron.loss.policy import PolicyLossConfig, TokenLogprobs, kl_estimate, policy_loss
+from prism_megatron.loss.reduce import token_weights
 
 GRPO = PolicyLossConfig("grpo", clip_low=0.2, clip_high=0.2, dual_clip=None)
 
@@ -24,9 +25,8 @@ def loss_of(
     logprobs = torch.tensor([math.log(r) for r in ratios], requires_grad=True)
     selected = torch.ones(len(ratios)) if mask is None else torch.tensor(mask)
     ids = torch.zeros(len(ratios), dtype=torch.long) if sequence_ids is None else torch.tensor(sequence_ids)
-    value, stats = policy_loss(
-        logprobs, torch.zeros(len(ratios)), torch.tensor(advantages), selected, selected, ids, config
-    )
+    tokens = TokenLogprobs(logprobs, torch.zeros(len(ratios)))
+    value, stats = policy_loss(tokens, torch.tensor(advantages), selected, selected, ids, config)
     value.backward()
     assert isinstance(logprobs.grad, Tensor)
     return float(value), logprobs.grad.tolist(), float(stats.clip_fraction_sum)
@@ -77,6 +77,132 @@ def test_gspo_uses_one_ratio_for_the_sequence() -> None:
     assert gradient == pytest.approx([-2.0, -2.0, -5.0])
 
 
+def test_gspo_clips_whole_sequences() -> None:
+    # Sequence 0, A = 1: ratios 4 and 1, mean 2 > 1.5: clipped, no gradient although its second token never moved.
+    # Sequence 1, A = -1: ratio 0.5 < 0.6 is clipped, too.
+    gspo = PolicyLossConfig("gspo", clip_low=0.4, clip_high=0.5, dual_clip=None)
+    value, gradient, clipped = loss_of([4.0, 1.0, 0.5], [1.0, 1.0, -1.0], gspo, sequence_ids=[0, 0, 1])
+    assert value == pytest.approx(-1.5 - 1.5 + 0.6)
+    assert gradient == [0, 0, 0]
+    assert clipped == 3
+
+
+def test_gspo_averages_over_trained_tokens_only() -> None:
+    # The prompt's token is not part of the sequence's mean: the trained ones have ratios 2 and 8, mean 4.
+    gspo = PolicyLossConfig("gspo", clip_low=0.9, clip_high=9.0, dual_clip=None)
+    value, gradient, _ = loss_of([1e9, 2.0, 8.0], [1.0, 1.0, 1.0], gspo, mask=[0.0, 1.0, 1.0], sequence_ids=[0, 0, 0])
+    assert value == pytest.approx(-8)
+    assert gradient == pytest.approx([0, -4, -4])
+
+
+def test_kl_estimators_by_hand() -> None:
+    # p / p_ref = 1, 2 and 1/2, so d = 0, ln 2, -ln 2.
+    ln2 = math.log(2)
+    logprobs, reference = torch.tensor([0.0, ln2, -ln2]), torch.zeros(3)
+    assert kl_estimate(logprobs, reference, "k1").tolist() == pytest.approx([0, ln2, -ln2])
+    assert kl_estimate(logprobs, reference, "k2").tolist() == pytest.approx([0, ln2**2 / 2, ln2**2 / 2])
+    assert kl_estimate(logprobs, reference, "k3").tolist() == pytest.approx([0, 0.5 - 1 + ln2, 2 - 1 - ln2])
+
+
+@pytest.mark.parametrize(("estimator", "slope"), [("k1", math.log(2)), ("k2", math.log(2)), ("k3", 0.5)])
+def test_gradients_of_the_kl_estimators(estimator: str, slope: float) -> None:
+    # d for k1 and k2; 1 - exp(-d) for k3.
+    logprobs = torch.tensor([math.log(2)], requires_grad=True)
+    kl_estimate(logprobs, torch.zeros(1), estimator).sum().backward()
+    assert logprobs.grad is not None
+    assert float(logprobs.grad) == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimators_agree_in_expectation(estimator: str) -> None:
+    # Over the whole vocabulary of three tokens: KL((.5, .3, .2) || (.4, .4, .2)) for k1 and k3, and the gradients of
+    # k1 and k2 are its gradient with respect to the logits, p (log(p / q) - KL).
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().requires_grad_()
+    q = torch.tensor([0.4, 0.4, 0.2])
+    logp = logits.log_softmax(0)
+    p = logp.exp().detach()
+    divergence = float((p * (p / q).log()).sum())
+    estimates = kl_estimate(logp, q.log(), estimator)
+    if estimator != "k2":
+        assert float((p * estimates).sum()) == pytest.approx(divergence, abs=1e-6)
+    if estimator != "k3":
+        (p * estimates).sum().backward()
+        assert logits.grad is not None
+        assert logits.grad.tolist() == pytest.approx((p * ((p / q).log() - divergence)).tolist(), abs=1e-6)
+
+
+def test_kl_to_the_reference_is_added() -> None:
+    # On-policy, A = 1 on one token: loss -1 + 0.1 (ln 2)^2 / 2, slope -1 + 0.1 ln 2.
+    config = PolicyLossConfig("grpo", 0.2, 0.2, kl_coeff=0.1, kl_estimator="k2")
+    logprobs = torch.tensor([0.0], requires_grad=True)
+    one, ids = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    tokens = TokenLogprobs(logprobs, torch.zeros(1), reference=torch.tensor([-math.log(2)]))
+    value, stats = policy_loss(tokens, one, one, one, ids, config)
+    value.backward()
+    assert logprobs.grad is not None
+    assert float(value) == pytest.approx(-1 + 0.05 * math.log(2) ** 2)
+    assert float(logprobs.grad) == pytest.approx(-1 + 0.1 * math.log(2))
+    assert float(stats.reference_kl_sum) == pytest.approx(math.log(2) ** 2 / 2)
+
+
+def test_importance_weights_are_truncated() -> None:
+    # Trainer over engine: 0.5, 1.5 and 8, truncated at 2. A = 1, on-policy: each token's loss is minus its weight.
+    config = PolicyLossConfig("grpo", 0.2, 0.2, importance_cap=2.0)
+    old = torch.tensor([0.5, 1.5, 8.0]).log()
+    logprobs = old.clone().requires_grad_()
+    ones = torch.ones(3)
+    tokens = TokenLogprobs(logprobs, old, engine=torch.zeros(3))
+    value, stats = policy_loss(tokens, ones, ones, ones, torch.zeros(3, dtype=torch.long), config)
+    value.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([-0.5, -1.5, -2.0])
+    assert float(value) == pytest.approx(-4.0)
+    assert float(stats.truncated_sum) == 1
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo"])
+def test_cutting_the_batch_changes_nothing(kind: str) -> None:
+    """Sum over micro-batches and ranks = the whole: weights divide by global totals, and ratios need one sequence only.
+
+    loss = sum_t w_t l_t with w_t = 1 / T (token mean) or 1 / (N T_n) (sequence mean), T, N and T_n independent of the
+    cut; l_t depends on token t (grpo, dapo) or on the tokens of t's own sequence (gspo), which no cut divides.
+    """
+    generator = torch.Generator().manual_seed(1)
+    lengths = [3, 5, 2, 4]
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    current, old = (torch.randn(14, generator=generator) * 0.3 for _ in range(2))
+    mask = (torch.rand(14, generator=generator) > 0.3).float()
+    mask[[0, 3, 8, 10]] = 1.0
+    advantages = torch.tensor([1.0, -2.0, 0.5, -0.1])[ids]
+    aggregation = "sequence_mean" if kind == "gspo" else "token_mean"
+    config = PolicyLossConfig(kind, 0.1, 0.2, dual_clip=3.0)  # type: ignore[arg-type]
+
+    def gradient_of(parts: list[list[int]]) -> tuple[float, list[float]]:
+        logprobs, total = current.clone().requires_grad_(), 0.0
+        for part in parts:
+            chosen = torch.cat([(ids == n).nonzero()[:, 0] for n in part])
+            local = torch.repeat_interleave(torch.arange(len(part)), torch.tensor([lengths[n] for n in part]))
+            weights = token_weights(
+                mask[chosen],
+                local,
+                aggregation=aggregation,  # type: ignore[arg-type]
+                total_tokens=float(mask.sum()),
+                total_sequences=4.0,
+            )
+            tokens = TokenLogprobs(logprobs[chosen], old[chosen])
+            value, _ = policy_loss(tokens, advantages[chosen], weights, mask[chosen], local, config)
+            value.backward()
+            total += float(value)
+        assert logprobs.grad is not None
+        return total, logprobs.grad.tolist()
+
+    whole_loss, whole_gradient = gradient_of([[0, 1, 2, 3]])
+    for cut in ([[0], [1], [2], [3]], [[3, 1], [2, 0]], [[2], [0, 3, 1]]):
+        cut_loss, cut_gradient = gradient_of(cut)
+        assert cut_loss == pytest.approx(whole_loss, abs=1e-6)
+        assert cut_gradient == pytest.approx(whole_gradient, abs=1e-6)
+
+
 def test_what_the_mask_hides_cannot_reach_the_loss() -> None:
     value, gradient, clipped = loss_of([1.0, 1e30], [2.0, -1.0], mask=[1.0, 0.0])
     assert value == pytest.approx(-2.0)
@@ -90,6 +216,9 @@ def test_what_the_mask_hides_cannot_reach_the_loss() -> None:
         (("ppo", 0.2, 0.2, None), "policy loss must be grpo, dapo or gspo, got 'ppo'"),
         (("grpo", 1.0, 0.2, None), r"clip_low must be in \[0, 1\) and clip_high >= 0, got 1.0 and 0.2"),
         (("grpo", 0.2, 0.2, 1.0), "dual_clip must be above 1, got 1.0"),
+        (("grpo", 0.2, 0.2, None, -0.1), "kl_coeff must not be negative, got -0.1"),
+        (("grpo", 0.2, 0.2, None, 0.1, "k4"), "kl_estimator must be k1, k2 or k3, got 'k4'"),
+        (("grpo", 0.2, 0.2, None, 0.0, "k3", 0.5), "importance_cap must be at least 1, got 0.5"),
     ],
 )
 def test_bad_settings_are_refused(arguments: tuple[object, ...], message: str) -> None:

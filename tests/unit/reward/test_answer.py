@@ -1,18 +1,23 @@
-"""Answer matching, row by row: what the paper's verifier gets wrong (spec 5.3, 9.2) and what it gets right."""
+"""Answer matching, row by row: what the paper's verifier gets wrong (spec 5.3, 9.2), and how a policy might cheat."""
 
 from __future__ import annotations
 
+import random
+import string
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from prism_megatron.reward.answer import answers_match
-from prism_megatron.reward.verifiable import verifiable_reward
+from prism_megatron.reward.answer import is_correct
+from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
 
 RIGHT = [
     ("1234", "1,234"),
     ("1,234", "1234"),
-    (r"\frac{3}{4}", "0.75"),
-    (r"$2\sqrt{3}$", r"$\sqrt{12}$"),
-    ("√2", r"\sqrt{2}"),
+    ("\\frac{3}{4}", "0.75"),
+    ("$2\\sqrt{3}$", "$\\sqrt{12}$"),
+    ("√2", "\\sqrt{2}"),
+    ("sqrt(2)", "\\sqrt{2}"),
     ("5", "5 kg"),
     ("5 kg", "5 KG"),
     ("A. some text", "A"),
@@ -25,7 +30,84 @@ RIGHT = [
     ("blue circle", "Blue Circle"),
     ("1, 2", "1, 2"),
     ("[0, 1)", "[0,1)"),
-    (r"x^2+2x+1", r"(x+1)^2"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("2, 1", "1, 2"),
+    ("B, A", "A, B"),
+    ("AC", "A, C"),
+    ("A and C", "AC"),
+    ("100 cm", "1 m"),
+    ("36 km/h", "10 m/s"),
+    ("1 ml", "1 cm^3"),
+    ("50%", "50%"),
+    ("50", "50%"),
+    ("0.5", "50%"),
+    ("1/2", "50%"),
+    ("50%", "1/2"),
+    ("50\\%", "50 percent"),
+    ("$50\\%$", "50%"),
+    ("\\boxed{7}", "7"),
+    ("$$7$$", "7"),
+    ("\\(7\\)", "7"),
+    ("**7**", "7"),
+    ("x = 7", "7"),
+    ("7", "x=7"),
+    ("x=7", "x = 7.0"),
+    ("x = \\pm 2", "2, -2"),
+    ("±2", "-2, 2"),
+    ("\\{1, 2\\}", "{2,1}"),
+    ("1, 2", "\\{2, 1\\}"),
+    ("x=1, y=2", "y=2, x=1"),
+    ("x = 1 or x = 2", "x=2, x=1"),
+    ("(1) 5 (2) 6", "5; 6"),
+    ("60°", "60^\\circ"),
+    ("60 degrees", "60°"),
+    ("60", "60^{\\circ}"),
+    ("$5", "5 dollars"),
+    ("\\$5", "5"),
+    ("3e8", "3 \\times 10^8"),
+    ("3×10^8", "300000000"),
+    ("1 1/2", "1.5"),
+    ("1\\frac12", "3/2"),
+    ("\\dfrac{1}{3}", "0.333333"),
+    ("5 m/s²", "5\\ \\text{m/s}^2"),
+    ("5\\text{ kg}", "5 kg"),
+    ("12 inches", "1 ft"),
+    ("5 apples", "5 apple"),
+    ("5 apples", "5"),
+    ("The answer is 42.", "42"),
+    ("(3,\\infty)", "x>3"),
+    ("x > 3", "(3, \\infty)"),
+    ("(1,2)\\cup(3,4)", "(3,4) \\cup (1,2)"),
+    ("y = 2x + 1", "2x - y + 1 = 0"),
+    ("1,000,000", "10^6"),
+    ("1{,}234", "1234"),
+    ("1\\,234", "1234"),
+    ("a circle", "circle"),
+    ("B. 12", "B"),
+    ("12", "B. 12"),
+    ("(b)", "B"),
+    ("Option C", "C"),
+    ("2(x+1)", "2x+2"),
+    ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}"),
+    ("0.5", "1/2"),
+    ("-3", "−3"),
+    ("３", "3"),
+    ("2.50", "2.5"),
+    ("007", "7"),
+    ("\\text{yes}", "Yes"),
+    ("(1, 2)", "(1,2)"),
+    ("[1,2]", "[1, 2.0]"),
+    ("1:2", "1:2"),
+    ("5 square meters", "5 m^2"),
+    ("9.8 m/s^2", "9.8 m s^{-2}"),
+    ("2π", "2\\pi"),
+    ("π/2", "\\frac{\\pi}{2}"),
+    ("(x+1)(x-2)", "(x-2)(x+1)"),
+    ("-\\frac{1}{2}", "-0.5"),
+    ("(1/2, 3)", "(0.5, 3)"),
+    ("3 cm", "3"),
+    ("3cm", "3 cm"),
+    ("3m", "3 m"),
 ]
 WRONG = [
     ("5 kg", "5 lb"),
@@ -35,31 +117,141 @@ WRONG = [
     ("(1, 2)", "[1, 2]"),
     ("[0,1)", "[0,1]"),
     ("3.1416", "3.14159"),
-    ("B, A", "A, B"),
     ("1, 2, 3", "1, 2"),
     ("12", "1,2"),
     ("B", "A"),
     ("", "4"),
     ("4", ""),
     ("no", "yes"),
+    ("50%", "0.5"),
+    ("5", "50%"),
+    ("0.5", "50"),
+    ("A B C D", "A"),
+    ("A or B", "A"),
+    ("A, B, C, D", "A"),
+    ("A, B", "A"),
+    ("A/B", "A"),
+    ("A. B. C. D.", "A"),
+    ("A) 1 B) 2 C) 3 D) 4", "A"),
+    ("(A) (B) (C) (D)", "A"),
+    ("the answer is A or B", "A"),
+    ("the answer is not A", "A"),
+    ("not (A)", "A"),
+    ("neither A nor (B)", "B"),
+    ("answer", "A"),
+    ("abcd", "A"),
+    ("ABCD", "A"),
+    ("yes and no", "yes"),
+    ("yes or no", "yes"),
+    ("yes/no", "yes"),
+    ("yes no", "no"),
+    ("7 or 8", "7"),
+    ("7, 8", "7"),
+    ("7 8", "7"),
+    ("7 = 8", "8"),
+    ("5=7", "7"),
+    ("x+y=7", "7"),
+    ("1=2=7", "7"),
+    ("7 \\lor 8", "7"),
+    ("\\pm 7", "7"),
+    ("\\{7,8\\}", "7"),
+    ("[1,10]", "7"),
+    ("1 to 10", "7"),
+    ("7.", "8"),
+    ("1000001", "1000000"),
+    ("123456789012345678901", "123456789012345678902"),
+    ("1e400", "2e400"),
+    ("1e-400", "2e-400"),
+    ("1e999999999", "1e999999998"),
+    ("10^{-9}", "2\\times10^{-9}"),
+    ("3x", "3"),
+    ("3", "3x"),
+    ("3m", "3"),
+    ("dog", "god"),
+    ("x=3", "y=3"),
+    ("1; 2", "2; 1"),
+    ("(1) 6 (2) 5", "(1) 5 (2) 6"),
+    ("(2,1)", "(1,2)"),
+    ("0=0", "x=3"),
+    ("x=x", "x=3"),
+    ("x", "7"),
+    ("nan", "7"),
+    ("inf", "7"),
+    ("\\infty", "7"),
+    ("5 apples", "5 oranges"),
+    ("1/0", "7"),
+    ("any", "7"),
+    ("all of the above", "A"),
+    ("1, 1", "1"),
+    ("1,1,2", "1,2,2"),
+    ("C", "A, C"),
+    ("A, B, C, D", "A, C"),
+    ("20°C", "20°F"),
+    ("1 rad", "1 degree"),
+    ("sin x", "sin y"),
+    ("...", "yes"),
+    ("$", "5"),
+    ("$$", "5"),
+    ("\\boxed{}", "5"),
+    ("5 kg", "5 m"),
+    ("()", "5"),
+    ("{}", "5"),
+    ("[]", "[1]"),
+    ("-5", "5"),
+    ("(5)", "-5"),
+    ("2^10", "210"),
 ]
 
 
 @pytest.mark.parametrize(("prediction", "truth"), RIGHT)
 def test_the_same_answer(prediction: str, truth: str) -> None:
-    assert answers_match(prediction, truth)
+    assert is_correct(prediction, truth)
 
 
 @pytest.mark.parametrize(("prediction", "truth"), WRONG)
 def test_another_answer(prediction: str, truth: str) -> None:
-    assert not answers_match(prediction, truth)
+    assert not is_correct(prediction, truth)
 
 
-@pytest.mark.parametrize(
-    "strange", ["\\", "$", "((((", "\\frac{1}{0}", "0/0", "∞", "a" * 5000, "9" * 5000, "{}", ",", ";"]
-)
+def test_equivalents_are_right_too() -> None:
+    assert not is_correct("50%", "0.5")
+    assert is_correct("50%", "0.5", ["50%"])
+    assert is_correct("New York City", "NYC", ("New York", "New York City"))
+    assert not is_correct("", "NYC", ("",))
+
+
+SYMBOLS = r"\ $ (((( \frac{1}{0} 0/0 ∞ {} , ;"
+ODD = [*SYMBOLS.split(), "\0", "7\0", "\ud800", "\u202e7\u202c", "7\u200b"]
+LONG = ["a" * 100_000, "9" * 100_000, "1," * 500, "," * 500, "[" * 500 + "]" * 500, "=" * 500, r"\pm" * 100, "$" * 999]
+HARD = ["10^{10^{10}}", "10**10**10", "9" * 200 + "!", r"\sum_{i=1}^{10^9} \sin(i)", "x^{99999}-(x+y)^{500}"]
+DEEP = ["(" * 120 + "x" + ")" * 120, r"\frac{" * 60 + "1" + "}{2}" * 60, r"\sqrt{" * 80 + "7" + "}" * 80]
+
+
+@pytest.mark.parametrize("strange", [*ODD, *LONG, *HARD, *DEEP], ids=lambda text: ascii(text[:20]))
 def test_whatever_a_model_writes_is_only_wrong(strange: str) -> None:
-    assert not answers_match(strange, "7")
+    assert not is_correct(strange, "7")
+
+
+def test_ten_thousand_odd_strings() -> None:
+    """Nothing raises, and nothing of it is 17. The pieces are the grammar's own, so that every rule is reached."""
+    random_ = random.Random(1)
+    words = r"\frac \sqrt \boxed \text \pm \{ \} \left( \right) ^{2} \circ √ π { } ( ) [ ] $ $$ , ; = < + - * / ^ % ° ."
+    words += " 1 2 9 0.5 1,000 1e9 x y A B kg cm yes no or and not option é 中"
+    pieces = [*words.split(), " ", "\n", "\0"]
+    for number in range(10_000):
+        if number % 10:
+            text = "".join(random_.choices(pieces, k=random_.randint(1, 9)))
+        else:
+            text = "".join(random_.choices(string.printable + "√π∞½éÀ中\u202e\0", k=random_.randint(1, 40)))
+        assert not is_correct(text, "17"), text
+        is_correct("17", text)  # a bad truth raises nothing either
+
+
+def test_worker_threads_may_ask() -> None:
+    asked = {r"2\sqrt{3}+1": True, r"9999999!": False, r"1+\sqrt{12}": True}
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(is_correct, [*asked] * 4, [r"\sqrt{12}+1"] * 12, timeout=60))
+    assert verdicts == [*asked.values()] * 4
 
 
 def response(answer: str, caption: str = "- a", think: str = "b") -> str:
@@ -73,11 +265,28 @@ def response(answer: str, caption: str = "- a", think: str = "b") -> str:
         (response("5"), 0.2, 0.0, 1.0),
         ("the answer is 4", 0.0, 0.0, 0.0),
         (response("4") + " and more", 0.0, 0.0, 0.0),
-        (response("5", think="or <answer>4</answer>"), 0.0, 0.0, 0.0),  # D7: the first of two answers used to count
+        (response("5", think="or <answer>4</answer>"), 0.0, 0.0, 0.0),
         (response("4", caption=" "), 0.0, 0.0, 0.0),
         (response("4" + " " * 2000), 1.0, 1.0, 1.0),
+        (response("four"), 1.0, 1.0, 1.0),
     ],
 )
 def test_reward_by_hand(text: str, score: float, accuracy: float, valid: float) -> None:
-    reward = verifiable_reward(text, "4", accuracy_weight=0.8, format_weight=0.2)
+    reward = verifiable_reward(text, "4", ("four",), accuracy_weight=0.8, format_weight=0.2)
     assert (reward.score, reward.accuracy, reward.format) == (pytest.approx(score), accuracy, valid)
+
+
+def test_reward_by_the_reference() -> None:
+    # Spec 1.1: the first of two answers counts, an empty block is valid; spec 5.3: its verdicts.
+    weights = {"accuracy_weight": 0.8, "format_weight": 0.2, "compat": "reference"}
+    assert verifiable_reward(response("5", think="or <answer>4</answer>"), "4", **weights).score == pytest.approx(1.0)  # type: ignore[arg-type]
+    assert verifiable_reward(response("5 kg", caption=" "), "5 lb", **weights).score == pytest.approx(1.0)  # type: ignore[arg-type]
+    assert verifiable_reward(response(""), "4", **weights).score == pytest.approx(0.2)  # type: ignore[arg-type]
+    assert verifiable_reward(response("4") + " and more", "4", **weights).score == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("tokens", "penalty"), [(0, 0), (4096, 0), (6144, -0.5), (8192, -1), (9000, -1)])
+def test_overlong_penalty_by_hand(tokens: int, penalty: float) -> None:
+    # Spec 5.2: a buffer of 4096 in 8192 tokens, linear.
+    assert overlong_penalty(tokens, max_tokens=8192, buffer_tokens=4096, factor=1.0) == penalty
+    assert overlong_penalty(tokens, max_tokens=8192, buffer_tokens=4096, factor=0.5) == penalty / 2

@@ -1,0 +1,85 @@
+"""Measures on a tiny discriminator what test_network_defects.py asserts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from prism_megatron.parallel import cpu
+
+cpu.install()
+
+from prism_megatron import config as cfg  # noqa: E402
+from prism_megatron.data.branches import branch_sequences  # noqa: E402
+from prism_megatron.data.dataset import read_alignment  # noqa: E402
+from prism_megatron.optim.step import Stats, train_step  # noqa: E402
+from prism_megatron.parallel import groups  # noqa: E402
+from prism_megatron.stages import discriminator as adversary  # noqa: E402
+from prism_megatron.stages.microbatch import pack_microbatch  # noqa: E402
+from prism_megatron.stages.setup import Trained, load_discriminator, load_processor  # noqa: E402
+from prism_megatron.train import load  # noqa: E402
+
+
+def discriminator(config: cfg.AlignConfig) -> Trained:
+    trained = load_discriminator(config, config.discriminator_optimizer)
+    with torch.no_grad():  # heads start at zero, and would give every sequence the same score
+        head = trained.chunks[-1].module.score_heads.weight
+        head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
+    return trained
+
+
+def main(checkpoint: str, data: str, out: str) -> None:
+    overrides = [f"model.hf_checkpoint={checkpoint}", f"discriminator.hf_checkpoint={checkpoint}"]
+    config = load("tiny_align", [*overrides, "model.recompute=true"])
+    assert isinstance(config, cfg.AlignConfig)
+    groups.initialize(config.parallel, 1)
+    processor = load_processor(config)
+    rows = read_alignment(Path(data))[:3]
+    sequences = []
+    for row, prompt in zip(rows, processor.encode_prompts(rows), strict=True):
+        assert row.teacher_caption is not None
+        assert row.teacher_reasoning is not None
+        sequences += branch_sequences(
+            processor, prompt, row.teacher_caption * (1 + len(sequences)), row.teacher_reasoning
+        )
+    owners = [str(i) for i in range(len(sequences))]
+    measured: dict[str, object] = {}
+
+    trained = discriminator(config)
+    together = adversary.score(trained, sequences, owners, processor, config)
+    alone = [adversary.score(trained, [s], ["x"], processor, config) for s in sequences]
+    measured["spread"] = float(together.std())
+    measured["alone_differs"] = float((together - torch.cat(alone)).abs().max())
+
+    batch = pack_microbatch(sequences, processor, config)
+    _, measured["balance_gradient"] = train_step(
+        trained.chunks,
+        trained.optimizer,
+        [batch],
+        lambda chunk, packed: chunk(packed, 1.0),
+        lambda _, scores: (0.0 * scores.sum(), Stats({})),
+        lr=0.0,
+    )
+
+    half = load("tiny_align", [*overrides, "model.precision=bf16"])
+    assert isinstance(half, cfg.AlignConfig)
+    coarse = discriminator(half)
+    measured["head_dtype"] = str(coarse.chunks[-1].module.score_heads.weight.dtype)
+    scores = adversary.score(coarse, sequences, owners, processor, half)
+    measured["score_dtype"] = str(scores.dtype)
+    measured["rounded"] = bool((scores == scores.bfloat16().float()).all())
+    try:
+        with torch.no_grad():
+            trained.chunks[-1].module.score_heads.weight[0, 0] = float("nan")
+        adversary.score(trained, sequences, owners, processor, config)
+    except FloatingPointError as error:
+        measured["refused"] = str(error)
+    Path(out).write_text(json.dumps(measured))
+    groups.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,92 @@
+"""The method's variants, a few iterations each on the tiny model: they run, and what makes them different acts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prism_megatron.observe import metrics as names
+from prism_megatron.types import BRANCH_NAMES
+
+SHORT = ["run.train_iters=2", "run.save_interval=2", "eval.num_questions=0", "prompts_per_iteration=4"]
+SMALL = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96"]
+
+
+@pytest.fixture(scope="module")
+def run(
+    speaking_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("algorithms")
+    places = {
+        "tiny_rlvr": [f"data={tiny_data}/rlvr_candidates.parquet"],
+        "tiny_align": [f"data={tiny_data}/alignment.parquet", f"discriminator.hf_checkpoint={speaking_checkpoint}"],
+    }
+
+    def measured(name: str, recipe: str, *overrides: str) -> list[dict[str, Any]]:
+        """What a run of two iterations logs."""
+        place = [f"run.dir={root}", f"run.name={name}", f"model.hf_checkpoint={speaking_checkpoint}", *places[recipe]]
+        launch(1, ["-m", "prism_megatron.train", recipe, *place, *SHORT, *SMALL, *overrides])
+        rows = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["iteration"] for row in rows] == [1, 2]
+        return rows
+
+    return measured
+
+
+def test_dapo_samples_until_groups_differ_and_its_clips_act(run: Callable[..., list[dict[str, Any]]]) -> None:
+    several = ["mini_batches_per_iteration=2", "epochs_per_iteration=2"]
+    clips = ["clip_low=0.01", "clip_high=0.02", "dual_clip=3", "importance_cap=2"]
+    rows = run("dapo", "tiny_rlvr", "algorithm=dapo", *several, *clips, "overlong_buffer_tokens=32", "kl_coeff=0.01")
+    for row in rows:
+        assert row[names.GENERATED_PROMPTS] > 4, "not every first group is worth training on"
+        assert row[names.VALID_GROUPS] < 1
+        assert row[names.CLIP_FRACTION] > 0
+        assert row[names.APPROX_KL] > 0
+        assert row[names.TRUNCATED_FRACTION] == 0, "trainer and engine agree"
+        assert row[names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF] < 1e-4, (
+            "old log-probabilities are those of the sampling policy"
+        )
+    assert rows[1][names.REFERENCE_KL] > rows[0][names.REFERENCE_KL] > 0, "the policy moves away from where it started"
+
+
+def test_gspo_clips_sequences(run: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = run("gspo", "tiny_rlvr", "algorithm=gspo", "mini_batches_per_iteration=2", "clip_low=3e-4", "clip_high=4e-4")
+    assert max(row[names.CLIP_FRACTION] for row in rows) > 0
+    assert all(row[names.GENERATED_PROMPTS] == 4 for row in rows)
+
+
+def test_on_policy_nothing_is_clipped(run: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = run("grpo", "tiny_rlvr", "clip_low=0", "clip_high=0", "compat=reference")
+    assert all(row[names.CLIP_FRACTION] == 0 and row[names.APPROX_KL] == 0 for row in rows)
+
+
+def test_a_shared_pool_trained_twice_per_step(run: Callable[..., list[dict[str, Any]]]) -> None:
+    adversary = ["discriminator.experts=shared", "discriminator_steps=2", "label_smoothing=0.1"]
+    rows = run("shared", "tiny_align", *adversary, "gating.mode=rlvr_v2", "combine=weighted_sum")
+    for row in rows:
+        valid = row[names.FORMAT_VALID] * 16
+        assert row[names.PERCEPTION_PAIRS] == row[names.REASONING_PAIRS] == pytest.approx(valid)
+        assert -1 <= row[names.PERCEPTION_LENGTH_CORRELATION] <= 1
+        for branch in BRANCH_NAMES:
+            loads = [row[names.expert_load(branch, expert)] for expert in range(4)]
+            assert sum(loads) == pytest.approx(1)
+            assert max(loads) <= 0.5, "top 2: no expert gets more than half of what is routed"
+        assert 0 < row[names.PERCEPTION_ROUTER_ENTROPY] < math.log(4)
+        # Top 2 of one pool of 4; the switch loss of a perfectly balanced one is top-k.
+        assert row[names.LOAD_BALANCE_LOSS] > 1.9
+
+
+def test_alignment_as_the_paper_has_it(run: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = run("reference", "tiny_align", "compat=reference", "discriminator_optimizer.lr=1e-3")
+    assert rows[1][names.DISCRIMINATOR_LOSS] < rows[0][names.DISCRIMINATOR_LOSS]
+    for row in rows:
+        # Dedicated experts: two each, both always chosen.
+        assert [row[names.expert_load("perception", e)] for e in range(4)] == pytest.approx([0.5, 0.5, 0, 0])
+        assert [row[names.expert_load("reasoning", e)] for e in range(4)] == pytest.approx([0, 0, 0.5, 0.5])
+    # The terminators give the classes away: after one step of training the demonstration is told from the response.
+    assert rows[1][names.PERCEPTION_GAP] > 0

@@ -1,0 +1,39 @@
+"""Defects of the paper's discriminator (spec 3.3) that need a network to show that they are gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("network_defects_worker.py")
+
+
+@pytest.fixture(scope="module")
+def measured(
+    tiny_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("defects") / "measured.json"
+    launch(1, [str(WORKER), str(tiny_checkpoint), str(tiny_data / "alignment.parquet"), str(out)])
+    return dict(json.loads(out.read_text()))
+
+
+def test_w1_load_balancing_has_a_gradient_under_recomputation(measured: dict[str, Any]) -> None:
+    assert measured["balance_gradient"] > 1e-6, "the loss of this step is the load-balancing loss alone"
+
+
+def test_w2_a_score_does_not_depend_on_its_neighbours_lengths(measured: dict[str, Any]) -> None:
+    assert measured["spread"] > 0.1
+    assert measured["alone_differs"] < 1e-5 * measured["spread"] + 1e-4
+
+
+def test_w4_scores_are_not_rounded_to_the_models_precision(measured: dict[str, Any]) -> None:
+    assert measured["head_dtype"] == measured["score_dtype"] == "torch.float32"
+    assert not measured["rounded"]
+
+
+def test_a_score_that_is_not_finite_is_refused_by_name(measured: dict[str, Any]) -> None:
+    assert measured["refused"].startswith("score of sample 0 is nan; the step is refused")
