@@ -109,7 +109,8 @@ def our_step(config: SFTConfig, processor: Any) -> Callable[[Sequence[TrainingSe
     policy = load_policy(config)
 
     def step(batch: Sequence[TrainingSequence]) -> float:
-        loss = sft_step(policy, batch, processor, config, config.optimizer.lr)[names.LOSS]
+        owners = [f"row {number}" for number in range(len(batch))]
+        loss = sft_step(policy, batch, owners, processor, config, config.optimizer.lr)[names.LOSS]
         assert loss is not None
         return loss
 
