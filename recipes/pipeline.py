@@ -108,25 +108,36 @@ def collect_results(run_dir: Path, steps: Sequence[Step]) -> None:
 def write_study(study_dir: Path, run_dirs: Sequence[Path]) -> str:
     """Pool the runs' results, stage by stage, into ``results.json`` and a Markdown table, which is returned.
 
-    Questions are pooled over seeds; the standard error is that of the pooled questions, and the spread of the seeds'
-    own means stands beside it.
+    All seeds answer the same held-out questions, so more seeds are not more questions: a standard error is that of one
+    seed's questions, which bounds the pooled mean's from above. The seeds' own accuracies stand beside it. The error of
+    a difference to the first stage takes the two as independent, another bound from above.
     """
     by_stage: dict[str, list[dict[str, Any]]] = {}
     for run_dir in run_dirs:
         for row in json.loads((run_dir / "results.json").read_text()):
             by_stage.setdefault(row["stage"], []).append(row)
     pooled = [_pool(stage, rows) for stage, rows in by_stage.items()]
+    first = pooled[0]
     lines = [
-        "| after | accuracy | over seeds | caption recall | steps correct | format valid | tokens |",
-        "|---|---|---|---|---|---|---|",
+        f"| after | accuracy | seed by seed | over {first['stage']} | caption recall | steps correct "
+        "| format valid | tokens |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in pooled:
-        cells = [row["stage"]]
-        cells.append(f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_stderr']:.1f} %")
-        cells.append(" ".join(f"{100 * value:.1f}" for value in row["accuracy_by_seed"]))
-        for measure in ("caption_recall", "step_correct"):
-            cells.append(f"{100 * row[measure]:.1f} ± {100 * row[measure + '_stderr']:.1f} %")
-        cells += [f"{100 * row['format_valid']:.1f} %", f"{row['response_tokens']:.0f}"]
+        gain = "–"
+        if row is not first:
+            gain = f"{100 * (row['accuracy'] - first['accuracy']):+.1f} ± "
+            gain += f"{100 * math.hypot(row['accuracy_stderr'], first['accuracy_stderr']):.1f}"
+        cells = [
+            row["stage"],
+            _percent(row, "accuracy"),
+            " ".join(f"{100 * value:.1f}" for value in row["accuracy_by_seed"]),
+            gain,
+            _percent(row, "caption_recall"),
+            _percent(row, "step_correct"),
+            f"{100 * row['format_valid']:.1f} %",
+            f"{row['response_tokens']:.0f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines)
     _write(study_dir / "results.json", json.dumps(pooled, indent=2) + "\n")
@@ -135,26 +146,28 @@ def write_study(study_dir: Path, run_dirs: Sequence[Path]) -> str:
 
 
 def _pool(stage: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    total = sum(row["num_questions"] for row in rows)
+    questions = rows[0]["num_questions"]
+    assert all(row["num_questions"] == questions for row in rows), "the seeds answer the same questions"
 
     def mean(key: str) -> float:
-        return float(sum(row[key] * row["num_questions"] for row in rows) / total)
+        return float(sum(row[key] for row in rows) / len(rows))
 
-    accuracy = mean("accuracy")
-    pooled = {
+    pooled: dict[str, Any] = {
         "stage": stage,
-        "num_questions": total,
-        "accuracy": accuracy,
-        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / total),
+        "num_questions": questions,
+        "num_seeds": len(rows),
         "accuracy_by_seed": [row["accuracy"] for row in rows],
     }
-    for key in ("format_valid", "response_tokens"):
+    for key in ("accuracy", "caption_recall", "step_correct", "format_valid", "response_tokens"):
         pooled[key] = mean(key)
-    for key in ("caption_recall", "step_correct"):
+    pooled["accuracy_stderr"] = math.sqrt(pooled["accuracy"] * (1 - pooled["accuracy"]) / questions)
+    for key in ("caption_recall_stderr", "step_correct_stderr"):
         pooled[key] = mean(key)
-        squares = sum((row[f"{key}_stderr"] * row["num_questions"]) ** 2 for row in rows)
-        pooled[f"{key}_stderr"] = math.sqrt(squares) / total
     return pooled
+
+
+def _percent(row: dict[str, Any], key: str) -> str:
+    return f"{100 * row[key]:.1f} ± {100 * row[key + '_stderr']:.1f} %"
 
 
 def _write(place: Path, text: str) -> None:

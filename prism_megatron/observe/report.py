@@ -20,6 +20,7 @@ from prism_megatron.observe.logger import METRICS, ROLLOUTS
 
 STAGES = ("sft", "collect", "warmup", "align", "rlvr", "rlvr_only")  # the order they are shown in
 _GALLERY_PER_STAGE = 12
+_MEAN_OVER = 5  # iterations; over a hundredth of them where that is more
 
 # Drawn in these exact colours, then handed to the page's style sheet, which knows light from dark.
 _SERIES = ("#010101", "#010102", "#010103")
@@ -143,12 +144,16 @@ def _draw(chart: Chart, rows: Sequence[Mapping[str, Any]], salt: str) -> Markup:
     with mpl.rc_context(style):
         figure, axes = plt.subplots(figsize=(4.6, 2.3), layout="constrained")
         for color, metric in zip(_SERIES, chart.metrics, strict=False):
-            points = [(row["iteration"], row[metric]) for row in rows if metric in row]
-            if not points:
+            shown = [row for row in rows if metric in row]
+            if not shown:
                 continue
-            x, y = zip(*points, strict=True)
-            marker = "o" if len(points) < 2 else None
-            axes.plot(x, y, color=color, linewidth=1.3, marker=marker, markersize=3, label=metric.replace("_", " "))
+            x, y = [row["iteration"] for row in shown], [row[metric] for row in shown]
+            marker = "o" if len(y) < 2 else None
+            label = metric.replace("_", " ")
+            if len(y) > 2 * _MEAN_OVER:
+                axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
+                y = _running_mean(y, max(_MEAN_OVER, len(y) // 100))
+            axes.plot(x, y, color=color, linewidth=1.5, marker=marker, markersize=3, label=label)
         if chart.log_scale:
             axes.set_yscale("log")
         if chart.limit is not None:
@@ -157,8 +162,8 @@ def _draw(chart: Chart, rows: Sequence[Mapping[str, Any]], salt: str) -> Markup:
         axes.set_axisbelow(True)
         axes.set_xlabel("iteration")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(axes.lines) > 1:
-            axes.legend(frameon=False, fontsize=8)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
@@ -170,6 +175,12 @@ def _draw(chart: Chart, rows: Sequence[Mapping[str, Any]], salt: str) -> Markup:
     # Numbers of groups repeat from figure to figure; only what is referred to (clip paths, glyphs) is salted.
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     return Markup(re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)))
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and those before it, ``window`` of them where there are as many."""
+    lows = [max(0, end - window) for end in range(1, len(values) + 1)]
+    return [sum(values[low:end]) / (end - low) for end, low in enumerate(lows, start=1)]
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prism_megatron.observe.report import write_report
+from prism_megatron.observe.report import _running_mean, write_report
 
 
 class Outline(HTMLParser):
@@ -79,6 +79,10 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>" in text, "shown as text"
     assert "script" not in page.tags
     assert all(link.startswith(("data:", "#")) for link in page.links), "nothing is loaded from elsewhere"
+
+
+def test_running_mean() -> None:
+    assert _running_mean([1.0, 3.0, 5.0, 1.0], 2) == [1.0, 2.0, 4.0, 3.0]
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
