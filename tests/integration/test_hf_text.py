@@ -46,7 +46,9 @@ def test_converted_experts(tiny_data: Path, tmp_path: Path) -> None:
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", verify=tmp_path / "hf")
     answers = ask(tmp_path / "back", tiny_data / "heldout.parquet", 6, tmp_path)
     assert len(set(answers["vllm"])) > 1
-    assert answers["transformers"] == answers["vllm"]
+    # A random model writes bytes that are no text: one shows an unfinished character, the other waits for its end.
+    texts = {name: [text.replace("\ufffd", "") for text in answers[name]] for name in answers}
+    assert texts["transformers"] == texts["vllm"]
 
 
 def ask(checkpoint: Path, prompts: Path, count: int, tmp_path: Path) -> dict[str, list[str]]:

@@ -156,27 +156,26 @@ def start_and_kill(command: list[str], iteration: int, delay: float, ranks: int 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     log = folder(command) / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if log.is_file() and len(log.read_text().splitlines()) >= iteration:
             time.sleep(delay)
-            kill_session(process.pid)
+            kill_all(process.pid)
             process.communicate()
             return
         time.sleep(0.02)
-    kill_session(process.pid)
+    kill_all(process.pid)
     pytest.fail(f"{command[0]} never logged iteration {iteration}:\n{process.communicate()[0][-4000:]}")
 
 
-def kill_session(leader: int) -> None:
-    """torchrun gives every rank a process group of its own; the session is what they share."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if os.getsid(process.pid) == leader:
-                process.kill()
+def kill_all(launcher: int) -> None:
+    """Kill -9 a launcher, its ranks, which have sessions of their own, and their writers."""
+    parent = psutil.Process(launcher)
+    for process in [parent, *parent.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def folder(command: list[str]) -> Path:
