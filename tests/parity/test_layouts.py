@@ -11,6 +11,8 @@ twice. Sizes are odd on purpose: heads x head_dim is not the hidden size, three 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,30 +95,37 @@ CASES = {
 }
 
 
+Results = dict[str, dict[str, Tensor]]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """Per model: HF's results and ours at every layout."""
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for kind, cases in CASES.items():
+def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]:
+    """HF's results and ours at every layout, of one kind of model, run when first asked for."""
+
+    @functools.cache
+    def run(kind: str) -> Results:
         checkpoint = tmp_path_factory.mktemp(kind) / "base"
         make_tiny_model(checkpoint, seed=3, moe=kind == "moe", overrides=SIZES)
         rows = parity.encode_rows(checkpoint, parity.default_chats())
-        found[kind] = {"hf": parity.hf_results(checkpoint, rows, True, AUX if kind == "moe" else 0.0)}
-        ran = parity.run_cases(checkpoint, rows, cases)
-        found[kind] |= zip((case.name for case in cases), ran, strict=True)
-    return found
+        found = {"hf": parity.hf_results(checkpoint, rows, True, AUX if kind == "moe" else 0.0)}
+        ran = parity.run_cases(checkpoint, rows, CASES[kind])
+        return found | dict(zip((case.name for case in CASES[kind]), ran, strict=True))
+
+    return run
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_one_process(kind: str, results: dict[str, dict[str, dict[str, Tensor]]]) -> None:
-    measured = parity.compare(results[kind][ONE.name], results[kind]["hf"])
+def test_one_process(kind: str, results_of: Callable[[str], Results]) -> None:
+    results = results_of(kind)
+    measured = parity.compare(results[ONE.name], results["hf"])
     assert measured["logits_relative"] < parity.LOGITS_TOLERANCE
     assert measured["gradients_relative"] < parity.GRADIENT_TOLERANCE, measured["gradients_worst_tensor"]
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, case.name) for kind, cases in CASES.items() for case in cases[1:]])
-def test_layout(kind: str, name: str, results: dict[str, dict[str, dict[str, Tensor]]]) -> None:
-    measured = parity.compare(results[kind][name], results[kind][ONE.name])
+def test_layout(kind: str, name: str, results_of: Callable[[str], Results]) -> None:
+    results = results_of(kind)
+    measured = parity.compare(results[name], results[ONE.name])
     assert measured["logits_relative"] < 1e-5
     assert measured["logprobs_relative"] < 1e-5
     assert measured["entropy_relative"] < 1e-5
