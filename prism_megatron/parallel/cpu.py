@@ -132,6 +132,7 @@ def _patch_megatron() -> None:
     import megatron.core.tensor_parallel.random as tp_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         # Upstream converts split sizes to host integers only when the tensor is on a GPU.
@@ -139,6 +140,7 @@ def _patch_megatron() -> None:
 
     mappings._gather_along_first_dim = _uneven(mappings._gather_along_first_dim, _gather_parts)
     mappings._reduce_scatter_along_first_dim = _uneven(mappings._reduce_scatter_along_first_dim, _reduce_scatter_parts)
+    _keep_steps(DistributedOptimizer)
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
     tp_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     tp_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
@@ -146,6 +148,21 @@ def _patch_megatron() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+def _keep_steps(optimizer: Any) -> None:
+    """Let the distributed optimizer restore torch's AdamW, which keeps a step for each parameter; TE's keeps one."""
+    set_states, load = optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict
+
+    def set_states_but_step(self: Any, parameter: Any, states: dict[str, Any]) -> None:
+        set_states(self, parameter, {"step": None, **states})
+
+    def load_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():  # upstream hands one tensor to all, which each would count up
+            state["step"] = state["step"].clone()
+
+    optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict = set_states_but_step, load_own_steps
 
 
 def _uneven(even: Callable[..., Any], uneven: Callable[..., Any]) -> Callable[..., Any]:

@@ -89,7 +89,7 @@ def test_degrees_that_do_not_fit(
     assert main(sft(tiny_checkpoint, data, runs, "parallel.tensor_model_parallel_size=2")) == 2
     assert "start a multiple of 2 ranks or lower a degree" in capsys.readouterr().err
     assert main(sft(tiny_checkpoint, data, runs, "parallel.pipeline_model_parallel_size=2")) == 2
-    assert "not supported yet" in capsys.readouterr().err
+    assert "tensor (1) x pipeline (2)" in capsys.readouterr().err
     assert not runs.exists()
 
 
