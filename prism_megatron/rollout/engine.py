@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_megatron.convert.hf_io import HFWeights
+from prism_megatron.convert.manifest import read_manifest
+from prism_megatron.convert.native import is_converted
 from prism_megatron.data.chat import decode_image
 from prism_megatron.rollout.weight_sync import complete_once
 from prism_megatron.types import Rollout, RolloutRequest
@@ -144,8 +147,8 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
 
     return LLM(
         model=str(checkpoint),
-        # A directory converted for Megatron has no weights that vLLM reads: they are pushed.
-        load_format="auto" if any(checkpoint.glob("*.safetensors")) else "dummy",
+        # vLLM cannot read a directory converted for Megatron: its weights are pushed.
+        load_format=_pushed_format() if is_converted(checkpoint) else "auto",
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -158,6 +161,21 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
         seed=config.seed,
         **sizes,
     )
+
+
+def _pushed_format() -> str:
+    """A vLLM load format that reads nothing. Its own, "dummy", also overwrites what no checkpoint brings back: the
+    means and deviations that images are normalised with."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    class NothingYet(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None: ...
+
+        def load_weights(self, model: Any, model_config: Any) -> None: ...
+
+    register_model_loader("pushed")(NothingYet)
+    return "pushed"
 
 
 def _cpu_environment(config: EngineConfig) -> None:
@@ -198,10 +216,7 @@ def _check(checkpoint: Path, config: EngineConfig) -> None:
 
 
 def _checkpoint_names(checkpoint: Path) -> frozenset[str]:
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for path in checkpoint.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as opened:
-            names.update(opened.keys())
-    return frozenset(names)
+    if is_converted(checkpoint):
+        return frozenset(entry.name for entry in read_manifest(checkpoint)["tensors"])
+    with HFWeights(checkpoint) as weights:
+        return frozenset(weights.names)
