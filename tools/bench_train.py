@@ -138,7 +138,7 @@ def hf_step(config: SFTConfig, spec: InputSpec) -> Callable[[Sequence[TrainingSe
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(hf.parameters(), wanted.clip_grad)
         adam.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
