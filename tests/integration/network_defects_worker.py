@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from prism_megatron.parallel import cpu
 
@@ -21,6 +22,7 @@ from prism_megatron.stages import discriminator as adversary  # noqa: E402
 from prism_megatron.stages.microbatch import pack_microbatch  # noqa: E402
 from prism_megatron.stages.setup import Trained, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.train import load  # noqa: E402
+from prism_megatron.types import PackedBatch  # noqa: E402
 
 
 def discriminator(config: cfg.AlignConfig) -> Trained:
@@ -29,6 +31,31 @@ def discriminator(config: cfg.AlignConfig) -> Trained:
         head = trained.chunks[-1].module.score_heads.weight
         head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
     return trained
+
+
+# Where every token takes every expert of its group, the share of each expert is constant, and so is the loss.
+BALANCED = {
+    "shared": ["discriminator.experts=shared"],
+    "dedicated": ["discriminator.experts=dedicated", "discriminator.num_experts=8"],
+    "all_chosen": ["discriminator.experts=dedicated"],
+}
+
+
+def balance_gradient(overrides: list[str], batch: PackedBatch) -> Tensor:
+    """The routers' gradients of a step whose loss is the load-balancing loss alone."""
+    config = load("tiny_align", overrides)
+    assert isinstance(config, cfg.AlignConfig)
+    trained = discriminator(config)
+    train_step(
+        trained.chunks,
+        trained.optimizer,
+        [batch],
+        lambda chunk, packed: chunk(packed, 1.0),
+        lambda _, scores: (0.0 * scores.sum(), Stats({})),
+        lr=0.0,
+    )
+    named = [pair for chunk in trained.chunks for pair in chunk.module.named_parameters()]
+    return torch.cat([parameter.main_grad.flatten() for name, parameter in named if name.endswith("router.weight")])
 
 
 def main(checkpoint: str, data: str, out: str) -> None:
@@ -55,14 +82,13 @@ def main(checkpoint: str, data: str, out: str) -> None:
     measured["alone_differs"] = float((together - torch.cat(alone)).abs().max())
 
     batch = pack_microbatch(sequences, processor, config)
-    _, measured["balance_gradient"] = train_step(
-        trained.chunks,
-        trained.optimizer,
-        [batch],
-        lambda chunk, packed: chunk(packed, 1.0),
-        lambda _, scores: (0.0 * scores.sum(), Stats({})),
-        lr=0.0,
-    )
+    for name, setting in BALANCED.items():
+        plain, recomputed = (
+            balance_gradient([*overrides, *setting, f"model.recompute={recompute}"], batch)
+            for recompute in ("false", "true")
+        )
+        measured[f"{name}_gradient"] = float(plain.abs().max())
+        measured[f"{name}_recompute_differs"] = float((plain - recomputed).abs().max())
 
     half = load("tiny_align", [*overrides, "model.precision=bf16"])
     assert isinstance(half, cfg.AlignConfig)

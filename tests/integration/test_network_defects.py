@@ -21,8 +21,14 @@ def measured(
     return dict(json.loads(out.read_text()))
 
 
-def test_w1_load_balancing_has_a_gradient_under_recomputation(measured: dict[str, Any]) -> None:
-    assert measured["balance_gradient"] > 1e-6, "the loss of this step is the load-balancing loss alone"
+@pytest.mark.parametrize("experts", ["shared", "dedicated"])
+def test_w1_load_balancing_has_a_gradient_under_recomputation(measured: dict[str, Any], experts: str) -> None:
+    assert measured[f"{experts}_gradient"] > 1e-4
+    assert measured[f"{experts}_recompute_differs"] < 1e-5 * measured[f"{experts}_gradient"]
+
+
+def test_w1_nothing_is_to_be_balanced_where_all_are_chosen(measured: dict[str, Any]) -> None:
+    assert measured["all_chosen_gradient"] < 1e-7
 
 
 def test_w2_a_score_does_not_depend_on_its_neighbours_lengths(measured: dict[str, Any]) -> None:
