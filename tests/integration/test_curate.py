@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 import openai
 import pytest
 
+from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_pool, read_rlvr, write_prompts
 from prism_megatron.parallel.groups import free_port
 from prism_megatron.types import Example
@@ -50,7 +50,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     while time.monotonic() < deadline and server.poll() is None:
         try:
             urllib.request.urlopen(url, timeout=2)
-        except (urllib.error.URLError, TimeoutError):
+        except OSError:  # refused, reset or timed out; urllib's own errors are among them
             time.sleep(1)
         else:
             return
@@ -88,7 +88,10 @@ def nobody(_: Endpoint) -> openai.OpenAI:
     return Client()  # type: ignore[return-value]
 
 
-def test_a_pool_becomes_two_sets(pool: list[Example], endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_pool_becomes_two_sets(
+    pool: list[Example], endpoint: Endpoint, speaking_checkpoint: Path, tmp_path: Path
+) -> None:
+    processor = ChatProcessor(speaking_checkpoint)
     report = run(pool, tmp_path, endpoint, None)
     answers = kept(tmp_path)
     for row in pool:
@@ -116,7 +119,11 @@ def test_a_pool_becomes_two_sets(pool: list[Example], endpoint: Endpoint, tmp_pa
     student = [a for a in answers if a.kind == "student"]
     assert cost["requests"] == len(pool) * SAMPLES
     assert cost["price"] == pytest.approx(sum(a.tokens_in + 10 * a.tokens_out for a in student) / 1e6)
-    assert all(a.tokens_in > 64 and a.tokens_out > 0 for a in student), "the image is part of the prompt"
+    assert all(a.tokens_out > 0 for a in student)
+    prompts = dict(zip((row.id for row in pool), processor.encode_prompts(pool), strict=True))
+    image_token = processor.input_spec.image_token_id
+    assert all(prompt.token_ids.count(image_token) > 0 for prompt in prompts.values())
+    assert all(a.tokens_in == len(prompts[a.row_id].token_ids) for a in student), "the very prompt, image and all"
 
     # Stopped in the middle of a line, it asks for what is missing, and for nothing else.
     place = tmp_path / "responses.jsonl"
