@@ -1,16 +1,20 @@
 """Each defect of the paper's code (spec 3.3, 9.1, 9.3) by its number: gone here, and there under compat=reference.
 
-Those of the networks themselves (W1, W2, W4) are in tests/integration/test_network_defects.py; those of the verifier
+Those of the networks themselves (W1, W2, W4, together D5) are in tests/integration/test_network_defects.py, what D2
+gives away in tests/integration/test_discriminator_controls.py; those of the verifier
 (9.2) in tests/unit/reward/test_reference_answer.py; that clips act (9.3) in tests/integration/test_algorithms.py.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from prism_megatron.advantage import alignment_advantage
 from prism_megatron.data.branches import (
@@ -20,12 +24,13 @@ from prism_megatron.data.branches import (
     reference_teacher_sequences,
 )
 from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.dataset import read_pairs, write_pairs
 from prism_megatron.data.loader import batch_indices
 from prism_megatron.data.pack import pack
 from prism_megatron.data.response import parse_response
 from prism_megatron.loss.discriminator import bradley_terry_loss, reference_branch_loss
 from prism_megatron.loss.reduce import token_weights
-from prism_megatron.types import EncodedPrompt, Visual
+from prism_megatron.types import EncodedPrompt, Message, PreferencePair, Visual
 
 CAPTION = "<caption>\n- a red circle\n</caption>"
 REASONING = "<think>\nOne circle is red.\n</think>\n<answer>\n1\n</answer>"
@@ -170,6 +175,24 @@ def test_d10_the_branches_weigh_in_the_loss_what_they_weigh_in_the_reward() -> N
     fixed, reference = (load("tiny_align", [*skewed, f"compat={compat}"]) for compat in ("fixed", "reference"))
     assert discriminator_objective(fixed).branch_weights == (1.5, 0.5)  # type: ignore[arg-type]
     assert discriminator_objective(reference).branch_weights == (1.0, 1.0)  # type: ignore[arg-type]
+
+
+def test_w3_a_picture_that_cannot_be_read_is_named_and_no_neighbour_takes_its_place(tmp_path: Path) -> None:
+    pairs = []
+    for side in (32, 64):
+        picture = io.BytesIO()
+        Image.new("RGB", (side, side)).save(picture, "PNG")
+        messages = (Message("system", "Look."), Message("user", "<image>How many?"))
+        pairs.append(
+            PreferencePair(str(side), messages, (picture.getvalue(),), "", CAPTION, REASONING, CAPTION, REASONING)
+        )
+    place = tmp_path / "pairs.jsonl"
+    write_pairs(place, pairs)
+    assert [pair.id for pair in read_pairs(place)] == ["32", "64"]
+    torn = tmp_path / json.loads(place.read_text().splitlines()[1])["image"]
+    torn.write_bytes(torn.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"line 2, image .*: not a readable image"):
+        read_pairs(place)
 
 
 def test_9_3_the_step_count_does_not_depend_on_epochs() -> None:
