@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         from recipes import STAGE_RECIPES
 
-        print(f"{__doc__}\n\nRecipes: {', '.join(sorted(STAGE_RECIPES))}")
+        print("\n  ".join([f"{__doc__}\n\nRecipes:", *sorted(STAGE_RECIPES)]))
         return 0
     try:
         run_stage(load(arguments[0], arguments[1:]))
@@ -30,11 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def load(recipe: str, overrides: Sequence[str]) -> cfg.StageConfig:
     """The recipe's configuration with dotted overrides applied. Raises ValueError for unknown names and keys."""
-    from recipes import STAGE_RECIPES
+    from recipes import stage_recipe
 
-    if recipe not in STAGE_RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(sorted(STAGE_RECIPES))}")
-    return cfg.apply_overrides(STAGE_RECIPES[recipe](), overrides)
+    return cfg.apply_overrides(stage_recipe(recipe)(), overrides)
 
 
 def run_stage(config: cfg.StageConfig) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable
 
 from prism_megatron.config import StageConfig
-from recipes import tiny
+from recipes import qwen3_vl, tiny
 
 STAGE_RECIPES: dict[str, Callable[[], StageConfig]] = {
     "tiny_sft": tiny.tiny_sft,
@@ -13,4 +15,20 @@ STAGE_RECIPES: dict[str, Callable[[], StageConfig]] = {
     "tiny_warmup": tiny.tiny_warmup,
     "tiny_align": tiny.tiny_align,
     "tiny_rlvr": tiny.tiny_rlvr,
+    **qwen3_vl.RECIPES,
 }
+_SHAPE = re.compile(r"_(\d+)n(\d+)g_")
+
+
+def stage_recipe(name: str) -> Callable[[], StageConfig]:
+    """Raises ValueError for an unknown name, with the nearest ones that exist."""
+    if name in STAGE_RECIPES:
+        return STAGE_RECIPES[name]
+    near = difflib.get_close_matches(name, STAGE_RECIPES, n=3)
+    raise ValueError(f"unknown recipe {name!r}; {f'there are {", ".join(near)}' if near else '--help lists them all'}")
+
+
+def shape_of(name: str) -> tuple[int, int] | None:
+    """Nodes and GPUs per node that a recipe's name asks for; None where any shape will do."""
+    found = _SHAPE.search(name)
+    return (int(found[1]), int(found[2])) if found else None

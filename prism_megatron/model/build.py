@@ -171,7 +171,8 @@ def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, mo
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
         context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        # A dense policy beside an expert-parallel discriminator has none to cut.
+        expert_model_parallel_size=parallel.expert_model_parallel_size if moe else 1,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         **_common(model, parallel),
         **(_MOE | moe if moe else {}),

@@ -207,12 +207,17 @@ def _check(checkpoint: Path, config: EngineConfig) -> None:
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no config.json; give the directory of an HF checkpoint")
     text = json.loads(path.read_text())["text_config"]
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        if text[name] % config.tensor_parallel_size:
-            raise ValueError(
-                f"{name} ({text[name]}) must be divisible by rollout.tensor_model_parallel_size "
-                f"({config.tensor_parallel_size})"
-            )
+    ranks, groups = config.tensor_parallel_size, text["num_key_value_heads"]
+    if text["num_attention_heads"] % ranks:
+        raise ValueError(
+            f"num_attention_heads ({text['num_attention_heads']}) must be divisible by "
+            f"rollout.tensor_model_parallel_size ({ranks})"
+        )
+    if groups % ranks and ranks % groups:
+        raise ValueError(
+            f"num_key_value_heads ({groups}) must be a multiple of rollout.tensor_model_parallel_size ({ranks}) or "
+            "divide it, so that a rank has whole heads, or one that others have too"
+        )
 
 
 def _checkpoint_names(checkpoint: Path) -> frozenset[str]:

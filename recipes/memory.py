@@ -1,0 +1,259 @@
+"""What a stage needs of a GPU's memory, by arithmetic: ``python -m recipes.launch RECIPE --estimate``.
+
+Parameters are counted from the conversion table, so they are exact. Assumed, and in no place measured on a GPU:
+
+- bfloat16 weights, gradients summed in float32, AdamW's three float32 copies cut over data-parallel ranks; of a frozen
+  parameter the weight only;
+- a full micro-batch, ``_VISUAL_FRACTION`` of it image tokens, each of four patches; one-forward-one-backward keeps as
+  many micro-batches as there are pipeline stages; flash attention; experts take 1.5 times their even share;
+- layers are recomputed one at a time where ``model.recompute`` says so, the vision tower never;
+- the rollout engine keeps its share of the GPU for good; weights are pushed when no activations are held;
+- ``_RESERVED`` for the CUDA context, NCCL's buffers and what the allocator cannot use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prism_megatron.config import (
+    AlignConfig,
+    CollectConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PolicyGradientConfig,
+    StageConfig,
+    WarmupConfig,
+)
+from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
+from prism_megatron.convert.rules import Rule
+from prism_megatron.model.build import HFSizes, read_sizes
+from prism_megatron.parallel.groups import check_degrees
+
+GPU_BYTES = 80e9
+_VISUAL_FRACTION = 0.5
+_RESERVED = 4e9
+_IMBALANCE = 1.5
+_LOGITS = 4 * (1 << 27)  # four float32 buffers of a chunk (model/logprobs.py)
+_ENGINE_OVERHEAD = 3e9  # vLLM's activations
+_ENGINE_SEQUENCES = 4  # of full length, that the key-value cache should hold at least
+_PART = re.compile(r"(?:decoder|vision)\.layers\.(\d+)\.")
+PUBLISHED = Path(__file__).parent / "published"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank. ``transient`` is the larger of activations with logits, and a push of the weights."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    transient: float = 0.0
+    engine: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.transient + self.engine + _RESERVED
+
+    def table(self) -> str:
+        rows = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        rows += [("reserved", _RESERVED), ("total", self.total), ("of", GPU_BYTES)]
+        return "\n".join(f"{name:10s} {value / 1e9:6.1f} GB" for name, value in rows)
+
+
+def estimate(config: StageConfig, world_size: int, policy: HFSizes, dense_discriminator: HFSizes) -> Memory:
+    """Of the fullest pipeline stage. Raises ValueError for degrees that do not fit, or an engine that cannot."""
+    parallel = config.parallel
+    check_layout(config, world_size, policy, dense_discriminator)
+    engine = _engine_bytes(config, policy)
+    if isinstance(config, CollectConfig):
+        return Memory(engine=engine)
+    parts: list[_Part] = []
+    if not isinstance(config, WarmupConfig):
+        parts.append(_Part(policy_table(policy), policy, config.model.freeze, config.optimizer))
+    if isinstance(config, WarmupConfig | AlignConfig):
+        wanted = config.discriminator
+        heads = 2 if wanted.experts == "dedicated" else 1
+        table = discriminator_table(dense_discriminator, wanted.num_experts, heads)
+        upcycled = _upcycled(dense_discriminator, wanted.num_experts, wanted.topk)
+        optimizer = config.optimizer if isinstance(config, WarmupConfig) else config.discriminator_optimizer
+        parts.append(_Part(table, upcycled, wanted.freeze, optimizer))
+    stages = []
+    for stage in range(parallel.pipeline_model_parallel_size):
+        resident = [_resident(part, config, stage, world_size) for part in parts]
+        transient = max(_activations(part, config, stage) for part in parts)
+        if isinstance(config, PolicyGradientConfig):
+            transient = max(transient, _push(policy))
+        weights, gradients, optimizer = (sum(column) for column in zip(*resident, strict=True))
+        stages.append(Memory(weights, gradients, optimizer, transient, engine))
+    return max(stages, key=lambda memory: memory.total)
+
+
+def check_layout(config: StageConfig, world_size: int, policy: HFSizes, dense_discriminator: HFSizes) -> None:
+    """Refuse degrees that some model of the stage does not divide by, or more data-parallel ranks than rows."""
+    parallel, experts = config.parallel, policy.num_experts
+    if isinstance(config, WarmupConfig | AlignConfig):
+        check_degrees(parallel, world_size, dense_discriminator.degrees(config.discriminator.num_experts))
+        experts = experts or config.discriminator.num_experts  # a dense policy has nothing to cut
+    if not isinstance(config, WarmupConfig):
+        check_degrees(parallel, world_size, policy.degrees(experts))
+    replicas = world_size // (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    for name in ("global_batch_size", "prompts_per_iteration"):
+        rows = getattr(config, name, replicas)
+        if rows % replicas:
+            raise ValueError(
+                f"{name} ({rows}) must be divisible by the data-parallel size ({replicas}), or ranks have nothing to "
+                "do; raise it, or a parallel degree, or take fewer nodes"
+            )
+    engine, same_rows = config.rollout.tensor_model_parallel_size, parallel.tensor_model_parallel_size
+    same_rows *= parallel.context_parallel_size
+    if engine and same_rows % engine:
+        raise ValueError(
+            f"rollout.tensor_model_parallel_size ({engine}) must divide tensor times context parallel size "
+            f"({same_rows}), since all ranks of an engine must hold the same prompts"
+        )
+
+
+def published_sizes(size: str, folder: Path) -> HFSizes:
+    """Sizes of a released checkpoint, without it; ``folder`` is a place for its config.json."""
+    (folder / "config.json").write_text((PUBLISHED / f"{size}.json").read_text())
+    return read_sizes(folder)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A model that a stage trains."""
+
+    table: list[Rule]
+    sizes: HFSizes
+    freeze: Sequence[str]
+    optimizer: OptimizerConfig
+
+
+def _resident(part: _Part, config: StageConfig, stage: int, world_size: int) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and optimizer on a rank of this pipeline stage."""
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    replicas = {False: world_size // (tp * pp), True: world_size // (experts * pp)}
+    weights = gradients = optimizer = 0.0
+    for rule in part.table:
+        if stage not in _stages_of(rule, part.sizes, parallel):
+            continue
+        is_expert = rule.expert is not None
+        count = rule.numel / (experts if is_expert else tp if rule.layout.axis is not None else 1)
+        weights += 2 * count
+        if _is_frozen(rule, part.freeze):
+            continue
+        gradients += 4 * count
+        optimizer += 12 * count / (replicas[is_expert] if part.optimizer.use_distributed_optimizer else 1)
+    return weights, gradients, optimizer
+
+
+def _stages_of(rule: Rule, sizes: HFSizes, parallel: ParallelConfig) -> set[int]:
+    last = parallel.pipeline_model_parallel_size - 1
+    if rule.megatron.startswith(("vision.", "embedding.")):
+        return {0}
+    found = _PART.match(rule.megatron)
+    if found is None:
+        # The head of the model; a tied one is the embedding itself where there is but one stage.
+        return {last} if last or not rule.tied else set()
+    bounds = [sum(_layers(sizes, parallel)[: stage + 1]) for stage in range(last + 1)]
+    return {next(stage for stage, bound in enumerate(bounds) if int(found[1]) < bound)}
+
+
+def _layers(sizes: HFSizes, parallel: ParallelConfig) -> list[int]:
+    """Decoder layers of each pipeline stage."""
+    stages, layers = parallel.pipeline_model_parallel_size, sizes.text["num_hidden_layers"]
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    middle = stages - bool(first) - bool(last)
+    even = (layers - first - last) // middle if middle else 0
+    return [first or even, *[even] * (stages - 2), last or even][:stages] if stages > 1 else [layers]
+
+
+def _is_frozen(rule: Rule, freeze: Sequence[str]) -> bool:
+    if not rule.megatron.startswith("vision."):
+        return "language_model" in freeze
+    return ("merger" if "merger" in rule.megatron else "vision") in freeze
+
+
+def _activations(part: _Part, config: StageConfig, stage: int) -> float:
+    """Bytes of a forward and backward pass at its fullest, logits included on the last stage."""
+    parallel, text = config.parallel, part.sizes.text
+    pp, tp = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
+    held = pp - stage
+    hidden: int = text["hidden_size"]
+    tokens = config.max_tokens_per_microbatch / parallel.context_parallel_size
+    layers, layer = _layers(part.sizes, parallel)[stage], tokens * _layer_bytes(part.sizes, parallel)
+    boundary = tokens * 2 * hidden / tp
+    # What is kept of every layer, then one layer and the gradients of all its parts.
+    total: float = held * layers * (boundary if config.model.recompute else layer) + 2 * layer
+    if stage == 0:
+        total += _vision_activations(part, config, held)
+    if stage == pp - 1:
+        total += _LOGITS + 4 * text["vocab_size"] / tp * hidden
+    return total
+
+
+def _layer_bytes(sizes: HFSizes, parallel: ParallelConfig) -> float:
+    """Kept per token by one decoder layer that is not recomputed."""
+    text, tp = sizes.text, parallel.tensor_model_parallel_size
+    hidden, heads, groups = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
+    queries, keys = heads * text["head_dim"], groups * text["head_dim"]
+    # Two norms and residuals, the gathered inputs; q, k, v, normed and turned; the output.
+    attention: float = 8 * hidden / tp + 4 * hidden + 2 * (4 * queries + 5 * keys) / tp
+    mlp: float = 2 * 3 * text["intermediate_size"] / tp
+    if sizes.num_experts is not None:
+        routed = text["num_experts_per_tok"] * _IMBALANCE / tp
+        mlp = routed * 2 * (2 * hidden + 3 * text["moe_intermediate_size"])
+    return attention + mlp
+
+
+def _vision_activations(part: _Part, config: StageConfig, held: int) -> float:
+    """The tower is cut by tensor parallelism only, and sees the images of the whole micro-batch."""
+    vision, tp = part.sizes.vision, config.parallel.tensor_model_parallel_size
+    hidden, width = vision["hidden_size"], vision["intermediate_size"]
+    patches = config.max_tokens_per_microbatch * _VISUAL_FRACTION * vision["spatial_merge_size"] ** 2
+    layer: float = patches * (8 * hidden + (8 * hidden + 4 * width) / tp)
+    is_trained = not {"vision", "merger"} <= set(part.freeze)
+    return held * vision["depth"] * layer if is_trained else 2 * layer
+
+
+def _push(policy: HFSizes) -> float:
+    """The largest HF tensor, gathered and put together."""
+    return 2 * 2 * max(max(math.prod(shape) for shape in rule.shapes) for rule in policy_table(policy))
+
+
+def _engine_bytes(config: StageConfig, policy: HFSizes) -> float:
+    """The rollout engine's share, which must hold its weights and a few responses of full length."""
+    if not isinstance(config, PolicyGradientConfig | CollectConfig) and not config.eval.num_questions:
+        return 0.0
+    rollout, text = config.rollout, policy.text
+    ranks = rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
+    groups = max(text["num_key_value_heads"] // ranks, 1)
+    cache = 2 * 2 * text["num_hidden_layers"] * groups * text["head_dim"] * rollout.max_model_len
+    weights = 2 * sum(rule.numel for rule in policy_table(policy) if not rule.tied) / ranks
+    needed = weights + _ENGINE_SEQUENCES * cache + _ENGINE_OVERHEAD
+    share = rollout.gpu_memory_utilization * GPU_BYTES
+    if needed > share:
+        raise ValueError(
+            f"rollout.gpu_memory_utilization ({rollout.gpu_memory_utilization:g}) gives the engine "
+            f"{share / 1e9:.0f} GB, its weights and {_ENGINE_SEQUENCES} responses take {needed / 1e9:.0f} GB; raise "
+            "it, or rollout.tensor_model_parallel_size"
+        )
+    return share
+
+
+def _upcycled(dense: HFSizes, num_experts: int, topk: int) -> HFSizes:
+    text = dense.text | {
+        "num_experts": num_experts,
+        "num_experts_per_tok": topk,
+        "moe_intermediate_size": dense.text["intermediate_size"],
+    }
+    return HFSizes(text, dense.vision, dense.tie_embeddings)

@@ -1,0 +1,225 @@
+"""Production recipes for Qwen3-VL, with the paper's hyper-parameters (its Table 3 and released scripts) where it has
+them. Each is a function of no argument, named by every fact: stage, algorithm, size, nodes and GPUs, precision.
+
+    from recipes.qwen3_vl import rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16
+
+Relative paths are those of a project folder: ``checkpoints/`` holds HF directories, ``data/`` the data sets, ``runs/``
+what is written. Not verified on GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from prism_megatron.config import (
+    AlignConfig,
+    CollectConfig,
+    DiscriminatorConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RLVRConfig,
+    RolloutConfig,
+    RunConfig,
+    SFTConfig,
+    StageConfig,
+    WarmupConfig,
+)
+from recipes.layouts import GPUS_PER_NODE, LAYOUTS, SIZES, STAGES, VISION, Layout
+
+ALGORITHMS = ("grpo", "dapo", "gspo")
+PRECISIONS = ("bf16",)
+_PROMPT_TOKENS = 2048  # longer prompts are not in the released data
+_HUB_NAMES = {
+    "2b": "2B",
+    "4b": "4B",
+    "8b": "8B",
+    "32b": "32B",
+    "30b_a3b": "30B-A3B",
+    "235b_a22b": "235B-A22B",
+}
+
+
+def sft(size: str, precision: str) -> SFTConfig:
+    """One epoch over 1.37 M demonstrations, vision tower and merger frozen (spec 2)."""
+    global_batch_size = 16  # the paper's 2, which can only be per GPU, on its 8 GPUs
+    layout = LAYOUTS["sft", size]
+    return SFTConfig(
+        stage="sft",
+        run=_run(size, "sft", train_iters=1_370_000 // global_batch_size, save_interval=1000),
+        parallel=layout.parallel(),
+        model=_model(f"checkpoints/{released(size)}", precision, VISION),
+        optimizer=_adam(1e-5, decay_style="cosine", warmup_fraction=0.1),
+        rollout=_rollout(layout, 1, 6144),
+        max_tokens_per_microbatch=8192,
+        data="data/sft.jsonl",
+        global_batch_size=global_batch_size,
+    )
+
+
+def collect(size: str, precision: str) -> CollectConfig:
+    """Student responses for the warm-up, and RLVR prompts whose pass rate of 16 is in the paper's band (spec 1.4)."""
+    layout = LAYOUTS["collect", size]
+    return CollectConfig(
+        stage="collect",
+        run=_run(size, "collect", train_iters=1, save_interval=1),
+        parallel=layout.parallel(),
+        model=_model(f"runs/{size}/sft/hf", precision),
+        optimizer=_adam(0.0),
+        rollout=_rollout(layout, 16, 8192),
+        max_tokens_per_microbatch=10240,
+        alignment_data="data/alignment.parquet",
+        pair_samples_per_prompt=1,
+        candidates="data/rlvr_candidates.parquet",
+        band_low=0.2,
+        band_high=0.8,
+    )
+
+
+def warmup(size: str, precision: str) -> WarmupConfig:
+    """Pairwise warm-up of the discriminator on 120 K pairs of answers, 64 at a time (spec 3.3)."""
+    layout = LAYOUTS["warmup", size]
+    return WarmupConfig(
+        stage="warmup",
+        run=_run(size, "warmup", train_iters=120_000 // 64, save_interval=250),
+        parallel=layout.parallel(),
+        model=_model(f"runs/{size}/sft/hf", precision),
+        optimizer=_adam(1e-5, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
+        rollout=_rollout(layout, 1, 6144),
+        max_tokens_per_microbatch=8192,
+        data=f"runs/{size}/collect/warmup_pairs.jsonl",
+        global_batch_size=64,  # lines of two pairs each
+        discriminator=_discriminator(f"checkpoints/{released('2b')}"),
+    )
+
+
+def align(size: str, precision: str) -> AlignConfig:
+    """500 iterations of 4 prompts x 16 responses, one step of each player (spec 4.1)."""
+    layout = LAYOUTS["align", size]
+    return AlignConfig(
+        stage="align",
+        run=_run(size, "align", train_iters=500, save_interval=50),
+        parallel=layout.parallel(),
+        model=_model(f"runs/{size}/sft/hf", precision, layout.freeze),
+        optimizer=_adam(1e-6, weight_decay=0.01),
+        rollout=_rollout(layout, 16, 6144),
+        max_tokens_per_microbatch=8192,
+        data="data/alignment.parquet",
+        prompts_per_iteration=4,
+        dual_clip=3.0,
+        discriminator=_discriminator(f"runs/{size}/warmup/hf"),
+        discriminator_optimizer=_adam(1e-6, weight_decay=0.01),
+        perception_weight=0.5,
+        format_penalty=1.5,
+        score_regularizer=1e-3,
+    )
+
+
+def rlvr_grpo(size: str, precision: str) -> RLVRConfig:
+    """1500 iterations of 32 prompts x 16 responses (spec 5.1); the other algorithms change what differs (spec 5.2)."""
+    layout = LAYOUTS["rlvr", size]
+    return RLVRConfig(
+        stage="rlvr",
+        run=_run(size, "rlvr_grpo", train_iters=1500, save_interval=60),
+        parallel=layout.parallel(),
+        model=_model(f"runs/{size}/align/hf", precision, layout.freeze),
+        optimizer=_adam(1e-6, weight_decay=0.01),
+        rollout=_rollout(layout, 16, 8192),
+        max_tokens_per_microbatch=10240,
+        data=f"runs/{size}/collect/rlvr.parquet",
+        prompts_per_iteration=32,
+        dual_clip=3.0,
+        accuracy_weight=0.8,
+        format_weight=0.2,
+    )
+
+
+def rlvr_dapo(size: str, precision: str) -> RLVRConfig:
+    config = rlvr_grpo(size, precision)
+    config.algorithm, config.run.name = "dapo", f"{size}/rlvr_dapo"
+    config.clip_high, config.dual_clip = 0.28, 10.0
+    config.overlong_buffer_tokens = 4096
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.warmup_fraction = 10 / config.run.train_iters
+    return config
+
+
+def rlvr_gspo(size: str, precision: str) -> RLVRConfig:
+    config = rlvr_grpo(size, precision)
+    config.algorithm, config.run.name = "gspo", f"{size}/rlvr_gspo"
+    config.clip_low, config.clip_high, config.dual_clip = 3e-4, 4e-4, 0.0
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.warmup_fraction = 0.05
+    return config
+
+
+def released(size: str) -> str:
+    """The checkpoint's name on the hub."""
+    return f"Qwen3-VL-{_HUB_NAMES[size]}-Instruct"
+
+
+def _run(size: str, stage: str, train_iters: int, save_interval: int) -> RunConfig:
+    return RunConfig(name=f"{size}/{stage}", seed=42, train_iters=train_iters, save_interval=save_interval)
+
+
+def _model(checkpoint: str, precision: str, freeze: Sequence[str] = ()) -> ModelConfig:
+    return ModelConfig(checkpoint, precision, list(freeze), recompute=True)
+
+
+def _adam(
+    lr: float, weight_decay: float = 0.0, decay_style: str = "constant", warmup_fraction: float = 0.0
+) -> OptimizerConfig:
+    return OptimizerConfig(
+        lr,
+        weight_decay=weight_decay,
+        decay_style=decay_style,
+        warmup_fraction=warmup_fraction,
+        use_distributed_optimizer=True,
+    )
+
+
+def _rollout(layout: Layout, samples_per_prompt: int, max_response_tokens: int) -> RolloutConfig:
+    tensor_parallel, share = layout.engine
+    return RolloutConfig(
+        samples_per_prompt=samples_per_prompt,
+        max_response_tokens=max_response_tokens,
+        max_model_len=_PROMPT_TOKENS + max_response_tokens,
+        tensor_model_parallel_size=tensor_parallel,
+        gpu_memory_utilization=share,
+    )
+
+
+def _discriminator(checkpoint: str) -> DiscriminatorConfig:
+    # The released noise of 0.01 is a quarter to a half of the weights' own standard deviation.
+    return DiscriminatorConfig(checkpoint, num_experts=4, topk=2, upcycle_noise=0.25, load_balance_coeff=0.01)
+
+
+_FAMILIES: dict[str, Callable[[str, str], StageConfig]] = {
+    "sft": sft,
+    "collect": collect,
+    "warmup": warmup,
+    "align": align,
+    "rlvr_grpo": rlvr_grpo,
+    "rlvr_dapo": rlvr_dapo,
+    "rlvr_gspo": rlvr_gspo,
+}
+assert {family.split("_")[0] for family in _FAMILIES} == set(STAGES)
+
+
+def recipe_name(family: str, size: str, precision: str = "bf16") -> str:
+    nodes = LAYOUTS[family.split("_")[0], size].nodes
+    return f"{family}_qwen3_vl_{size}_{nodes}n{GPUS_PER_NODE}g_h100_{precision}"
+
+
+RECIPES: dict[str, Callable[[], StageConfig]] = {
+    recipe_name(family, size, precision): partial(build, size, precision)
+    for family, build in _FAMILIES.items()
+    for size in SIZES
+    for precision in PRECISIONS
+}
+
+
+def __getattr__(name: str) -> Callable[[], StageConfig]:
+    if name in RECIPES:
+        return RECIPES[name]
+    raise AttributeError(f"module {__name__!r} has no recipe {name!r}")

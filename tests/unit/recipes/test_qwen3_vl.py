@@ -1,0 +1,123 @@
+"""The production recipes as a set: each builds, its name tells the truth, its layout works and fits in 80 GB."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+
+from prism_megatron.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, apply_overrides
+from prism_megatron.model.build import HFSizes
+from recipes import STAGE_RECIPES, qwen3_vl, shape_of, stage_recipe
+from recipes.layouts import SIZES
+from recipes.memory import GPU_BYTES, check_layout, estimate, published_sizes
+from recipes.qwen3_vl import ALGORITHMS, PRECISIONS, RECIPES
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HFSizes]:
+    return {size: published_sizes(size, tmp_path_factory.mktemp(size)) for size in SIZES}
+
+
+def test_every_stage_algorithm_size_and_precision_has_one() -> None:
+    families = ["sft", "collect", "warmup", "align", *(f"rlvr_{algorithm}" for algorithm in ALGORITHMS)]
+    expected = {(family, size, precision) for family in families for size in SIZES for precision in PRECISIONS}
+    assert {facts(name) for name in RECIPES} == expected
+    assert len(RECIPES) == len(expected)
+    assert RECIPES.keys() <= STAGE_RECIPES.keys()
+
+
+def facts(name: str) -> tuple[str, str, str]:
+    family, _, rest = name.partition("_qwen3_vl_")
+    size = next(size for size in SIZES if rest.startswith(f"{size}_"))
+    return family, size, name.rpartition("_")[2]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_name_tells_the_truth_and_the_layout_fits(name: str, sizes: dict[str, HFSizes]) -> None:
+    family, size, precision = facts(name)
+    config = apply_overrides(stage_recipe(name)(), [])
+    stage, _, algorithm = family.partition("_")
+    assert config.stage == stage
+    assert config.run.name == f"{size}/{family}"
+    assert config.model.precision == precision
+    if isinstance(config, RLVRConfig):
+        assert config.algorithm == algorithm
+    if stage == "sft":
+        assert config.model.hf_checkpoint == f"checkpoints/{qwen3_vl.released(size)}"
+    shape = shape_of(name)
+    assert shape is not None
+    memory = estimate(config, shape[0] * shape[1], sizes[size], sizes["2b"])  # checks the degrees too
+    assert memory.total <= GPU_BYTES, memory.table()
+
+
+def test_importable_by_name() -> None:
+    from recipes.qwen3_vl import rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16
+
+    assert rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16().run.name == "8b/rlvr_gspo"
+    with pytest.raises(AttributeError, match="no recipe 'sft_qwen3_vl_9b"):
+        _ = qwen3_vl.sft_qwen3_vl_9b_1n8g_h100_bf16
+
+
+def test_hyper_parameters_are_the_papers() -> None:
+    sft = qwen3_vl.sft("8b", "bf16")
+    assert isinstance(sft, SFTConfig)
+    assert (sft.optimizer.lr, sft.optimizer.decay_style, sft.optimizer.warmup_fraction) == (1e-5, "cosine", 0.1)
+    assert sft.run.train_iters * sft.global_batch_size == 1_370_000
+    align = qwen3_vl.align("8b", "bf16")
+    assert isinstance(align, AlignConfig)
+    assert (align.prompts_per_iteration, align.rollout.samples_per_prompt, align.run.train_iters) == (4, 16, 500)
+    assert (align.optimizer.lr, align.discriminator_optimizer.lr, align.score_regularizer) == (1e-6, 1e-6, 1e-3)
+    grpo, dapo, gspo = (build("8b", "bf16") for build in (qwen3_vl.rlvr_grpo, qwen3_vl.rlvr_dapo, qwen3_vl.rlvr_gspo))
+    assert (grpo.clip_low, grpo.clip_high, grpo.dual_clip, grpo.optimizer.weight_decay) == (0.2, 0.2, 3.0, 0.01)
+    assert (dapo.clip_low, dapo.clip_high, dapo.dual_clip, dapo.overlong_buffer_tokens) == (0.2, 0.28, 10.0, 4096)
+    assert (gspo.clip_low, gspo.clip_high, gspo.dual_clip) == (3e-4, 4e-4, 0.0)
+    warmup = qwen3_vl.warmup("8b", "bf16")
+    assert isinstance(warmup, WarmupConfig)
+    assert (2 * warmup.global_batch_size, warmup.optimizer.lr) == (128, 1e-5)
+
+
+def test_parameters_are_counted_to_the_last_one(sizes: dict[str, HFSizes]) -> None:
+    """On one rank nothing is cut: 2 bytes of each of the 8,767,123,696 weights, 4 + 12 where they are trained."""
+    config = qwen3_vl.rlvr_grpo("8b", "bf16")
+    config.parallel = type(config.parallel)()
+    config.rollout.tensor_model_parallel_size, config.rollout.gpu_memory_utilization = 1, 0.5
+    memory = estimate(config, 1, sizes["8b"], sizes["2b"])
+    assert memory.weights == 2 * 8_767_123_696
+    assert memory.gradients == 4 * 8_767_123_696
+    assert memory.optimizer == 12 * 8_767_123_696
+    assert memory.engine == 0.5 * GPU_BYTES
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("parallel.tensor_model_parallel_size=16", r"num_query_groups \(8\) must be divisible"),
+        ("parallel.context_parallel_size=3", r"world size 16 is not a multiple"),
+        ("prompts_per_iteration=5", r"prompts_per_iteration \(5\) must be divisible by the data-parallel size \(4\)"),
+        ("rollout.tensor_model_parallel_size=8", r"must divide tensor times context parallel size \(4\)"),
+        ("rollout.gpu_memory_utilization=0.05", r"gives the engine 4 GB, its weights and 4 responses take"),
+    ],
+)
+def test_a_layout_that_cannot_work_is_refused(change: str, message: str, sizes: dict[str, HFSizes]) -> None:
+    config = apply_overrides(qwen3_vl.align("8b", "bf16"), [change])
+    with pytest.raises(ValueError, match=message):
+        estimate(config, 16, sizes["8b"], sizes["2b"])
+
+
+def test_more_replicas_need_no_more_than_fewer(sizes: dict[str, HFSizes]) -> None:
+    config = qwen3_vl.sft("8b", "bf16")
+    few, many = (estimate(config, world, sizes["8b"], sizes["2b"]) for world in (4, 8))
+    assert (many.weights, many.gradients) == (few.weights, few.gradients)
+    assert many.optimizer == pytest.approx(few.optimizer / 2)
+    check_layout(config, 16, sizes["8b"], sizes["2b"])
+
+
+def test_recipes_stay_small() -> None:
+    tree = ast.parse(Path(qwen3_vl.__file__).read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert all(node.end_lineno is not None and node.end_lineno - node.lineno < 25 for node in functions)
+    assert all(node.returns is not None for node in functions)
+    assert isinstance(qwen3_vl.sft, FunctionType)
