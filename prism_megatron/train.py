@@ -1,4 +1,7 @@
-"""Run one stage: ``torchrun --nproc-per-node N -m prism_megatron.train RECIPE [key=value ...]``."""
+"""Run one stage: ``torchrun --nproc-per-node N -m prism_megatron.train RECIPE [key=value ...]``.
+
+Exit status: 0 finished, 2 a mistake of the user's, 75 told to stop by TERM and saved (start it again), else a crash.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,24 @@ from prism_megatron import config as cfg
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stage that the recipe describes. A user's mistake is one line on stderr and exit status 2."""
+    """Run the stage that the recipe describes. A user's mistake is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         from recipes import STAGE_RECIPES
 
         print("\n  ".join([f"{__doc__}\n\nRecipes:", *sorted(STAGE_RECIPES)]))
         return 0
+    from prism_megatron.stages.preemption import EXIT_STATUS, Preempted
+
     try:
         run_stage(load(arguments[0], arguments[1:]))
+    except Preempted as stop:
+        from prism_megatron.parallel import groups
+
+        if groups.is_main_rank():
+            print(f"{stop}; the same command goes on from there", flush=True)
+        groups.shutdown()
+        return EXIT_STATUS
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)

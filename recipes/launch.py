@@ -1,7 +1,10 @@
-"""Run a pipeline through NeMo-Run: ``python -m recipes.launch tiny_pipeline [--name NAME] [stage.key=value ...]``.
+"""Run a recipe or a pipeline through NeMo-Run, here or on SLURM.
 
-tiny_pipeline is SFT, collection, warm-up, alignment and RLVR; tiny_study is that with three seeds, each beside RLVR
-straight after SFT. Stages that are finished are skipped, one that was interrupted goes on from its last checkpoint.
+    python -m recipes.launch NAME [--executor local|slurm] [--cluster FILE] [--dryrun] [--detach] [--estimate] [K=V ...]
+
+A recipe takes key=value, a pipeline stage.key=value (rlvr.run.train_iters=40). tiny_pipeline is SFT, collection,
+warm-up, alignment and RLVR; tiny_study is that with three seeds, each beside RLVR straight after SFT, here only. Stages
+that are finished are skipped, one that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,13 +14,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from prism_megatron.config import apply_overrides, stage_dir
+from recipes import STAGE_RECIPES, shape_of, stage_recipe
+from recipes.cluster import ClusterConfig, nemo_run, rank_command, read_cluster, slurm_executor
 from recipes.pipeline import Step, baseline_step, collect_results, tiny_steps, write_study
 
 PIPELINES = ("tiny_pipeline", "tiny_study")
@@ -26,35 +32,108 @@ STUDY_SEEDS = (1, 2, 3)
 
 def main() -> int:
     """Parse the command line; a user's mistake is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", help=f"one of: {', '.join(PIPELINES)}")
-    parser.add_argument("overrides", nargs="*", help="stage.key=value, for example rlvr.run.train_iters=40")
-    parser.add_argument("--name", help="the run's folder under runs/ (the pipeline's name)")
-    parser.add_argument("--ranks", type=int, default=1, help="processes per stage")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n  ".join(["names:", *PIPELINES, *STAGE_RECIPES]),
+    )
+    parser.add_argument("name", metavar="NAME", help="a pipeline or a recipe")
+    parser.add_argument("overrides", nargs="*", help="key=value, or stage.key=value for a pipeline")
+    parser.add_argument("--name", dest="run_name", help="a pipeline's folder under runs/ (the pipeline's name)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes per stage, here")
+    parser.add_argument("--executor", choices=["local", "slurm"], default="local")
+    parser.add_argument("--cluster", type=Path, help="cluster file for slurm; examples in slurm/clusters/")
+    parser.add_argument("--dryrun", action="store_true", help="print the scripts, submit nothing")
+    parser.add_argument("--detach", action="store_true", help="submit and leave")
+    parser.add_argument("--estimate", action="store_true", help="print a recipe's need of GPU memory, run nothing")
     arguments = parser.parse_intermixed_args()  # overrides may follow options
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, _stop if arguments.executor == "local" else signal.SIG_DFL)
+    name, run_name = arguments.name, arguments.run_name or arguments.name
     try:
-        return launch(arguments.pipeline, arguments.name or arguments.pipeline, arguments.overrides, arguments.ranks)
+        if arguments.estimate:
+            return print_estimate(name, arguments.overrides)
+        if arguments.executor == "slurm":
+            if arguments.cluster is None:
+                raise ValueError("--executor slurm needs --cluster FILE; slurm/clusters/ has examples")
+            steps, prepare = steps_of(name, run_name, arguments.overrides)
+            cluster = read_cluster(arguments.cluster)
+            if prepare and not arguments.dryrun:
+                _prepare(Path("runs") / run_name, seed=1)
+            return submit(name, steps, cluster, arguments.dryrun, arguments.detach)
+        return launch(name, run_name, arguments.overrides, arguments.ranks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def launch(pipeline: str, name: str, overrides: Sequence[str], ranks: int) -> int:
-    """Run every unfinished step of the pipeline in order; returns the exit status."""
-    if pipeline not in PIPELINES:
-        raise ValueError(f"unknown pipeline {pipeline!r}; there are {', '.join(PIPELINES)}")
-    if pipeline == "tiny_pipeline":
-        return run_steps(name, tiny_steps(name, overrides), ranks)
+def steps_of(name: str, run_name: str, overrides: Sequence[str]) -> tuple[list[Step], bool]:
+    """The steps of a pipeline or of a lone recipe, all checked, and whether they need the built-in data."""
+    steps = tiny_steps(run_name, overrides) if name == "tiny_pipeline" else [Step(name, name, tuple(overrides))]
+    if name == "tiny_study":
+        raise ValueError("tiny_study runs here only; submit tiny_pipeline with stage.run.seed=N for each seed")
+    for step in steps:
+        step.config()  # refuse a bad override before anything runs
+    return steps, name == "tiny_pipeline"
+
+
+def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bool, detach: bool) -> int:
+    """Each unfinished step as a SLURM job that waits for the one before; returns the exit status."""
+    run = nemo_run()
+    before: list[str] = []
+    unfinished = [step for step in steps if dryrun or not _finished(step)]
+    with run.Experiment(title, base_dir=os.environ["NEMORUN_HOME"]) as experiment:
+        for step in unfinished:
+            nodes, ranks = shape_of(step.recipe) or (cluster.nodes, cluster.ranks_per_node)
+            executor = slurm_executor(cluster, nodes, ranks, stage_dir(step.config()))
+            command = rank_command(step.recipe, step.overrides)
+            before = [experiment.add(command, executor=executor, name=step.name, dependencies=before)]
+        if dryrun:
+            experiment.dryrun(delete_exp_dir=False)
+            return 0
+        experiment.run(detach=detach)
+    if detach:
+        return 0
+    left = [step for step in unfinished if not _finished(step)]
+    if left:
+        print(f"{left[0].name} did not finish; why is at the end of {stage_dir(left[0].config())}/logs/*/*/report.txt")
+    return 1 if left else 0
+
+
+def print_estimate(name: str, overrides: Sequence[str]) -> int:
+    """A production recipe's memory on its fullest GPU; exit status 1 where that is more than there is."""
+    from recipes.memory import GPU_BYTES, estimate, published_sizes
+    from recipes.qwen3_vl import RECIPES, size_of
+
+    shape = shape_of(name)
+    if name not in RECIPES or shape is None:
+        raise ValueError(f"--estimate is for recipes of published sizes, not {name!r}; --help lists them")
+    config = apply_overrides(stage_recipe(name)(), overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        policy, discriminator = (published_sizes(size, Path(folder)) for size in (size_of(name), "2b"))
+    memory = estimate(config, shape[0] * shape[1], policy, discriminator)
+    print(memory.table())
+    return 0 if memory.total <= GPU_BYTES else 1
+
+
+def launch(name: str, run_name: str, overrides: Sequence[str], ranks: int) -> int:
+    """Run every unfinished step of the pipeline in order, here; returns the exit status."""
+    if name in STAGE_RECIPES:
+        (step,), _ = steps_of(name, run_name, overrides)
+        run_locally(step, ranks)
+        return 0 if _finished(step) else 1
+    if name not in PIPELINES:
+        raise ValueError(f"unknown pipeline {name!r}; there are {', '.join(PIPELINES)}, and the recipes of --help")
+    if name == "tiny_pipeline":
+        return run_steps(run_name, tiny_steps(run_name, overrides), ranks)
     runs = []
     for seed in STUDY_SEEDS:
-        run_name = f"{name}/seed{seed}"
-        steps = tiny_steps(run_name, overrides, seed)
-        if status := run_steps(run_name, [*steps, baseline_step(run_name, steps)], ranks, seed):
+        seed_name = f"{run_name}/seed{seed}"
+        steps = tiny_steps(seed_name, overrides, seed)
+        if status := run_steps(seed_name, [*steps, baseline_step(seed_name, steps)], ranks, seed):
             return status
-        runs.append(Path("runs") / run_name)
-    print(write_study(Path("runs") / name, runs), flush=True)
+        runs.append(Path("runs") / seed_name)
+    print(write_study(Path("runs") / run_name, runs), flush=True)
     return 0
 
 
@@ -82,13 +161,9 @@ def run_steps(name: str, steps: Sequence[Step], ranks: int, seed: int = 1) -> in
 
 def run_locally(step: Step, ranks: int) -> None:
     """One stage through NeMo-Run's LocalExecutor and torchrun, its output on this terminal."""
-    os.environ.setdefault("NEMORUN_HOME", str(Path("runs/.nemo_run").resolve()))
     # torchrun and python by their bare names: those of this environment, activated or not.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations in what NeMo-Run imports
-        import nemo_run as run
-
+    run = nemo_run()
     threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
     executor = run.LocalExecutor(
         ntasks_per_node=ranks,

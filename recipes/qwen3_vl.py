@@ -211,6 +211,10 @@ def recipe_name(family: str, size: str, precision: str = "bf16") -> str:
     return f"{family}_qwen3_vl_{size}_{nodes}n{GPUS_PER_NODE}g_h100_{precision}"
 
 
+def size_of(name: str) -> str:
+    return next(size for size in SIZES if f"_qwen3_vl_{size}_" in name)
+
+
 RECIPES: dict[str, Callable[[], StageConfig]] = {
     recipe_name(family, size, precision): partial(build, size, precision)
     for family, build in _FAMILIES.items()

@@ -1,4 +1,4 @@
-"""The few collectives the stages need: over the data-parallel group, and down the pipeline."""
+"""The few collectives the stages need: over the data-parallel group, down the pipeline, over everybody."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def sum_over_data_parallel(*values: float) -> list[float]:
 def max_over_data_parallel(value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=groups.device())
     dist.all_reduce(total, op=dist.ReduceOp.MAX, group=_data_parallel_group())
+    return float(total)
+
+
+def max_over_ranks(value: float) -> float:
+    """Over all ranks, whatever their part in the model."""
+    total = torch.tensor(value, dtype=torch.float64, device=groups.device())
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
     return float(total)
 
 

@@ -41,6 +41,7 @@ from prism_megatron.observe.timers import Timers
 from prism_megatron.optim.optimizer import build_optimizer
 from prism_megatron.optim.schedule import learning_rate
 from prism_megatron.parallel import groups
+from prism_megatron.stages import preemption
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,25 @@ class Stage:
     start: int
 
     def save_if_due(self, iteration: int, parts: Mapping[str, Trained]) -> None:
-        """Save every ``save_interval`` iterations and, to the end, after the last one."""
+        """Save every ``save_interval`` iterations and, to the end, after the last one or when told to stop.
+
+        Raises Preempted in the latter case. Collective.
+        """
         run = self.config.run
-        if iteration % run.save_interval == 0 or iteration == run.train_iters:
+        stop = preemption.is_asked()
+        if iteration % run.save_interval == 0 or iteration == run.train_iters or stop:
             with self.timers("save"), clear_disk_errors(self.dir):
                 self.checkpointer.save(iteration, {n: (p.chunks, p.optimizer) for n, p in parts.items()})
-        if iteration == run.train_iters:
+        if iteration == run.train_iters or stop:
             self.checkpointer.close()
         else:
             self.checkpointer.poll()
+        if stop:
+            raise preemption.Preempted(f"{self.config.stage}: told to stop, saved iteration {iteration}")
 
     def resume(self, parts: Mapping[str, Trained]) -> None:
-        """Load the last checkpoint of this stage into ``parts``, if there is one."""
+        """Load the last checkpoint of this stage into ``parts``, if there is one. From here on TERM makes it save."""
+        preemption.listen()
         if self.start:
             self.checkpointer.load(self.start, {n: (p.chunks, p.optimizer) for n, p in parts.items()})
 

@@ -1,0 +1,56 @@
+# To be sourced by a batch script before its srun: where logs go, where ranks meet, and what happens at the end.
+#
+#   PRISM_STAGE_DIR        the stage's folder, <run.dir>/<run.name>
+#   PRISM_WORKDIR          where ranks run; relative paths of the recipe start there (where sbatch was called)
+#   PRISM_MAX_CRASHES      how often a job is put back into the queue after a crash (2)
+#   PRISM_MAX_PREEMPTIONS  and after being told to stop, which is no fault of its own (100)
+#   PRISM_CONSOLE          a file (or pattern of its name) to repeat the report of a failure in, beside the batch script's own output
+PRISM_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PRISM_WORKDIR=${PRISM_WORKDIR:-$SLURM_SUBMIT_DIR}
+PRISM_JOB_LOGS=$PRISM_WORKDIR/$PRISM_STAGE_DIR/logs/job$SLURM_JOB_ID
+case $PRISM_STAGE_DIR in /*) PRISM_JOB_LOGS=$PRISM_STAGE_DIR/logs/job$SLURM_JOB_ID ;; esac
+export PRISM_LOGS=$PRISM_JOB_LOGS/start${SLURM_RESTART_COUNT:-0}
+mkdir -p "$PRISM_LOGS"
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node must not share a port
+source "$PRISM_SLURM/env.sh"
+if command -v nvidia-smi >/dev/null; then
+  srun --ntasks-per-node=1 bash "$PRISM_SLURM/check_node.sh" || { echo "prism: a node is not healthy"; exit 1; }
+fi
+trap : TERM # wait for the ranks: they save
+trap 'prism_at_exit $?' EXIT
+
+prism_at_exit() {
+  set +evx
+  trap - EXIT
+  local status=$1 what rank host gpu code
+  if [ "$status" -eq 0 ]; then
+    [ ! -e "$PRISM_JOB_LOGS/../../finished.json" ] || exit 0
+    echo "prism: $PRISM_STAGE_DIR has no finished.json though every rank ended well"
+    exit 1
+  fi
+  read -r what rank host gpu code 2>/dev/null <"$PRISM_LOGS/first_end" || what=failed code=$status
+  local again=no
+  if [ "$what" = stopped ]; then
+    prism_again preemptions "${PRISM_MAX_PREEMPTIONS:-100}" && again=yes
+  elif [ "$code" -ne 2 ]; then # 2: the command line is wrong, and will be
+    prism_again crashes "${PRISM_MAX_CRASHES:-2}" && again=yes
+  fi
+  local report=$PRISM_LOGS/report.txt
+  bash "$PRISM_SLURM/report.sh" "$PRISM_LOGS" "$PRISM_STAGE_DIR" "$status" >"$report"
+  cat "$report"
+  local console=$(ls $PRISM_CONSOLE 2>/dev/null | head -n1)
+  [ -z "$PRISM_CONSOLE" ] || [ -z "$console" ] || cat "$report" >>"$console"
+  # A job that was cancelled is not running any more, and must not come back.
+  if [ $again = yes ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$status"
+}
+
+prism_again() { # KIND LIMIT: count one more, true while it is within the limit
+  echo >>"$PRISM_JOB_LOGS/$1"
+  local count=$(wc -l <"$PRISM_JOB_LOGS/$1")
+  echo "prism: $1 of $PRISM_STAGE_DIR: $count of $2 allowed"
+  [ "$count" -le "$2" ]
+}

@@ -1,0 +1,18 @@
+#!/bin/bash
+# report.sh LOGS STAGE STATUS: why a job ended early; the first failing rank's traceback comes last.
+logs=$1 stage=$2 status=$3
+if ! read -r what rank host gpu code 2>/dev/null <"$logs/first_end"; then
+  echo "prism: $stage failed with status $status before or outside its ranks (time limit, node, srun); logs: $logs"
+  exit
+fi
+log=$logs/rank_$(printf %04d "$rank").log
+if [ "$what" = stopped ]; then
+  echo "prism: $stage was told to stop, and saved; it goes on from there when it starts again; log: $logs/rank_0000.log"
+  exit
+fi
+echo "prism: $stage failed; rank $rank on $host, GPU $gpu, was the first to end, with status $code; log: $log"
+[ "$code" -lt 128 ] || echo "prism: status $code is signal $((code - 128)): $(kill -l $((code - 128))); 9 is often memory"
+# A mistake of the user's is told by rank 0 only.
+[ "$code" -ne 2 ] || log=$logs/rank_0000.log
+awk '/Traceback \(most recent call last\)/ { n = 0; found = 1 } { line[n++ % 60] = $0 }
+     END { for (i = (n > 60 ? n - 60 : 0); i < n; i++) print line[i % 60] }' "$log"

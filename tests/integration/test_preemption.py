@@ -1,0 +1,65 @@
+"""TERM in the middle of a stage: it saves, ends with a status of its own, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prism_megatron.observe.metrics import LOSS
+from prism_megatron.stages.preemption import EXIT_STATUS
+
+ROOT = Path(__file__).resolve().parents[2]
+ITERATIONS = 30
+
+
+def test_told_to_stop(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) -> None:
+    shared = [
+        *("tiny_sft", f"run.dir={tmp_path}", f"model.hf_checkpoint={tiny_checkpoint}", f"data={tiny_data}/sft.jsonl"),
+        *("global_batch_size=16", f"run.train_iters={ITERATIONS}", "run.save_interval=1000", "eval.num_questions=0"),
+    ]
+    straight = start([*shared, "run.name=straight"])
+    assert straight.wait(240) == 0
+    stopped = start([*shared, "run.name=stopped"])
+    wait_for(tmp_path / "stopped" / "metrics.jsonl", stopped)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.send_signal(signal.SIGTERM)  # a launcher and the batch system may both send it
+    output, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == EXIT_STATUS, output
+    done = len(losses(tmp_path / "stopped"))
+    assert 0 < done < ITERATIONS
+    assert f"sft: told to stop, saved iteration {done}; the same command goes on from there" in output
+    assert not (tmp_path / "stopped" / "finished.json").exists()
+    assert start([*shared, "run.name=stopped"]).wait(240) == 0
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "prism_megatron.train", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(log: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.is_file() and len(log.read_text().splitlines()) >= 2:
+            return
+        time.sleep(0.02)
+    process.kill()
+    pytest.fail(f"never logged two iterations:\n{process.communicate()[0][-4000:]}")
+
+
+def losses(stage: Path) -> list[float]:
+    return [json.loads(line)[LOSS] for line in (stage / "metrics.jsonl").read_text().splitlines()]
