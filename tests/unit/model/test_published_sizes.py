@@ -12,7 +12,7 @@ import torch
 
 from prism_megatron.config import ModelConfig, ParallelConfig
 
-CONFIGS = Path(__file__).parents[2] / "assets" / "qwen3_vl"
+CONFIGS = Path(__file__).parents[3] / "recipes" / "published"
 # As the published checkpoints' own indexes count them, where known.
 PUBLISHED = {"2b": 2_127_532_032, "4b": 4_437_815_808, "8b": 8_767_123_696}
 
