@@ -1,0 +1,57 @@
+"""Controls: a discriminator that is warmed up learns what the two sides say, and nothing where they say nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("discriminator_controls_worker.py")
+Measured = dict[str, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def measured(
+    tiny_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Measured:
+    out = tmp_path_factory.mktemp("controls") / "measured.json"
+    launch(1, [str(WORKER), str(tiny_checkpoint), str(tiny_data / "sft.jsonl"), str(out)])
+    return dict(json.loads(out.read_text()))
+
+
+def chance_margin(pairs: float) -> int:
+    """The smallest m such that fair coins stay within m of half of ``pairs`` heads 99.9 % of the time."""
+    count = int(pairs)
+    tail, heads = 0.0, 0
+    while tail + math.comb(count, heads) / 2**count <= 0.0005:
+        tail += math.comb(count, heads) / 2**count
+        heads += 1
+    return math.ceil(count / 2 - heads)
+
+
+def test_the_margin_by_hand() -> None:
+    # 0 heads may be left out of 12 coins (1/4096), not of 10 (1/1024).
+    assert chance_margin(10) == 5
+    assert chance_margin(12) == 5
+
+
+def test_true_labels_are_learned(measured: Measured) -> None:
+    assert measured["true"]["wins"] > 0.9 * measured["true"]["pairs"]
+
+
+def test_shuffled_labels_are_not(measured: Measured) -> None:
+    pairs = measured["shuffled"]["pairs"]
+    assert pairs == 80
+    assert abs(measured["shuffled"]["wins"] - pairs / 2) <= chance_margin(pairs) < 16
+
+
+def test_without_content_nothing_tells_the_sides_apart(measured: Measured) -> None:
+    """Neither length, nor padding, nor terminator: the scores are the same."""
+    assert measured["filler"]["ties"] == measured["filler"]["pairs"]
+
+
+def test_d2_in_the_papers_code_the_terminator_does(measured: Measured) -> None:
+    assert measured["filler_reference"]["wins"] > 0.9 * measured["filler_reference"]["pairs"]
