@@ -1,0 +1,127 @@
+"""How fast a step's branches are scored, beside the reference's way: one sequence at a time, its image encoded anew.
+
+    python tools/bench_discriminator.py --recipe tiny
+
+A step's sequences are those of ``--samples`` responses and one demonstration to each prompt, two branches each. Both
+ways start from encoded rows and run the same network without gradient, turn by turn, so that a busy machine slows both.
+The sides' scores must agree; medians and their ratio are printed as one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from prism_megatron.config import AlignConfig, apply_overrides
+from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
+from recipes import STAGE_RECIPES
+from tools.bench_train import provenance
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="tiny", help="family of recipes whose alignment stage is meant")
+    parser.add_argument("--samples", type=int, default=16, help="responses to a prompt")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
+    parser.add_argument("--rounds", type=int, default=5, help="measured turns of each side")
+    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    arguments = parser.parse_args()
+    recipe = f"{arguments.recipe}_align"
+    if recipe not in STAGE_RECIPES:
+        print(f"error: no recipe {recipe}; there are {', '.join(sorted(STAGE_RECIPES))}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(recipe, Path(folder), arguments.samples, arguments.prompts, arguments.rounds)
+    print(json.dumps(result))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def measure(recipe: str, folder: Path, samples: int, prompts: int, rounds: int) -> dict[str, Any]:
+    """Median sequences per second of each side, over ``rounds`` turns after one to warm up."""
+    from prism_megatron.parallel import cpu, groups
+    from tools.make_tiny_model import make_tiny_model
+
+    cpu.install()
+    make_tiny_model(folder / "base", seed=1)
+    rows = (samples + 1) * prompts
+    write_shapes_data(folder / "data", ShapesConfig(sft_rows=1, alignment_rows=rows, rlvr_rows=1, heldout_rows=1))
+    overrides = [f"{part}.hf_checkpoint={folder}/base" for part in ("model", "discriminator")]
+    config = apply_overrides(STAGE_RECIPES[recipe](), overrides)
+    assert isinstance(config, AlignConfig)
+    groups.initialize(config.parallel, seed=1)
+    sides, sequences = _sides(config, folder / "data" / "alignment.parquet", samples, prompts)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    scores: dict[str, Tensor] = {}
+    for number in range(1 + rounds):
+        for name, way in sides.items():
+            began = time.perf_counter()
+            scores[name] = way()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    groups.shutdown()
+    difference = float((scores["packed"] - scores["one_at_a_time"]).abs().max() / scores["packed"].abs().max())
+    if difference > 1e-4:
+        raise RuntimeError(f"both ways must score alike, and differ by {difference:.2g} of the largest score")
+    return {
+        "benchmark": "discriminator",
+        "recipe": recipe,
+        "samples": samples,
+        "prompts": prompts,
+        "sequences": sequences,
+        "rounds": rounds,
+        **provenance(),
+        "scores_relative_difference": difference,
+        **{name: {"sequences_per_second": sequences / statistics.median(values)} for name, values in seconds.items()},
+        "ratio": statistics.median(seconds["one_at_a_time"]) / statistics.median(seconds["packed"]),
+    }
+
+
+def _sides(config: AlignConfig, data: Path, samples: int, prompts: int) -> tuple[dict[str, Callable[[], Tensor]], int]:
+    """Both ways of scoring one step's sequences, and how many they are."""
+    from prism_megatron.data.branches import branch_sequences
+    from prism_megatron.data.dataset import read_alignment
+    from prism_megatron.data.pack import TrainingSequence
+    from prism_megatron.stages.discriminator import score
+    from prism_megatron.stages.setup import load_discriminator, load_processor
+
+    processor = load_processor(config)
+    rows = read_alignment(data)
+    encoded = processor.encode_prompts(rows[:prompts])
+    sequences: list[TrainingSequence] = []
+    for number, row in enumerate(rows):  # the texts of other rows stand for responses
+        assert row.teacher_caption is not None
+        assert row.teacher_reasoning is not None
+        prompt = encoded[number // (samples + 1)]
+        sequences += branch_sequences(processor, prompt, row.teacher_caption, row.teacher_reasoning)
+    trained = load_discriminator(config, config.discriminator_optimizer)
+    head = trained.chunks[-1].module.score_heads.weight
+    with torch.no_grad():  # at zero, as it starts, every score is the same
+        head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
+    owners = [str(number) for number in range(len(sequences))]
+
+    def packed() -> Tensor:
+        return score(trained, sequences, owners, processor, config)
+
+    def one_at_a_time() -> Tensor:
+        return torch.cat([score(trained, [sequence], ["x"], processor, config) for sequence in sequences])
+
+    return {"packed": packed, "one_at_a_time": one_at_a_time}, len(sequences)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
