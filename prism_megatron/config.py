@@ -39,17 +39,44 @@ class ParallelConfig:
 
 
 @dataclass
+class FP8Config:
+    """How the decoder's linear layers are scaled with ``model.precision`` fp8; ``model/fp8.py`` says what stays BF16.
+
+    ``delayed`` scales a tensor by what earlier steps saw, ``tensorwise`` by its own largest value, ``blockwise`` and
+    ``mxfp8`` (Blackwell only) each block by its own.
+    """
+
+    recipe: str = "tensorwise"  # delayed | tensorwise | blockwise | mxfp8
+    first_layers_bf16: int = 0  # of the decoder, kept in BF16
+    last_layers_bf16: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("model.fp8.recipe", self.recipe, "delayed", "tensorwise", "blockwise", "mxfp8")
+        first, last = self.first_layers_bf16, self.last_layers_bf16
+        if min(first, last) < 0:
+            raise ValueError(
+                f"model.fp8.first_layers_bf16 and last_layers_bf16 must be at least 0, got {first}, {last}"
+            )
+        if self.recipe == "delayed" and (first or last):
+            raise ValueError(
+                f"model.fp8.recipe delayed keeps one history for all layers, so first_layers_bf16 ({first}) and "
+                f"last_layers_bf16 ({last}) must be 0; use recipe tensorwise"
+            )
+
+
+@dataclass
 class ModelConfig:
     """Which checkpoint to start from, and how to run it. Sizes are read from its ``config.json``."""
 
     hf_checkpoint: str = MISSING
-    precision: str = "fp32"  # fp32 | bf16
+    precision: str = "fp32"  # fp32 | bf16 | fp8
+    fp8: FP8Config = field(default_factory=FP8Config)
     freeze: list[str] = field(default_factory=list)  # any of: vision, merger, language_model
     recompute: bool = False  # recompute every transformer layer in the backward pass
     moe_aux_loss_coeff: float = 0.0  # load balancing of a mixture-of-experts policy
 
     def __post_init__(self) -> None:
-        _one_of("model.precision", self.precision, "fp32", "bf16")
+        _one_of("model.precision", self.precision, "fp32", "bf16", "fp8")
 
 
 @dataclass

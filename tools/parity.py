@@ -276,7 +276,7 @@ def _batches(
     mine = rank_share(list(range(len(sequences))), groups.data_parallel_rank(), groups.data_parallel_size())
     rows = [[row] for row in mine] if case.batching == "single" else [mine] if mine else []
     rows = equal_over_ranks(rows, case.parallel)
-    padding = padding_for(case.parallel)
+    padding = padding_for(case.parallel, ModelConfig(""))
     if case.batching == "padded":
         longest = max(map(len, sequences))
         longest += -longest % padding.sequence_multiple

@@ -16,11 +16,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from prism_megatron.config import DiscriminatorConfig, ModelConfig, ParallelConfig
 from prism_megatron.model.discriminator import Discriminator
+from prism_megatron.model.fp8 import megatron_settings
 from prism_megatron.model.qwen3_vl import ChunkPlace, Qwen3VL, TextSizes
 from prism_megatron.model.vision import VisionSizes
 from prism_megatron.parallel.groups import ModelDegrees
 
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 _MOE = {
     "moe_router_load_balancing_type": "none",
     "moe_grouped_gemm": torch.cuda.is_available(),
@@ -175,6 +176,7 @@ def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, mo
         expert_model_parallel_size=parallel.expert_model_parallel_size if moe else 1,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         **_common(model, parallel),
+        **megatron_settings(model),
         **(_MOE | moe if moe else {}),
     )
 

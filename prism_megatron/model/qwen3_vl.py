@@ -7,10 +7,14 @@ vision tower and the embedding, the last of the last stage the output layer. Bet
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.enums import ModelType
@@ -56,19 +60,31 @@ class DeepStackBlock(TransformerBlock):
         T' are this rank's tokens: its context-parallel part, and of that its shard under sequence parallelism.
         """
         recompute = self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
+        # Delayed scaling keeps one history for all layers, the other recipes know nothing beyond a layer.
+        delayed = self.config.fp8_recipe == Fp8Recipe.delayed
+        with get_fp8_context(self.config) if delayed else nullcontext():
+            for layer in self.layers:
 
-            def run(hidden: Tensor, layer: MegatronModule = layer) -> Tensor:
-                output: Tensor = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=context)[0]
-                return output
+                def run(hidden: Tensor, layer: MegatronModule = layer) -> Tensor:
+                    with nullcontext() if delayed else get_fp8_context(self.config, layer.layer_number - 1):
+                        output: Tensor = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=context)[0]
+                    return output
 
-            hidden_states = tensor_parallel.checkpoint(run, False, hidden_states) if recompute else run(hidden_states)
-            if deepstack.shape[1]:
-                hidden_states = hidden_states + deepstack[:, :1]
-                deepstack = deepstack[:, 1:]
+                hidden_states = self._recomputed(run, hidden_states) if recompute else run(hidden_states)
+                if deepstack.shape[1]:
+                    hidden_states = hidden_states + deepstack[:, :1]
+                    deepstack = deepstack[:, 1:]
         if self.final_layernorm is not None:
             hidden_states = self.final_layernorm(hidden_states)
         return hidden_states, deepstack
+
+    def _recomputed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """``run`` again in the backward pass; only Transformer Engine's own way keeps FP8 scales as they were."""
+        if self.config.fp8:
+            from megatron.core.extensions.transformer_engine import te_checkpoint
+
+            return te_checkpoint(run, False, tensor_parallel.get_cuda_rng_tracker, self.pg_collection.tp, hidden)
+        return tensor_parallel.checkpoint(run, False, hidden)
 
 
 class Qwen3VL(LanguageModule):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from prism_megatron.config import ParallelConfig, StageConfig
+from prism_megatron.config import ModelConfig, ParallelConfig, StageConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import Padding, TrainingSequence, pack
+from prism_megatron.model.fp8 import token_alignment
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import max_over_data_parallel
 from prism_megatron.types import PackedBatch
@@ -16,14 +18,18 @@ def pack_microbatch(
     sequences: Sequence[TrainingSequence], processor: ChatProcessor, config: StageConfig
 ) -> PackedBatch:
     """``sequences`` (or none) as one packed batch on this rank's device."""
-    return pack(sequences, processor.input_spec, padding_for(config.parallel)).to(groups.device())
+    return pack(sequences, processor.input_spec, padding_for(config.parallel, config.model)).to(groups.device())
 
 
-def padding_for(parallel: ParallelConfig) -> Padding:
-    """What context parallelism (two chunks of each sequence a rank) and sequence parallelism can cut evenly."""
+def padding_for(parallel: ParallelConfig, model: ModelConfig) -> Padding:
+    """What context parallelism (two chunks of each sequence a rank) and sequence parallelism can cut evenly.
+
+    Each rank's part is then also what FP8 products take.
+    """
     context = parallel.context_parallel_size
     chunks = 2 * context if context > 1 else 1
-    return Padding(chunks, chunks * parallel.tensor_model_parallel_size)
+    part = math.lcm(chunks, context * token_alignment(model))
+    return Padding(chunks, part * parallel.tensor_model_parallel_size)
 
 
 def equal_over_ranks[Item](microbatches: list[list[Item]], parallel: ParallelConfig) -> list[list[Item]]:

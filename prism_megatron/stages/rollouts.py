@@ -40,7 +40,7 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> RolloutEngine:
         checkpoint,
         EngineConfig(
             tensor_parallel_size=rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
-            dtype={"fp32": "float32", "bf16": "bfloat16"}[config.model.precision],
+            dtype={"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}[config.model.precision],
             max_model_len=rollout.max_model_len,
             max_num_seqs=rollout.max_num_seqs,
             kv_cache_gib=rollout.kv_cache_gib,

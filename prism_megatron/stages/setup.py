@@ -36,6 +36,7 @@ from prism_megatron.model.build import (
     read_sizes,
     wrap_for_training,
 )
+from prism_megatron.model.fp8 import check_sizes
 from prism_megatron.observe.logger import MetricsLog
 from prism_megatron.observe.timers import Timers
 from prism_megatron.optim.optimizer import build_optimizer
@@ -113,6 +114,9 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
     sizes = read_sizes(Path(config.model.hf_checkpoint))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     groups.check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
+    check_sizes(config.model, config.parallel, sizes)
+    if num_moe_experts is not None:
+        check_sizes(config.model, config.parallel, sizes, upcycled=True)
     groups.initialize(config.parallel, config.run.seed)
     checkpointer = Checkpointer(directory / "checkpoints", config.run.keep_checkpoints, config.run.seed)
     start = checkpointer.latest()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from prism_megatron.stages.setup import clear_disk_errors
 from prism_megatron.train import main
@@ -42,12 +43,25 @@ def sft(checkpoint: Path, data: Path, runs: Path, *overrides: str) -> list[str]:
         (["tiny_align", "label_smoothing=0.5"], "label_smoothing must be in [0, 0.5), got 0.5"),
         (["tiny_align", "gating.mode=on"], "gating.mode must be none or acc_gating or gated"),
         (["tiny_align", "combine=max"], "combine must be per_branch or weighted_sum, got 'max'"),
-        (["tiny_sft", "model.precision=fp8"], "model.precision must be fp32 or bf16, got 'fp8'"),
+        (["tiny_sft", "model.precision=fp16"], "model.precision must be fp32 or bf16 or fp8, got 'fp16'"),
+        (["tiny_sft", "model.fp8.recipe=int8"], "model.fp8.recipe must be delayed or tensorwise or blockwise or mxfp8"),
+        (
+            ["tiny_sft", "model.fp8.recipe=delayed", "model.fp8.last_layers_bf16=1"],
+            "model.fp8.recipe delayed keeps one history for all layers, so first_layers_bf16 (0) and last_layers_bf16 "
+            "(1) must be 0; use recipe tensorwise",
+        ),
     ],
 )
 def test_before_anything_is_read(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused here may be there")
+def test_fp8_on_a_cpu_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tiny_sft", "model.precision=fp8"]) == 2
+    expected = "error: model.precision fp8 needs Transformer Engine on a GPU; use bf16 or fp32\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_pipeline_overrides_are_checked_before_the_first_stage() -> None:
