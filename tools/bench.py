@@ -1,0 +1,113 @@
+"""What the benchmarks share: interleaved steps, their medians, where a figure comes from, and a baseline to keep to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def interleaved(sides: Mapping[str, Callable[[int], Any]], steps: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of each side's measured steps. Sides alternate, so that a busy machine slows them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(warmup + steps):
+        for name, step in sides.items():
+            _synchronize()
+            began = time.perf_counter()
+            step(number)
+            _synchronize()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def median_and_p90(values: Sequence[float]) -> dict[str, float]:
+    """Of at least two values."""
+    return {"median": statistics.median(values), "p90": statistics.quantiles(values, n=10, method="inclusive")[-1]}
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and hardware a figure belongs to."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "commit": commit.stdout.strip() or None,
+        "uncommitted_changes": bool(changed.stdout.strip()),
+        "versions": {name: metadata.version(name) for name in ("torch", "megatron-core", "transformers")},
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def read_baseline(path: Path) -> dict[str, Any]:
+    """Raises ValueError if it cannot be read."""
+    try:
+        baseline = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"baseline {path} cannot be read ({error}); write one with --out") from error
+    if not isinstance(baseline, dict):
+        raise ValueError(f"baseline {path} is not a benchmark's JSON; write one with --out")
+    return baseline
+
+
+def regressions(
+    result: Mapping[str, Any], baseline: Mapping[str, Any], higher_is_better: Sequence[str], tolerance: float
+) -> list[str]:
+    """A line for each figure that is worse than the baseline's by more than ``tolerance`` of it.
+
+    Figures are named by their path, such as "ours.tokens_per_second". Raises ValueError if the two were not measured
+    on the same thing, or have no such figure in common.
+    """
+    for key in ("benchmark", "config", "hardware", "threads"):
+        then, now = baseline.get(key), result.get(key)
+        if then != now:
+            raise ValueError(f"the baseline's {key} is {then!r}, this run's is {now!r}; compare like with like")
+    pairs = [(name, _figure(result, name), _figure(baseline, name)) for name in higher_is_better]
+    both = [(name, new, old) for name, new, old in pairs if new is not None and old is not None]
+    if not both:
+        raise ValueError(f"the baseline has none of {', '.join(higher_is_better)}")
+    return [
+        f"{name} is {new:.4g}, the baseline's {old:.4g}: worse by more than {tolerance:.0%}"
+        for name, new, old in both
+        if new < old * (1 - tolerance)
+    ]
+
+
+def write(result: Mapping[str, Any], out: Path | None) -> None:
+    """Print the result as one JSON line, and write it to ``out``."""
+    print(json.dumps(result))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _figure(result: Mapping[str, Any], name: str) -> float | None:
+    value: Any = result
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
