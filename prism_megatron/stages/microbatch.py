@@ -9,6 +9,7 @@ from prism_megatron.config import ModelConfig, ParallelConfig, StageConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import Padding, TrainingSequence, pack
 from prism_megatron.model.fp8 import token_alignment
+from prism_megatron.observe.flops import Workload
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import max_over_data_parallel
 from prism_megatron.types import PackedBatch
@@ -30,6 +31,13 @@ def padding_for(parallel: ParallelConfig, model: ModelConfig) -> Padding:
     chunks = 2 * context if context > 1 else 1
     part = math.lcm(chunks, context * token_alignment(model))
     return Padding(chunks, part * parallel.tensor_model_parallel_size)
+
+
+def workload(sequences: Sequence[TrainingSequence]) -> Workload:
+    """What one pass over ``sequences`` works on; an image that several show is counted once."""
+    visuals = {id(visual): visual for sequence in sequences for visual in sequence.prompt.visuals}
+    frames = [height * width for time, height, width in (v.grid for v in visuals.values()) for _ in range(time)]
+    return Workload([len(s) for s in sequences], frames, sum(len(s.response_ids) for s in sequences))
 
 
 def equal_over_ranks[Item](microbatches: list[list[Item]], parallel: ParallelConfig) -> list[list[Item]]:

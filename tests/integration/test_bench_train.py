@@ -1,0 +1,54 @@
+"""The training benchmark and the profile of a step, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("global_batch_size=4",)
+
+
+def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, f"tools/{tool}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_a_slower_run_than_the_baseline_fails(tmp_path: Path) -> None:
+    mock = ("--steps", "2", "--warmup", "1", "--images", "mock", "--resolutions", "64x64,96x32", *SMALL)
+    first = run("bench_train", "--out", str(tmp_path / "first.json"), *mock)
+    assert first.returncode == 0, first.stderr
+    result = json.loads((tmp_path / "first.json").read_text())
+    # 32 tokens of text, 96 of answer; 64x64 merges to 4 tokens, 96x32 to 3.
+    assert result["tokens_per_step"] == 2 * (32 + 96 + 4) + 2 * (32 + 96 + 3)
+    assert result["ours"]["tflops"] > 0
+    assert result["peak_bytes_of_all_sides"] > 0
+
+    result["ours"]["tokens_per_second"] *= 100
+    (tmp_path / "faster.json").write_text(json.dumps(result))
+    second = run("bench_train", "--compare", str(tmp_path / "faster.json"), *mock)
+    assert second.returncode == 1, second.stderr
+    assert "ours.tokens_per_second is" in second.stderr
+
+
+def test_the_ten_largest_costs_of_a_step(tmp_path: Path) -> None:
+    done = run("profile_step", "--out", str(tmp_path), "--steps", "1", *SMALL)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "costs.json").read_text())
+    shares = [cost["share"] for cost in result["costs"]]
+    assert len(shares) == 10
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(0.5, abs=0.5)
+    assert (tmp_path / "trace.json").stat().st_size > 0
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    done = run("bench_train", "--images", "nowhere", "--steps", "2", *SMALL)
+    assert done.returncode == 2
+    assert "error: --images nowhere is neither shapes nor mock nor a directory of .png, .jpg, .jpeg" in done.stderr
