@@ -163,7 +163,7 @@ def _run(size: str, stage: str, train_iters: int, save_interval: int) -> RunConf
 
 
 def _model(checkpoint: str, precision: str, freeze: Sequence[str] = ()) -> ModelConfig:
-    return ModelConfig(checkpoint, precision, list(freeze), recompute=True)
+    return ModelConfig(checkpoint, precision, freeze=list(freeze), recompute=True)
 
 
 def _adam(

@@ -27,7 +27,7 @@ from torch import Tensor
 from prism_megatron.config import AlignConfig, apply_overrides
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from recipes import STAGE_RECIPES
-from tools.bench_train import provenance
+from tools.bench import provenance
 
 
 def main() -> int:
