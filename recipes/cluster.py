@@ -78,6 +78,10 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
     gpus = cluster.gpus_per_node
     if gpus and ranks_per_node != gpus:
         raise ValueError(f"the recipe needs {ranks_per_node} GPUs per node, the cluster file says gpus_per_node {gpus}")
+    # Where there is no container, NeMo-Run puts the job's folder in place of this name, wherever the script has it.
+    paths = (cluster.ssh.job_dir or os.environ["NEMORUN_HOME"], cluster.workdir or os.getcwd(), str(stage_dir))
+    if not cluster.container_image and (clashing := [path for path in paths if "/nemo_run" in path]):
+        raise ValueError(f"NeMo-Run cannot work in {clashing[0]}: no path may contain /nemo_run; rename that folder")
     folders = ("prism_megatron", "recipes", "slurm", "tools")
     return run.SlurmExecutor(
         account=cluster.account,
