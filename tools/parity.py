@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import functools
 import itertools
 import json
 import os
@@ -30,16 +31,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prism_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from prism_megatron.config import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig, WarmupConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import Padding, TrainingSequence, pack
 from prism_megatron.data.shapes import ShapesConfig, sample_scenes
-from prism_megatron.types import EncodedPrompt, InputSpec, PackedBatch, Visual
+from prism_megatron.types import PERCEPTION, REASONING, EncodedPrompt, InputSpec, PackedBatch, Visual
 
 LOGITS_TOLERANCE = 2e-5  # relative to the largest logit
 GRADIENT_TOLERANCE = 1e-4  # relative to the largest entry of each tensor
 # With an epsilon far above any gradient, AdamW's first step is the gradient times learning rate over epsilon.
 _EPSILON, _STEP = 1e8, 1e5
+SIDES = ("teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Case:
     gradients: bool = True
     distributed_optimizer: bool = False
     moe_aux_loss_coeff: float = 0.0
+    experts: str = ""  # dedicated or shared: the checkpoint upcycled to a discriminator, and not the policy
 
     @property
     def name(self) -> str:
@@ -63,6 +66,7 @@ class Case:
         split = (parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage)
         flags = {"sp": parallel.sequence_parallel, f"split{split}": any(split), "recompute": self.recompute}
         flags |= {"distopt": self.distributed_optimizer, self.batching: self.batching != "single"}
+        flags |= {self.experts: bool(self.experts), "balanced": bool(self.experts and self.moe_aux_loss_coeff)}
         return "-".join([f"{self.ranks}x", *degrees, *(name for name, on in flags.items() if on)])
 
 
@@ -260,6 +264,61 @@ def our_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputSpec
     return results | {f"grad:{name}": g for name, g in export_weights(wrapped, table, read=_gradient)}
 
 
+def discriminator_results(
+    checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputSpec, case: Case
+) -> dict[str, Tensor]:
+    """Scores and gradients of a discriminator's step, as the stages take it: each row's answer beside its reverse.
+
+    The two are scored together, so that they share their prompt at the layouts which let them.
+    Load balancing is over a micro-batch, so that it is the same at layouts with the same micro-batches only.
+    """
+    from prism_megatron.convert.transfer import export_weights
+    from prism_megatron.data.loader import rank_share
+    from prism_megatron.parallel import groups
+    from prism_megatron.parallel.collectives import gather_over_data_parallel
+    from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, discriminator_step, score
+    from prism_megatron.stages.setup import load_discriminator
+
+    mine = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
+    pairs = {}
+    for row in mine:
+        told = _sequence(rows[row], spec)
+        for branch in (PERCEPTION, REASONING):
+            teacher, student = (
+                TrainingSequence(told.prompt, ids, branch) for ids in (told.response_ids, told.response_ids[::-1])
+            )
+            pairs[2 * row + branch] = Pair(teacher, student, f"row {row}")
+    widest = max(2 * len(row.token_ids) for row in rows)
+    config = WarmupConfig(
+        stage="warmup",
+        parallel=case.parallel,
+        model=ModelConfig(hf_checkpoint=str(checkpoint), recompute=case.recompute),
+        discriminator=DiscriminatorConfig(
+            str(checkpoint), 8, 2, case.experts, upcycle_noise=0.5, load_balance_coeff=case.moe_aux_loss_coeff
+        ),
+        max_tokens_per_microbatch=widest if case.batching == "single" else 1 << 20,
+    )
+    trained = load_discriminator(config, OptimizerConfig(lr=0.0, clip_grad=0.0))
+    if hasattr(trained.chunks[-1].module, "score_heads"):
+        with torch.no_grad():  # at zero, as they start, nothing else has a gradient
+            head = trained.chunks[-1].module.score_heads.weight
+            head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
+    processor = _processor(checkpoint)
+    sides = {f"row_{number}_{side}": getattr(pair, side) for number, pair in pairs.items() for side in SIDES}
+    owners = [f"row {row}" for row in mine for _ in range(2 * len(SIDES))]
+    values = score(trained, list(sides.values()), owners, processor, config)
+    results: dict[str, Tensor] = dict(gather_over_data_parallel(list(zip(sides, values, strict=True))))
+    objective = DiscriminatorObjective((0.6, 1.4), regularizer=0.1, label_smoothing=0.1)
+    discriminator_step(trained, list(pairs.values()), processor, config, objective, lr=0.0)
+    gradients = export_weights(trained.chunks, trained.table, read=_gradient)
+    return results | {f"grad:{name}": gradient for name, gradient in gradients}
+
+
+@functools.cache
+def _processor(checkpoint: Path) -> ChatProcessor:
+    return ChatProcessor(checkpoint)
+
+
 def _gradient(parameter: Any) -> Tensor:
     gradient: Tensor = parameter.main_grad
     return gradient
@@ -294,9 +353,10 @@ def worker(plan: Path) -> None:
     cpu.install()
     import prism_megatron.optim.optimizer
     import prism_megatron.optim.step
-    import prism_megatron.stages.microbatch  # noqa: F401
+    import prism_megatron.stages.discriminator  # noqa: F401
 
     settings = json.loads(plan.read_text())
+    _processor(Path(settings["checkpoint"]))
     for number, record in enumerate(settings["cases"]):
         case = Case(**{**record, "parallel": ParallelConfig(**record["parallel"])})
         port = groups.free_port()
@@ -325,7 +385,8 @@ def run_rank(case: Case, settings: dict[str, Any], out: Path) -> NoReturn:
     try:
         groups.initialize(case.parallel, seed=1)
         rows, spec = load_rows(Path(settings["rows"])), InputSpec(**settings["spec"])
-        results = our_results(Path(settings["checkpoint"]), rows, spec, case)
+        measure = discriminator_results if case.experts else our_results
+        results = measure(Path(settings["checkpoint"]), rows, spec, case)
         if groups.is_main_rank():
             save_file({name: tensor.contiguous() for name, tensor in results.items()}, out)
         groups.shutdown()

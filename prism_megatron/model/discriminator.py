@@ -50,7 +50,11 @@ class Discriminator(Qwen3VL):
         assert batch.branch_ids is not None
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return self.score_heads(_at(hidden[:, 0], batch.last_tokens, context), batch.branch_ids)
+        scores: Tensor = self.score_heads(_at(hidden[:, 0], batch.last_tokens, context), batch.branch_ids)
+        if context.token_index is None:
+            return scores
+        # Summed behind the heads, so that each context-parallel rank has its own part of their gradient.
+        return sum_over(scores, parallel_state.get_context_parallel_group())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -73,9 +77,8 @@ class ScoreHeads(MegatronModule):
 
 
 def _at(hidden: Tensor, tokens: Tensor, context: PackedContext) -> Tensor:
-    """Hidden states [N, H] of some tokens of the whole batch, wherever in the context-parallel group they are."""
+    """Hidden states [N, H] of some tokens of the whole batch, zero where another context-parallel rank has them."""
     if context.token_index is None:
         return hidden[tokens]
     here = context.token_index == tokens[:, None]  # [N, T']
-    found = hidden[here.int().argmax(1)] * here.any(1)[:, None]
-    return sum_over(found, parallel_state.get_context_parallel_group())
+    return hidden[here.int().argmax(1)] * here.any(1)[:, None]

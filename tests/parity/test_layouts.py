@@ -89,6 +89,20 @@ MOE = [
     layout(4, tp=2, sp=True, cp=2, ep=4),
     layout(8, tp=2, sp=True, pp=2, cp=2, etp=2, ep=2),
 ]
+# A discriminator over every layout with all pairs in one micro-batch, load balancing included; without it over any cut.
+BALANCED = [
+    layout(1, "packed"),
+    layout(2, "packed", tp=2, sp=True, ep=2),
+    layout(2, "packed", recompute=True, cp=2, ep=2),
+    layout(4, "packed", tp=2, sp=True, pp=2, ep=2),
+]
+CUT = [layout(1, "packed"), layout(1), layout(2, ep=2)]
+JUDGES = [
+    [dataclasses.replace(case, experts="dedicated", moe_aux_loss_coeff=AUX) for case in BALANCED],
+    [dataclasses.replace(case, experts="dedicated") for case in CUT],
+    [dataclasses.replace(case, experts="shared", moe_aux_loss_coeff=AUX) for case in BALANCED[:2]],
+]
+JUDGED = [(cases[0].name, case.name) for cases in JUDGES for case in cases[1:]]
 CASES = {
     "dense": [ONE, *DENSE],
     "moe": [dataclasses.replace(case, moe_aux_loss_coeff=AUX) for case in (ONE, *MOE)],
@@ -108,8 +122,10 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Resu
         make_tiny_model(checkpoint, seed=3, moe=kind == "moe", overrides=SIZES)
         rows = parity.encode_rows(checkpoint, parity.default_chats())
         found = {"hf": parity.hf_results(checkpoint, rows, True, AUX if kind == "moe" else 0.0)}
-        ran = parity.run_cases(checkpoint, rows, CASES[kind])
-        return found | dict(zip((case.name for case in CASES[kind]), ran, strict=True))
+        judges = [case for cases in JUDGES for case in cases]
+        cases = [*CASES[kind], *(judges if kind == "dense" else ())]
+        ran = parity.run_cases(checkpoint, rows, cases)
+        return found | dict(zip((case.name for case in cases), ran, strict=True))
 
     return run
 
@@ -130,3 +146,11 @@ def test_layout(kind: str, name: str, results_of: Callable[[str], Results]) -> N
     assert measured["logprobs_relative"] < 1e-5
     assert measured["entropy_relative"] < 1e-5
     assert measured["gradients_relative"] < 1e-5, measured["gradients_worst_tensor"]
+
+
+@pytest.mark.parametrize(("alone", "name"), JUDGED)
+def test_discriminator(alone: str, name: str, results_of: Callable[[str], Results]) -> None:
+    results = results_of("dense")
+    measured = parity.compare(results[name], results[alone])
+    assert measured["logits_relative"] < 1e-5, "these are its scores"
+    assert measured["gradients_relative"] < 1e-4, measured["gradients_worst_tensor"]
