@@ -188,6 +188,11 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         _one_of("discriminator.experts", self.experts, "dedicated", "shared")
+        if self.topk != MISSING and self.topk < 2:
+            raise ValueError(
+                f"discriminator.topk must be at least 2, got {self.topk}: a single expert's weight is always 1, "
+                "from which the router learns nothing; raise it, and discriminator.num_experts if need be"
+            )
 
 
 @dataclass

@@ -133,8 +133,11 @@ def check_discriminator(discriminator: DiscriminatorConfig, sizes: HFSizes) -> N
     pool = experts // 2 if discriminator.experts == "dedicated" else experts
     if discriminator.experts == "dedicated" and experts % 2:
         raise ValueError(f"discriminator.num_experts ({experts}) must be even for dedicated experts")
-    if not 1 <= topk <= pool:
-        raise ValueError(f"discriminator.topk ({topk}) must be between 1 and the {pool} experts a token may use")
+    if topk > pool:
+        raise ValueError(
+            f"discriminator.topk ({topk}) is more than the {pool} experts a token may use; "
+            "raise discriminator.num_experts"
+        )
 
 
 def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, moe: dict[str, Any]) -> TransformerConfig:

@@ -37,8 +37,13 @@ def test_bad_overrides_say_what_is_wrong(overrides: list[str], message: str) -> 
     assert message in str(error.value)
 
 
+def test_a_router_that_could_not_learn_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"discriminator.topk must be at least 2, got 1: .* raise it"):
+        load("tiny_align", ["discriminator.topk=1"])
+
+
 def test_unknown_recipe() -> None:
-    with pytest.raises(ValueError, match="unknown recipe 'tiny_stf'; there are tiny_align, tiny_collect"):
+    with pytest.raises(ValueError, match="unknown recipe 'tiny_stf'; there are tiny_sft"):
         load("tiny_stf", [])
 
 
