@@ -68,6 +68,18 @@ def test_preempted_and_crashed_and_resumed(
     assert losses(stage) == losses(tmp_path / "straight")
 
 
+def test_a_stage_that_fails_cancels_those_after_it(slurm: dict[str, str], cluster: Path, tmp_path: Path) -> None:
+    arguments = ["tiny_pipeline", "--executor", "slurm", "--cluster", str(cluster), "--name", "fails"]
+    environment = slurm | {"PYTHONPATH": str(ROOT)}
+    said = launch(environment, *arguments, "sft.data=nowhere.jsonl", cwd=tmp_path, expect=1)
+    assert "sft did not finish; why is at the end of runs/fails/sft/logs/*/*/report.txt" in said
+    (logs,) = (tmp_path / "runs" / "fails" / "sft" / "logs").glob("job*/start0")
+    assert "nowhere.jsonl" in report(logs).splitlines()[-1]
+    states = ask(slurm, "squeue", "-h", "-t", "all", "-o", "%j %T", "--sort=i").splitlines()[-5:]
+    after = [f"prism.{stage} CANCELLED" for stage in ("collect", "warmup", "align", "rlvr")]
+    assert states == ["prism.sft FAILED", *after]
+
+
 @pytest.mark.parametrize("recipe", PRODUCTION)
 def test_production_scripts(recipe: str, slurm: dict[str, str], tmp_path: Path) -> None:
     """Accepted by sbatch on nodes of eight GPUs, and as they were: PRISM_UPDATE_GOLDEN=1 writes them anew."""
@@ -86,10 +98,11 @@ def test_production_scripts(recipe: str, slurm: dict[str, str], tmp_path: Path) 
     assert not any(secret["HF_TOKEN"].encode() in content for content in written)
 
 
-def launch(environment: dict[str, str], *arguments: str) -> None:
+def launch(environment: dict[str, str], *arguments: str, cwd: Path = ROOT, expect: int = 0) -> str:
     command = [sys.executable, "-W", "ignore", "-m", "recipes.launch", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout
 
 
 def ask(environment: dict[str, str], *command: str) -> str:
