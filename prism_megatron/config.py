@@ -113,6 +113,17 @@ class RolloutConfig:
     enforce_eager: bool = True
     tensor_model_parallel_size: int = 0
     max_logprob_abs_diff: float = 0.0  # stop where trainer and engine differ by more nats than this; 0: only log it
+    sync_bucket_mib: int = 256  # weights gathered at a time on their way to the engine; a larger tensor goes alone
+    sync_checksums: bool = False  # after each sync, compare on all ranks what every one of them was given
+
+    def __post_init__(self) -> None:
+        if self.sync_bucket_mib < 1:
+            raise ValueError(f"rollout.sync_bucket_mib must be at least 1, got {self.sync_bucket_mib}")
+        if self.tensor_model_parallel_size < 0:
+            raise ValueError(
+                f"rollout.tensor_model_parallel_size must be 0 (the trainer's) or more, got "
+                f"{self.tensor_model_parallel_size}"
+            )
 
 
 @dataclass

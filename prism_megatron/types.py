@@ -74,12 +74,16 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. ``logprobs[i]`` is the engine's log-probability of ``token_ids[i]`` (nats)."""
+    """One sampled response. ``logprobs[i]`` is the engine's log-probability of ``token_ids[i]`` (nats).
+
+    ``policy_version`` is that of the weights it was sampled with; None: those the engine started on.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     finished: bool
+    policy_version: int | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -130,6 +130,16 @@ def export_weights(
         yield from bucket.gather(here)
 
 
+def export_manifest(model: Any, table: Sequence[Rule]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of everything :func:`export_weights` yields, by HF name. Collective."""
+    owners = _owners(named_parameters(model))
+    manifest: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for rules in units(table):
+        _, dtype = next(owners[rule.megatron] for rule in rules if rule.megatron in owners)
+        manifest |= {name: (shape, dtype) for name, shape in zip(rules[0].hf, rules[0].shapes, strict=True)}
+    return manifest
+
+
 @dataclass
 class _Bucket:
     """Parameters of one pipeline stage, one dtype and one way of being cut, that travel together."""

@@ -45,6 +45,13 @@ def gather_over_data_parallel[Item](items: list[Item]) -> list[Item]:
     return [item for part in parts if part is not None for item in part]
 
 
+def gather_over_ranks[Item](item: Item) -> list[Item]:
+    """Every rank's item, in rank order, on every rank."""
+    items = [item] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
 def from_last_stage[Value](value: Value) -> Value:
     """What the last pipeline stage holds, on every stage. Other stages' own ``value`` is dropped."""
     from megatron.core import parallel_state

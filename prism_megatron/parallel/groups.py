@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +121,28 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def check_engine_ranks(data_parallel_ranks: Sequence[int], engine_size: int) -> None:
+    """Refuse a tensor-parallel engine that cannot lie over the training ranks. Raises ValueError.
+
+    The engine is cut over ``engine_size`` neighbouring ranks, which make the same requests: those of one data-parallel
+    rank, given here for every rank in order.
+    """
+    world_size = len(data_parallel_ranks)
+    if world_size % engine_size:
+        raise ValueError(
+            f"world size {world_size} is not a multiple of rollout.tensor_model_parallel_size ({engine_size}); use a "
+            "divisor"
+        )
+    for first in range(0, world_size, engine_size):
+        found = sorted(set(data_parallel_ranks[first : first + engine_size]))
+        if len(found) > 1:
+            raise ValueError(
+                f"rollout.tensor_model_parallel_size ({engine_size}) would cut one engine over ranks {first} to "
+                f"{first + engine_size - 1}, which have different rows (data-parallel ranks {found}); use "
+                "parallel.tensor_model_parallel_size or a divisor of it"
+            )
 
 
 def _or_none(virtual_size: int) -> int | None:

@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism_megatron.convert.hf_io import HFWeights
-from prism_megatron.convert.manifest import read_manifest
 from prism_megatron.convert.native import is_converted
 from prism_megatron.data.chat import decode_image
-from prism_megatron.rollout.weight_sync import complete_once
+from prism_megatron.parallel.collectives import gather_over_ranks
+from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.types import Rollout, RolloutRequest
 
 # Never sampled: a response with one of these could not be scored, an image token has no image behind it.
 _BANNED = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>")
 _BAN = -100.0  # vLLM's largest negative logit bias
+_CUT_BY_ENGINE = {
+    "text_config": ("num_attention_heads", "intermediate_size", "moe_intermediate_size"),
+    "vision_config": ("num_heads", "intermediate_size"),
+}
 _alive: list[Any] = []
 _set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts one that does nothing in its place
 
@@ -70,7 +73,8 @@ class RolloutEngine:
         self._llm.llm_engine.engine_core._finalizer.atexit = False
         tokenizer = self._llm.get_tokenizer()
         self._banned = {tokenizer.convert_tokens_to_ids(token): _BAN for token in _BANNED if token in tokenizer.vocab}
-        self._parameters = _checkpoint_names(checkpoint)
+        self._has_weights = not is_converted(checkpoint)
+        self._policy_version: int | None = None
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[list[Rollout]]:
         """``sampling.n`` responses to each request, in order.
@@ -79,6 +83,11 @@ class RolloutEngine:
         sampling: what the trainer computes. The same requests with the same seeds give the same responses.
         """
         from vllm import SamplingParams
+
+        if not self._has_weights:
+            raise RuntimeError(
+                "the rollout engine has no whole set of weights: none were pushed yet, or the last update was refused"
+            )
 
         prompts, parameters = [], []
         for request in requests:
@@ -102,20 +111,25 @@ class RolloutEngine:
             )
         with _process_state_kept():
             answers = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [[_rollout(output) for output in answer.outputs] for answer in answers]
+        return [[_rollout(output, self._policy_version) for output in answer.outputs] for answer in answers]
 
-    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, named: Iterable[tuple[str, Tensor]], sync: WeightSync) -> None:
         """Replace all weights by ``named`` (HF names, full tensors) and forget everything computed with the old ones.
 
-        Raises ValueError, quoting ``version``, if a tensor is missing, unknown or given twice; the engine is then
-        unusable until a complete update.
+        Collective over all ranks. Raises ValueError if ``named`` is not what the manifest of ``sync`` says or, with
+        checksums, not the same on all ranks; the engine then refuses to generate until a complete update.
         """
+        self._has_weights = False
         with _process_state_kept():
-            self._llm.collective_rpc(_reload, args=(complete_once(named, self._parameters, version),))
+            self._llm.collective_rpc(_reload, args=(sync.checked(named),))
             # The scheduler's caches hold results of the old weights: prefixes, and encodings of images already seen.
             self._llm.reset_prefix_cache()
             self._llm.llm_engine.reset_encoder_cache()
             self._llm.reset_mm_cache()
+        if sync.with_checksums:
+            sync.check_agreement(gather_over_ranks(sync.checksums))
+        self._llm.llm_engine.engine_core.set_weight_version(str(sync.version))
+        self._has_weights, self._policy_version = True, sync.version
 
 
 def _reload(worker: Any, named: Iterator[tuple[str, Tensor]]) -> None:
@@ -129,9 +143,10 @@ def _reload(worker: Any, named: Iterator[tuple[str, Tensor]]) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def _rollout(output: Any) -> Rollout:
+def _rollout(output: Any, policy_version: int | None) -> Rollout:
     logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True))
-    return Rollout(tuple(output.token_ids), logprobs, output.text, output.finish_reason == "stop")
+    finished = output.finish_reason == "stop"
+    return Rollout(tuple(output.token_ids), logprobs, output.text, finished, policy_version)
 
 
 def _start(checkpoint: Path, config: EngineConfig) -> Any:
@@ -206,22 +221,18 @@ def _check(checkpoint: Path, config: EngineConfig) -> None:
     path = checkpoint / "config.json"
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no config.json; give the directory of an HF checkpoint")
-    text = json.loads(path.read_text())["text_config"]
-    ranks, groups = config.tensor_parallel_size, text["num_key_value_heads"]
-    if text["num_attention_heads"] % ranks:
-        raise ValueError(
-            f"num_attention_heads ({text['num_attention_heads']}) must be divisible by "
-            f"rollout.tensor_model_parallel_size ({ranks})"
-        )
+    written = json.loads(path.read_text())
+    ranks = config.tensor_parallel_size
+    for part, names in _CUT_BY_ENGINE.items():
+        for name in names:
+            size = written[part].get(name, 0)  # a dense model has no experts
+            if size % ranks:
+                raise ValueError(
+                    f"{name} ({size}) of {part} must be divisible by rollout.tensor_model_parallel_size ({ranks})"
+                )
+    groups = written["text_config"]["num_key_value_heads"]
     if groups % ranks and ranks % groups:
         raise ValueError(
             f"num_key_value_heads ({groups}) must be a multiple of rollout.tensor_model_parallel_size ({ranks}) or "
             "divide it, so that a rank has whole heads, or one that others have too"
         )
-
-
-def _checkpoint_names(checkpoint: Path) -> frozenset[str]:
-    if is_converted(checkpoint):
-        return frozenset(entry.name for entry in read_manifest(checkpoint)["tensors"])
-    with HFWeights(checkpoint) as weights:
-        return frozenset(weights.names)

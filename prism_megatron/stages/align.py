@@ -57,7 +57,7 @@ def run_align(config: AlignConfig) -> None:
         for iteration in range(stage.start, run.train_iters):
             mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
             with stage.timers("sync"):
-                push_weights(engine, policy, iteration)
+                push_weights(engine, policy, iteration, config.rollout)
             with stage.timers("rollout"):
                 samples = sample_responses(engine, processor, mine, iteration, config, config.compat)
             with stage.timers("score"):

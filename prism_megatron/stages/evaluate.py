@@ -32,7 +32,7 @@ def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: Ro
         finish(stage, {})
         return
     engine = engine or start_engine(stage.config, stage.dir / "hf")
-    push_weights(engine, policy, stage.config.run.train_iters)
+    push_weights(engine, policy, stage.config.run.train_iters, stage.config.rollout)
     result = evaluate(engine, processor, stage)
     if groups.is_main_rank():
         place = stage.dir / RESULTS

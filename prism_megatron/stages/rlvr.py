@@ -40,7 +40,7 @@ def run_rlvr(config: RLVRConfig) -> None:
         engine = start_engine(config, policy.source)
         for iteration in range(stage.start, run.train_iters):
             with stage.timers("sync"):
-                push_weights(engine, policy, iteration)
+                push_weights(engine, policy, iteration, config.rollout)
             with stage.timers("rollout"):
                 samples, generated = sample_groups(engine, processor, rows, iteration, config)
             rewards = torch.tensor([reward(sample, config) for sample in samples])

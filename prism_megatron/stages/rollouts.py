@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from prism_megatron import config as cfg
-from prism_megatron.convert.transfer import export_weights
+from prism_megatron.convert.transfer import export_manifest, export_weights
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.response import Response, parse_response
 from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
 from prism_megatron.rollout.requests import sample_seed
+from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
 
@@ -51,9 +52,10 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> RolloutEngine:
     )
 
 
-def push_weights(engine: RolloutEngine, policy: Trained, version: int) -> None:
-    """Give the engine the policy's current weights."""
-    engine.update_weights(export_weights(policy.chunks, policy.table), version)
+def push_weights(engine: RolloutEngine, policy: Trained, version: int, config: cfg.RolloutConfig) -> None:
+    """Give the engine the policy's current weights. Collective."""
+    sync = WeightSync(version, export_manifest(policy.chunks, policy.table), config.sync_checksums)
+    engine.update_weights(export_weights(policy.chunks, policy.table, config.sync_bucket_mib << 20), sync)
 
 
 def sample_responses(
@@ -116,6 +118,7 @@ def gallery_row(
     return {
         "stage": stage,
         "iteration": iteration,
+        "policy_version": sample.rollout.policy_version,
         "sample_id": sample.example.id,
         "question": sample.example.messages[-1].content.replace("<image>", "").strip(),
         "image_png_base64": base64.b64encode(sample.example.images[0]).decode(),

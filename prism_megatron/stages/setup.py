@@ -42,6 +42,7 @@ from prism_megatron.observe.timers import Timers
 from prism_megatron.optim.optimizer import build_optimizer
 from prism_megatron.optim.schedule import learning_rate
 from prism_megatron.parallel import groups
+from prism_megatron.parallel.collectives import gather_over_ranks
 from prism_megatron.stages import preemption
 
 
@@ -118,6 +119,10 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
     if num_moe_experts is not None:
         check_sizes(config.model, config.parallel, sizes, upcycled=True)
     groups.initialize(config.parallel, config.run.seed)
+    groups.check_engine_ranks(
+        gather_over_ranks(groups.data_parallel_rank()),
+        config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
+    )
     checkpointer = Checkpointer(directory / "checkpoints", config.run.keep_checkpoints, config.run.seed)
     start = checkpointer.latest()
     if groups.is_main_rank():

@@ -30,6 +30,7 @@ def main() -> None:
 
     from prism_megatron.convert.hf_io import HFWeights
     from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
+    from prism_megatron.rollout.weight_sync import WeightSync
 
     processor = ChatProcessor(first)
     rows = read_rlvr(prompts)[:6]
@@ -59,8 +60,11 @@ def main() -> None:
     # The same prompts again: prefixes and pictures of the old weights are in every cache.
     with HFWeights(second) as weights:
         named = [(name, weights[name]) for name in sorted(weights.names)]
-    engine.update_weights(named, version=1)
+    manifest = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named}
+    engine.update_weights(named, WeightSync(1, manifest, with_checksums=True))
     updated = engine.generate(requests, sampling)
+    measured["versions"] = sorted({rollout.policy_version for rollouts in updated for rollout in rollouts})
+    measured["version_at_start"] = answers[0][0].policy_version
     measured["second"] = compare(second, updated)
     measured["update_changes_tokens"] = tokens(updated) != tokens(answers)
     greedy = engine.generate(requests, Sampling(1, 0.0, 1.0, RESPONSE_TOKENS))
@@ -71,10 +75,22 @@ def main() -> None:
 
     for label, tensors in (("missing", named[1:]), ("unknown", [*named, ("nobody", torch.ones(1))])):
         try:
-            engine.update_weights(tensors, version=2)
+            engine.update_weights(tensors, WeightSync(2, manifest))
         except ValueError as error:
             measured[label] = str(error)
-    engine.update_weights(named, version=3)
+    try:
+        engine.generate(requests, sampling)
+    except RuntimeError as error:
+        measured["refused"] = str(error)
+    if tp > 1:
+        drifted = dict(named)
+        name = next(name for name in drifted if name.endswith("layernorm.weight"))
+        drifted[name] = drifted[name] + torch.distributed.get_rank()
+        try:
+            engine.update_weights(drifted.items(), WeightSync(2, manifest, with_checksums=True))
+        except ValueError as error:
+            measured["drifted"] = str(error)
+    engine.update_weights(named, WeightSync(3, manifest))
     measured["recovers"] = tokens(engine.generate(requests, sampling)) == tokens(updated)
     try:
         engine.generate(requests, Sampling(1, 1.0, 1.0, 600))

@@ -33,6 +33,11 @@ def test_engine_equals_hf(
     assert measured["update_changes_tokens"]
     assert measured["recovers"], "an update after a refused one"
     assert measured["process_untouched"], "vLLM left another random state or thread count behind"
+    assert measured["version_at_start"] is None
+    assert measured["versions"] == [1]
+    assert "the last update was refused" in measured["refused"]
+    if ranks > 1:
+        assert "layernorm.weight is not the same on ranks 0 and 1" in measured["drifted"]
     assert "1 parameters did not arrive" in measured["missing"]
     assert "the engine has no parameter nobody" in measured["unknown"]
     assert "600 response tokens do not fit max_model_len (512)" in measured["too_long"]

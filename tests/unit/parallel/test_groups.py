@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prism_megatron.config import ParallelConfig
-from prism_megatron.parallel.groups import ModelDegrees, check_degrees
+from prism_megatron.parallel.groups import ModelDegrees, check_degrees, check_engine_ranks
 
 SIZES = {"num_layers": 8, "num_attention_heads": 16, "num_query_groups": 8, "vision_heads": 16, "vocab_size": 160}
 DENSE = ModelDegrees(**SIZES)
@@ -79,3 +79,18 @@ def test_accepted() -> None:
     uneven = {"num_layers_in_first_pipeline_stage": 2, "num_layers_in_last_pipeline_stage": 2}
     check_degrees(ParallelConfig(pipeline_model_parallel_size=4, **uneven), 4, DENSE)
     check_degrees(ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2), 4, MOE)
+
+
+def test_an_engine_lies_over_ranks_with_the_same_rows() -> None:
+    tp2, pp2, dp2 = [0, 0, 1, 1], [0, 1, 0, 1], [0, 1]
+    check_engine_ranks(tp2, 1)
+    check_engine_ranks(tp2, 2)
+    check_engine_ranks([0, 0], 2)  # two pipeline stages, one engine
+    check_engine_ranks(pp2, 1)
+    with pytest.raises(ValueError, match=r"over ranks 0 to 3, which have different rows \(data-parallel ranks \[0, 1"):
+        check_engine_ranks(tp2, 4)
+    for ranks in (pp2, dp2):
+        with pytest.raises(ValueError, match="or a divisor of it"):
+            check_engine_ranks(ranks, 2)
+    with pytest.raises(ValueError, match=r"world size 4 is not a multiple of .* \(3\); use a divisor"):
+        check_engine_ranks(tp2, 3)
