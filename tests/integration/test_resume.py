@@ -27,6 +27,7 @@ from prism_megatron.observe.metrics import LOSS
 from prism_megatron.parallel.groups import free_port
 from prism_megatron.types import PreferencePair
 from tools.convert import main as convert
+from tools.make_tiny_model import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 5
@@ -103,27 +104,36 @@ def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Ca
     assert f"{stage}: already finished in" in again
 
 
+TENSOR, PIPELINE, EXPERT = (f"parallel.{kind}_model_parallel_size=2" for kind in ("tensor", "pipeline", "expert"))
+SHARDED = "optimizer.use_distributed_optimizer=true"
+
+
 @pytest.mark.parametrize(
-    ("ranks", "before", "after", "ranks_after"),
+    ("moe", "ranks", "before", "after", "ranks_after"),
     [
-        (1, [], ["parallel.tensor_model_parallel_size=2"], 2),
-        (2, ["optimizer.use_distributed_optimizer=true"], ["optimizer.use_distributed_optimizer=true"], 1),
+        (False, 2, [TENSOR], [PIPELINE], 2),
+        (False, 2, [SHARDED], [SHARDED], 1),
+        (True, 1, [], [EXPERT], 2),
     ],
-    ids=["tp1 to tp2", "dp2 to dp1, distributed optimizer"],
+    ids=["tp2 to pp2", "dp2 to dp1, distributed optimizer", "experts on one rank to ep2"],
 )
 def test_resumed_at_another_layout(
+    moe: bool,
     ranks: int,
     before: list[str],
     after: list[str],
     ranks_after: int,
     stages: dict[str, list[str]],
     launch: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
-    command = stages["sft"]
-    name = f"sft/{ranks}-{ranks_after}"
-    straight = [*command, f"run.name={name}/straight", *before]
+    command = [*stages["sft"], f"run.dir={tmp_path}"]
+    if moe:
+        experts = make_tiny_model(tmp_path / "moe", seed=3, moe=True)
+        command += [f"model.hf_checkpoint={experts}", "model.moe_aux_loss_coeff=0.01"]
+    straight = [*command, "run.name=straight", *before]
     launch(ranks, ["-m", "prism_megatron.train", *straight])
-    moved = [*command, f"run.name={name}/moved"]
+    moved = [*command, "run.name=moved"]
     start_and_kill([*moved, *before], 2, delay=0.05, ranks=ranks)
     launch(ranks_after, ["-m", "prism_megatron.train", *moved, *after])
     losses, expected = ([row[LOSS] for row in measured(run)] for run in (moved, straight))
