@@ -21,6 +21,7 @@ from torch import Tensor
 from prism_megatron.config import ParallelConfig
 from tools import parity
 from tools.make_tiny_model import make_tiny_model
+from tools.parity_inputs import default_chats, encode_rows
 
 AUX = 0.05
 SIZES: dict[str, dict[str, Any]] = {
@@ -120,7 +121,7 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Resu
     def run(kind: str) -> Results:
         checkpoint = tmp_path_factory.mktemp(kind) / "base"
         make_tiny_model(checkpoint, seed=3, moe=kind == "moe", overrides=SIZES)
-        rows = parity.encode_rows(checkpoint, parity.default_chats())
+        rows = encode_rows(checkpoint, default_chats())
         found = {"hf": parity.hf_results(checkpoint, rows, True, AUX if kind == "moe" else 0.0)}
         judges = [case for cases in JUDGES for case in cases]
         cases = [*CASES[kind], *(judges if kind == "dense" else ())]

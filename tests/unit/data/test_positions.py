@@ -54,13 +54,14 @@ def test_equal_to_hf_padded_or_not(tiny_checkpoint: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-    from tools import parity
+    from prism_megatron.data.chat import ChatProcessor
+    from tools.parity_inputs import default_chats, encode_rows
 
     config = AutoConfig.from_pretrained(tiny_checkpoint)
     with torch.device("meta"):
         hf = Qwen3VLModel(config)
-    spec = parity.ChatProcessor(tiny_checkpoint).input_spec
-    rows = parity.encode_rows(tiny_checkpoint, parity.default_chats())
+    spec = ChatProcessor(tiny_checkpoint).input_spec
+    rows = encode_rows(tiny_checkpoint, default_chats())
     longest = max(len(row.token_ids) for row in rows)
     for side in ("right", "left"):
         ids = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -13,7 +13,7 @@ import torch
 from prism_megatron.config import FP8Config, ModelConfig, ParallelConfig
 from prism_megatron.model.fp8 import check_hardware, check_sizes, megatron_settings
 
-CONFIGS = Path(__file__).parents[2] / "assets" / "qwen3_vl"
+CONFIGS = Path(__file__).parents[3] / "recipes" / "published"
 
 
 def fp8(recipe: str = "tensorwise", first: int = 0, last: int = 0) -> ModelConfig:

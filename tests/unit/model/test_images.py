@@ -13,6 +13,7 @@ from prism_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from prism_megatron.data.pack import TrainingSequence, pack
 from prism_megatron.types import EncodedPrompt, Visual
 from tools import parity
+from tools.parity_inputs import default_chats, encode_rows
 
 
 def built(checkpoint: Path, freeze: Sequence[str] = ()) -> torch.nn.Module:
@@ -37,7 +38,7 @@ def vision_gradients(model: torch.nn.Module, sequences: Sequence[TrainingSequenc
 def test_a_shared_image_is_encoded_once(tiny_checkpoint: Path) -> None:
     model = built(tiny_checkpoint)
     spec = parity.ChatProcessor(tiny_checkpoint).input_spec
-    row = parity.encode_rows(tiny_checkpoint, parity.default_chats())[1]
+    row = encode_rows(tiny_checkpoint, default_chats())[1]
     encoded = []
     model.vision.register_forward_hook(lambda _m, inputs, _o: encoded.append(len(inputs[0])))  # type: ignore[operator]
     answers = [(40, 41, 42), (50, 51), (60,)]
@@ -72,7 +73,7 @@ def test_a_frozen_tensor_has_no_gradient_and_no_optimizer_state(tiny_checkpoint:
     spec = parity.ChatProcessor(tiny_checkpoint).input_spec
     (wrapped,) = chunks = wrap_for_training([model], use_distributed_optimizer=False)
     optimizer = build_optimizer(OptimizerConfig(lr=1.0, weight_decay=0.5), chunks)
-    row = parity.encode_rows(tiny_checkpoint, parity.default_chats())[1]
+    row = encode_rows(tiny_checkpoint, default_chats())[1]
     batch = pack([TrainingSequence(row, (40, 41))], spec)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     train_step(
