@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_context
@@ -187,8 +188,10 @@ class Qwen3VL(LanguageModule):
         embedded = self.embedding(tokens[None], position_ids=None)  # [T', 1, H]
         features, levels = self.vision(batch.pixel_values, batch.grid_thw)
         visual, row = (visual_index >= 0)[:, None, None], visual_index.clamp(min=0)
-        embedded = torch.where(visual, features[row][:, None], embedded)
-        deepstack = levels[:, row].transpose(0, 1) * visual
+        # F.embedding adds up the gradients of shared rows in a fixed order; indexing does not, not even on a CPU.
+        embedded = torch.where(visual, F.embedding(row, features)[:, None], embedded)
+        by_row = levels.transpose(0, 1)
+        deepstack = F.embedding(row, by_row.flatten(1)).view(-1, *by_row.shape[1:]) * visual
         if self.config.sequence_parallel:
             embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded)
             deepstack = tensor_parallel.scatter_to_sequence_parallel_region(deepstack)

@@ -56,6 +56,19 @@ def test_a_shared_image_is_encoded_once(tiny_checkpoint: Path) -> None:
         assert float((gradient - apart[name]).abs().max() / scale) < 1e-5, name
 
 
+def test_a_shared_images_gradient_is_the_same_every_time(tiny_checkpoint: Path) -> None:
+    """Resumed runs are bit-equal to others only if it is, also where threads compete for it."""
+    model = built(tiny_checkpoint)
+    spec = parity.ChatProcessor(tiny_checkpoint).input_spec
+    row = encode_rows(tiny_checkpoint, default_chats())[1]
+    sequences = [TrainingSequence(row, tuple(range(40 + i, 100 + i))) for i in range(48)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    first, *others = (vision_gradients(model, sequences, spec) for _ in range(5))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+
 def test_a_batch_of_text_gives_the_vision_tower_a_gradient_of_zero(tiny_checkpoint: Path) -> None:
     model = built(tiny_checkpoint)
     spec = parity.ChatProcessor(tiny_checkpoint).input_spec
