@@ -119,7 +119,13 @@ class Checkpointer:
             )
         for name, (model, optimizer) in parts.items():
             load_weights_of(model, loaded[name])
-            optimizer.load_state_dict(loaded[f"{name}_optimizer"])
+            try:
+                optimizer.load_state_dict(loaded[f"{name}_optimizer"])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{folder} has its optimizer state in other parts ({_last_line(error)}): expert parallelism keeps "
+                    "experts apart. Go on with the parallel.expert_model_parallel_size it was saved with"
+                ) from error
 
     def _finalize(self, blocking: bool) -> None:
         try:

@@ -27,7 +27,6 @@ from prism_megatron.observe.metrics import LOSS
 from prism_megatron.parallel.groups import free_port
 from prism_megatron.types import PreferencePair
 from tools.convert import main as convert
-from tools.make_tiny_model import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 5
@@ -104,21 +103,16 @@ def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Ca
     assert f"{stage}: already finished in" in again
 
 
-TENSOR, PIPELINE, EXPERT = (f"parallel.{kind}_model_parallel_size=2" for kind in ("tensor", "pipeline", "expert"))
+TENSOR, PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
 SHARDED = "optimizer.use_distributed_optimizer=true"
 
 
 @pytest.mark.parametrize(
-    ("moe", "ranks", "before", "after", "ranks_after"),
-    [
-        (False, 2, [TENSOR], [PIPELINE], 2),
-        (False, 2, [SHARDED], [SHARDED], 1),
-        (True, 1, [], [EXPERT], 2),
-    ],
-    ids=["tp2 to pp2", "dp2 to dp1, distributed optimizer", "experts on one rank to ep2"],
+    ("ranks", "before", "after", "ranks_after"),
+    [(2, [TENSOR], [PIPELINE], 2), (2, [SHARDED], [SHARDED], 1)],
+    ids=["tp2 to pp2", "dp2 to dp1, distributed optimizer"],
 )
 def test_resumed_at_another_layout(
-    moe: bool,
     ranks: int,
     before: list[str],
     after: list[str],
@@ -128,9 +122,6 @@ def test_resumed_at_another_layout(
     tmp_path: Path,
 ) -> None:
     command = [*stages["sft"], f"run.dir={tmp_path}"]
-    if moe:
-        experts = make_tiny_model(tmp_path / "moe", seed=3, moe=True)
-        command += [f"model.hf_checkpoint={experts}", "model.moe_aux_loss_coeff=0.01"]
     straight = [*command, "run.name=straight", *before]
     launch(ranks, ["-m", "prism_megatron.train", *straight])
     moved = [*command, "run.name=moved"]
