@@ -120,7 +120,7 @@ class Checkpointer:
         for name, (model, optimizer) in parts.items():
             load_weights_of(model, loaded[name])
             state = loaded[f"{name}_optimizer"]
-            _check_parts(folder, optimizer, state)
+            check_parts(folder, optimizer, state)
             optimizer.load_state_dict(state)
 
     def _finalize(self, blocking: bool) -> None:
@@ -190,8 +190,11 @@ def _prefill_state(optimizer: Any) -> None:
                 inner.state[parameter].setdefault("exp_avg_sq", torch.zeros_like(parameter))
 
 
-def _check_parts(folder: Path, optimizer: Any, state: Mapping[Any, Any]) -> None:
-    """Megatron keeps experts cut over ranks in an optimizer of their own; several are saved under their numbers."""
+def check_parts(folder: Path, optimizer: Any, state: Mapping[Any, Any]) -> None:
+    """Refuse optimizer state of another number of optimizers. Raises ValueError.
+
+    Megatron keeps experts that are cut over ranks in an optimizer of their own, and saves several under their numbers.
+    """
     parts = len(getattr(optimizer, "chained_optimizers", [optimizer]))
     expected = set(range(parts)) if parts > 1 else set()
     numbers = {key for key in state if isinstance(key, int)}
