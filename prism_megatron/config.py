@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+MISSING: Any = "???"  # omegaconf's, which only reading overrides and writing YAML need
 FINISHED = "finished.json"  # written last into a stage's folder
 
 
@@ -316,6 +314,9 @@ def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[s
 
     Raises ValueError naming the override, its key and the keys that exist there.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     tree = OmegaConf.structured(config)
     for override in overrides:
         key, separator, _ = override.partition("=")
@@ -353,6 +354,8 @@ def _check_key(config: Any, key: str) -> None:
 
 def to_yaml(config: StageConfig) -> str:
     """The resolved configuration as YAML, as it is kept in the run's folder."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

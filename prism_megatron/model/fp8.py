@@ -27,10 +27,13 @@ _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mx
 
 
 def check_hardware(model: ModelConfig) -> None:
-    """Refuse FP8 where it cannot run, before anything is read. Raises ValueError."""
+    """Refuse FP8 where it cannot run, and a GPU without its blocks, before anything is read. Raises ValueError."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError("on a GPU layers are made of Transformer Engine, which is not installed; run make setup-gpu")
     if model.precision != "fp8":
         return
-    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+    if not on_gpu:
         raise ValueError("model.precision fp8 needs Transformer Engine on a GPU; use bf16 or fp32")
     needed, found = _CAPABILITY[model.fp8.recipe], torch.cuda.get_device_capability()
     if found < needed:

@@ -78,10 +78,14 @@ class PackedSDPA(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType,
         packed_seq_params: PackedSeqParams,
         **kwargs: Any,
     ) -> Tensor:
-        """query [T', heads, d], key and value [T', groups, d] -> [T', heads * d]."""
+        """query [T', heads, d], key and value [T', groups, d] -> [T', heads * d].
+
+        The mask's type is known already; Transformer Engine's attention asks for it, so this one does.
+        """
         starts = packed_seq_params.cu_seqlens_q.long()
         lengths = starts.diff()
         real = _real(lengths, query.device)  # [N, longest]

@@ -144,7 +144,9 @@ class VisionAttention(MegatronModule):
         qkv = self.linear_qkv(hidden)[0].unflatten(-1, (-1, 3, self.head_dim))
         query, key, value = qkv.unbind(2)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        attended = self.core_attention(query, key, value.contiguous(), None, packed_seq_params=packed)
+        attended = self.core_attention(
+            query, key, value.contiguous(), None, attn_mask_type=AttnMaskType.padding, packed_seq_params=packed
+        )
         projected: Tensor = self.linear_proj(attended.reshape(len(hidden), -1))[0]
         return projected
 
