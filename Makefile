@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 export HF_HUB_OFFLINE = 1
 export PYTHONPATH = .
 
-.PHONY: help setup setup-gpu quickstart tiny-data test check lint format types clean
+.PHONY: help setup setup-gpu gpu-check quickstart tiny-data test check lint format types clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -12,6 +12,9 @@ setup: ## make .venv with the CPU requirements
 
 setup-gpu: ## make .venv with the GPU requirements
 	@tools/setup_env.sh gpu
+
+gpu-check: ## after setup-gpu: parity, FP8 and speed on one GPU in 8 minutes: runs/gpu_check.json
+	$(PYTHON) tools/gpu_check.py --out runs/gpu_check.json
 
 quickstart: setup ## the three stages on a tiny model: runs/quickstart/report.html
 	$(PYTHON) -m recipes.launch tiny_pipeline --name quickstart

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import time
@@ -47,11 +48,9 @@ def peak_bytes() -> int:
 
 def provenance() -> dict[str, Any]:
     """Commit, versions and hardware a figure belongs to."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
-        "commit": commit.stdout.strip() or None,
-        "uncommitted_changes": bool(changed.stdout.strip()),
+        "commit": _git("rev-parse", "HEAD") or None,
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
         "versions": {name: metadata.version(name) for name in ("torch", "megatron-core", "transformers")},
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
         "cores": os.cpu_count(),
@@ -106,6 +105,14 @@ def _figure(result: Mapping[str, Any], name: str) -> float | None:
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return None if value is None else float(value)
+
+
+def _git(*arguments: str) -> str:
+    """Nothing where there is no repository, or no git."""
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _synchronize() -> None:

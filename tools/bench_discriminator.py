@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from prism_megatron.config import AlignConfig, apply_overrides
+from prism_megatron.config import AlignConfig
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from recipes import STAGE_RECIPES
 from tools.bench import provenance
+
+_AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}  # of both sides' scores, relative to the largest
 
 
 def main() -> int:
@@ -51,18 +53,30 @@ def main() -> int:
     return 0
 
 
-def measure(recipe: str, folder: Path, samples: int, prompts: int, rounds: int) -> dict[str, Any]:
-    """Median sequences per second of each side, over ``rounds`` turns after one to warm up."""
+def measure(
+    recipe: str,
+    folder: Path,
+    samples: int,
+    prompts: int,
+    rounds: int,
+    precision: str = "fp32",
+    sizes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Median sequences per second of each side, over ``rounds`` turns after one to warm up.
+
+    ``sizes`` are those of the dense model that is upcycled, as ``make_tiny_model`` takes them.
+    """
     from prism_megatron.parallel import cpu, groups
     from tools.make_tiny_model import make_tiny_model
 
     cpu.install()
-    make_tiny_model(folder / "base", seed=1)
+    make_tiny_model(folder / "base", seed=1, overrides=sizes)
     rows = (samples + 1) * prompts
     write_shapes_data(folder / "data", ShapesConfig(sft_rows=1, alignment_rows=rows, rlvr_rows=1, heldout_rows=1))
-    overrides = [f"{part}.hf_checkpoint={folder}/base" for part in ("model", "discriminator")]
-    config = apply_overrides(STAGE_RECIPES[recipe](), overrides)
+    config = STAGE_RECIPES[recipe]()
     assert isinstance(config, AlignConfig)
+    config.model.hf_checkpoint = config.discriminator.hf_checkpoint = str(folder / "base")
+    config.model.precision = precision
     groups.initialize(config.parallel, seed=1)
     sides, sequences = _sides(config, folder / "data" / "alignment.parquet", samples, prompts)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -75,11 +89,13 @@ def measure(recipe: str, folder: Path, samples: int, prompts: int, rounds: int) 
                 seconds[name].append(time.perf_counter() - began)
     groups.shutdown()
     difference = float((scores["packed"] - scores["one_at_a_time"]).abs().max() / scores["packed"].abs().max())
-    if difference > 1e-4:
+    if difference > _AGREEMENT[precision]:
         raise RuntimeError(f"both ways must score alike, and differ by {difference:.2g} of the largest score")
     return {
         "benchmark": "discriminator",
         "recipe": recipe,
+        "precision": precision,
+        "sizes": sizes,
         "samples": samples,
         "prompts": prompts,
         "sequences": sequences,

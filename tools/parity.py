@@ -41,6 +41,7 @@ GRADIENT_TOLERANCE = 1e-4  # relative to the largest entry of each tensor
 # With an epsilon far above any gradient, AdamW's first step is the gradient times learning rate over epsilon.
 _EPSILON, _STEP = 1e8, 1e5
 SIDES = ("teacher", "student")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Case:
     distributed_optimizer: bool = False
     moe_aux_loss_coeff: float = 0.0
     experts: str = ""  # dedicated or shared: the checkpoint upcycled to a discriminator, and not the policy
+    precision: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -79,15 +81,23 @@ def _sequence(row: EncodedPrompt, spec: InputSpec) -> TrainingSequence:
 # HF -------------------------------------------------------------------------------------------------------------------
 
 
-def hf_results(checkpoint: Path, rows: Sequence[EncodedPrompt], gradients: bool, aux_coeff: float) -> dict[str, Tensor]:
+def hf_results(
+    checkpoint: Path,
+    rows: Sequence[EncodedPrompt],
+    gradients: bool,
+    aux_coeff: float,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = _CPU,
+) -> dict[str, Tensor]:
     """Logits of every row and gradients of the mean trained token's loss, from HF's model, one row at a time.
 
-    ``aux_coeff`` adds the load-balancing loss, written down here once more from HF's own router logits.
+    Everything comes back in float32 on the CPU. ``aux_coeff`` adds the load-balancing loss, written down here once more
+    from HF's own router logits.
     """
     from transformers import AutoModelForImageTextToText
 
     spec = ChatProcessor(checkpoint).input_spec
-    hf = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa")
+    hf = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa").to(device)
     routers: list[Tensor] = []
     for name, module in hf.named_modules():
         if name.endswith("mlp.gate"):
@@ -99,14 +109,15 @@ def hf_results(checkpoint: Path, rows: Sequence[EncodedPrompt], gradients: bool,
     for number, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
         routers.clear()
         with torch.set_grad_enabled(gradients):
-            logits = hf(**_hf_inputs(row, spec)).logits[0].float()
-            results[f"row_{number}"] = logits.detach()
+            inputs = {name: value.to(device) for name, value in _hf_inputs(row, spec).items()}
+            logits = hf(**inputs).logits[0].float()
+            results[f"row_{number}"] = logits.detach().cpu()
             if gradients:
                 start = len(sequence.prompt.token_ids) - 1
                 logprobs = logits[start:-1].log_softmax(-1)
-                chosen = logprobs.gather(1, torch.tensor(sequence.response_ids)[:, None])
-                results[f"logprobs_{number}"] = chosen[:, 0].detach()
-                results[f"entropy_{number}"] = -(logprobs.exp() * logprobs).sum(-1).detach()
+                chosen = logprobs.gather(1, torch.tensor(sequence.response_ids, device=device)[:, None])
+                results[f"logprobs_{number}"] = chosen[:, 0].detach().cpu()
+                results[f"entropy_{number}"] = -(logprobs.exp() * logprobs).sum(-1).detach().cpu()
                 loss = -chosen.sum() / trained
                 for router_logits in routers if aux_coeff else ():
                     balance = _switch_loss(router_logits, hf.config.text_config.num_experts_per_tok)
@@ -115,8 +126,9 @@ def hf_results(checkpoint: Path, rows: Sequence[EncodedPrompt], gradients: bool,
     if gradients:
         for name, parameter in hf.named_parameters():
             assert parameter.grad is not None, name
+            gradient = parameter.grad.float().cpu()
             # Stacked experts are held transposed to how they are stored.
-            results[f"grad:{name}"] = parameter.grad.mT if ".mlp.experts." in name else parameter.grad
+            results[f"grad:{name}"] = gradient.mT if ".mlp.experts." in name else gradient
     return results
 
 
@@ -161,7 +173,9 @@ def our_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputSpec
 
     sizes = read_sizes(checkpoint)
     table = policy_table(sizes)
-    model = ModelConfig(str(checkpoint), recompute=case.recompute, moe_aux_loss_coeff=case.moe_aux_loss_coeff)
+    model = ModelConfig(
+        str(checkpoint), case.precision, recompute=case.recompute, moe_aux_loss_coeff=case.moe_aux_loss_coeff
+    )
     chunks = build_policy(model, case.parallel, sizes)
     with HFWeights(checkpoint) as weights:
         load_weights(chunks, table, weights)
@@ -200,7 +214,7 @@ def our_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputSpec
     if case.distributed_optimizer:  # gradients are scattered over the ranks: look at what the step made of them
         after = export_weights(wrapped, table)
         return results | {f"grad:{name}": (before[name] - tensor) / _STEP for name, tensor in after}
-    return results | {f"grad:{name}": g for name, g in export_weights(wrapped, table, read=_gradient)}
+    return results | {f"grad:{name}": g.cpu() for name, g in export_weights(wrapped, table, read=_gradient)}
 
 
 def discriminator_results(
@@ -279,7 +293,8 @@ def _batches(
         longest = max(map(len, sequences))
         longest += -longest % padding.sequence_multiple
         padding = Padding(longest, padding.batch_multiple)
-    return rows, [pack([sequences[r] for r in members], spec, padding) for members in rows]
+    packed = [pack([sequences[r] for r in members], spec, padding) for members in rows]
+    return rows, [batch.to(groups.device()) for batch in packed]
 
 
 def worker(plan: Path) -> None:

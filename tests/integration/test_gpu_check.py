@@ -1,0 +1,56 @@
+"""tools/gpu_check.py as a user runs it on a machine without a GPU, and what it makes of a part that hangs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import gpu_check
+
+TOOL = Path(__file__).parents[2] / "tools" / "gpu_check.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(TOOL), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_the_dry_run_measures_what_a_cpu_can(tmp_path: Path) -> None:
+    done = run("--dry", "--only", "fp8", "--out", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["faults"] == []
+    fp8 = result["parts"]["fp8"]["variants"]
+    assert fp8["bf16"]["kl_nats_per_token"].keys() == {"0", "2", "4"}
+    assert 0 < fp8["bf16"]["kl_nats_per_token"]["0"] < 1e-2, "rounding shows, and is small"
+    assert fp8["fp32"]["loss"][-1] < fp8["fp32"]["loss"][0]
+    for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
+        assert fp8[f"fp8_{recipe}"]["needs"] == "a GPU"
+        assert fp8[f"fp8_{recipe}"]["megatron"]["fp8_recipe"] == recipe
+
+
+def test_a_part_that_hangs_is_recorded_and_the_next_one_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("names", "parity"):
+        monkeypatch.setitem(gpu_check.SECONDS, part, 0.05)
+    arguments = argparse.Namespace(dry=True, layers=0, commit=None, out=tmp_path / "out.json")
+    assert gpu_check.check(["names", "parity"], arguments) == 1
+    result = json.loads(arguments.out.read_text())
+    assert result["faults"] == ["names: no end after 0.05 s", "parity: no end after 0.05 s"]
+
+
+def test_what_a_variant_should_not_have_measured_is_a_fault() -> None:
+    variants = {"one": {"fault": None}, "two": {"fault": "too far"}, "three": {"error": "ValueError: no"}, "four": {}}
+    found = gpu_check.faults({"parity": {"variants": variants, "error": "exit status -11"}})
+    assert found == ["parity: exit status -11", "parity two: too far", "parity three: ValueError: no"]
+
+
+def test_refusals() -> None:
+    done = run("--only", "speed")
+    assert (done.returncode, done.stderr[:50]) == (2, "error: no part speed; there are names, parity, fp8, train,"[:50])

@@ -1,0 +1,146 @@
+"""What ``tools/gpu_check.py`` times: training steps, HF's on the same rows, scoring, weights on their way to vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prism_megatron.config import ModelConfig, ParallelConfig
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.observe.flops import peak_flops, training_flops
+from tools import bench, bench_discriminator
+from tools import gpu_check_models as models
+from tools.bench_train import padded
+from tools.gpu_check_models import Scale, Variants
+
+_LR = 1e-5
+Step = Callable[[Sequence[TrainingSequence]], float]
+
+
+def train(scale: Scale) -> Variants:
+    from prism_megatron.parallel import groups
+
+    groups.initialize(ParallelConfig(), seed=1)
+    checkpoint = models.full_size(scale)
+    for model in (ModelConfig("", scale.precision), *scale.rivals()):
+        yield models.label(model), partial(ours, checkpoint, model, scale)
+    yield from models.not_on_a_cpu(scale)
+    groups.shutdown()
+
+
+def ours(checkpoint: Path, model: ModelConfig, scale: Scale) -> dict[str, Any]:
+    """Our SFT step at ``model``'s precision."""
+    from prism_megatron.observe import metrics
+    from prism_megatron.stages.policy import sft_step
+
+    if reason := models.not_on_this_gpu(model):
+        return {"needs": reason}
+    config, processor = models.sft_config(checkpoint, model, _LR), ChatProcessor(checkpoint)
+    policy = models.random_policy(config)
+
+    def step(batch: Sequence[TrainingSequence]) -> float:
+        loss = sft_step(policy, batch, models.owners(batch), processor, config, _LR)[metrics.LOSS]
+        assert loss is not None
+        return loss
+
+    return timed(step, checkpoint, processor, scale)
+
+
+def train_hf(scale: Scale) -> Variants:
+    from prism_megatron.parallel import groups
+
+    groups.initialize(ParallelConfig(), seed=1)
+    yield "hf", partial(theirs, models.full_size(scale), scale)
+    groups.shutdown()
+
+
+def theirs(checkpoint: Path, scale: Scale) -> dict[str, Any]:
+    """HF's model as its trainer runs it: float32 weights, BF16 under autocast (on a dry run not), torch's AdamW."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from prism_megatron.parallel import groups
+
+    processor, device = ChatProcessor(checkpoint), groups.device()
+    torch.manual_seed(1)
+    with torch.device(device):
+        hf = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
+    hf.train()
+    config = models.sft_config(checkpoint, ModelConfig(""), _LR)
+    adam = torch.optim.AdamW(hf.parameters(), lr=_LR, betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2))
+    reduced = torch.autocast(device.type, torch.bfloat16, enabled=not scale.dry)
+
+    def step(batch: Sequence[TrainingSequence]) -> float:
+        inputs = {name: value.to(device) for name, value in padded(batch, processor.input_spec).items()}
+        adam.zero_grad()
+        with reduced:
+            loss: Tensor = hf(**inputs).loss
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(hf.parameters(), config.optimizer.clip_grad)
+        adam.step()
+        return float(loss.detach())
+
+    return timed(step, checkpoint, processor, scale)
+
+
+def timed(step: Step, checkpoint: Path, processor: ChatProcessor, scale: Scale) -> dict[str, Any]:
+    """Tokens and operations a second of ``step``; padding is not counted."""
+    from prism_megatron.model.build import read_sizes
+    from prism_megatron.stages.microbatch import workload
+
+    steps, warmup, rows = (2, 1, 2) if scale.dry else (10, 3, 8)
+    batch, sizes = models.rows_with_images(processor, scale, rows), read_sizes(checkpoint)
+    losses: list[float] = []
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    seconds = bench.interleaved({"step": lambda _: losses.append(step(batch))}, steps, warmup)["step"]
+    median, tokens = statistics.median(seconds), sum(map(len, batch))
+    rate = training_flops(sizes.text, sizes.vision, workload(batch)).model / median
+    most = peak_flops(bench.provenance()["hardware"])
+    return {
+        "layers": sizes.text["num_hidden_layers"],
+        "rows": rows,
+        "image_patches": [len(row.prompt.visuals[0].patches) for row in batch],
+        "tokens": tokens,
+        "step_seconds": bench.median_and_p90(seconds),
+        "tokens_per_second": tokens / median,
+        "tflops": rate / 1e12,
+        "mfu_of_bf16_peak": rate / most if most else None,
+        "peak_bytes": bench.peak_bytes(),
+        "losses": losses,
+    }
+
+
+def discriminator(scale: Scale) -> Variants:
+    for precision in ("fp32", "bf16") if scale.dry else ("bf16",):
+        sizes, samples = ({}, 2) if scale.dry else (scale.cut(2), 16)
+        folder = scale.folder / precision
+        yield precision, partial(bench_discriminator.measure, "tiny_align", folder, samples, 2, 2, precision, sizes)
+
+
+def sync(scale: Scale) -> Variants:
+    yield "vllm", partial(weights_to_vllm, scale)
+
+
+def weights_to_vllm(scale: Scale) -> dict[str, Any]:
+    if importlib.util.find_spec("vllm") is None:
+        return {"needs": "vLLM"}
+    from tools import bench_sync
+
+    hidden, layers = (128, 2) if scale.dry else (2560, 4)
+    return bench_sync.measure(bench_sync.Settings(hidden, layers, checksums=False, steps=2), scale.folder)
+
+
+PARTS: dict[str, Callable[[Scale], Variants]] = {
+    "train": train,
+    "train_hf": train_hf,
+    "discriminator": discriminator,
+    "sync": sync,
+}
