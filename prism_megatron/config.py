@@ -98,8 +98,14 @@ class OptimizerConfig:
 
 @dataclass
 class RolloutConfig:
-    """Sampling and the engine's own sizes. ``tensor_model_parallel_size`` 0 means the trainer's."""
+    """Sampling, where the engine runs and its own sizes. ``tensor_model_parallel_size`` 0 means the trainer's.
 
+    ``engine`` colocated: inside the training ranks. child: in processes of its own on the same host, which are started
+    again, once, if they die.
+    """
+
+    engine: str = "colocated"  # colocated | child
+    timeout_seconds: float = 0.0  # for one batch of responses; 0: none
     samples_per_prompt: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
@@ -107,7 +113,8 @@ class RolloutConfig:
     max_model_len: int = MISSING
     max_num_seqs: int = 256
     kv_cache_gib: float = 1.0
-    gpu_memory_utilization: float = 0.5
+    gpu_memory_utilization: float = 0.5  # the engine's part of each GPU; recipes/memory.py says if the rest is enough
+    sleep_level: int = 0  # while the policy trains, on a GPU: 1 moves weights to the host, 2 drops them; 0: stay
     enforce_eager: bool = True
     tensor_model_parallel_size: int = 0
     max_logprob_abs_diff: float = 0.0  # stop where trainer and engine differ by more nats than this; 0: only log it
@@ -115,6 +122,11 @@ class RolloutConfig:
     sync_checksums: bool = False  # after each sync, compare on all ranks what every one of them was given
 
     def __post_init__(self) -> None:
+        _one_of("rollout.engine", self.engine, "colocated", "child")
+        if self.sleep_level not in (0, 1, 2):
+            raise ValueError(f"rollout.sleep_level must be 0, 1 or 2, got {self.sleep_level}")
+        if self.timeout_seconds < 0:
+            raise ValueError(f"rollout.timeout_seconds must be at least 0 (none), got {self.timeout_seconds}")
         if self.sync_bucket_mib < 1:
             raise ValueError(f"rollout.sync_bucket_mib must be at least 1, got {self.sync_bucket_mib}")
         if self.tensor_model_parallel_size < 0:
@@ -240,6 +252,12 @@ class PolicyGradientConfig(StageConfig):
         _one_of("compat", self.compat, "fixed", "reference")
         if self.epochs_per_iteration < 1:
             raise ValueError(f"epochs_per_iteration must be at least 1, got {self.epochs_per_iteration}")
+        if self.rollout.temperature <= 0 or self.rollout.top_p != 1:
+            raise ValueError(
+                f"rollout.temperature ({self.rollout.temperature:g}) must be above 0 and rollout.top_p "
+                f"({self.rollout.top_p:g}) 1 where a policy gradient is taken: it is that of the policy that samples, "
+                "and greedy or cut-off sampling has none; leave both at 1"
+            )
         parts, samples = self.mini_batches_per_iteration, self.rollout.samples_per_prompt
         if parts < 1 or samples % parts:
             raise ValueError(

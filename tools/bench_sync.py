@@ -90,9 +90,11 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 def ways(config: RLVRConfig, policy: Any, directory: Path) -> dict[str, Callable[[int], None]]:
     """Each way to give the policy's weights to one engine, started here."""
     from prism_megatron.convert.transfer import named_parameters
+    from prism_megatron.rollout.engine import RolloutEngine
     from prism_megatron.stages.rollouts import push_weights, start_engine
 
     engine = start_engine(config, policy.source)
+    assert isinstance(engine, RolloutEngine)
     parameters = list(named_parameters(policy.chunks).values())
     copies = [parameter.detach().clone() for parameter in parameters]
 

@@ -142,3 +142,8 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether the weights are Megatron's instead of safetensors."""
+    return (directory / ".metadata").is_file()

@@ -12,14 +12,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from prism_megatron.convert.hf_io import HFWeights
-from prism_megatron.convert.manifest import first_fault
+from prism_megatron.convert.manifest import first_fault, is_converted
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import load_weights, unwrap
-
-
-def is_converted(directory: Path) -> bool:
-    """Whether the weights are Megatron's instead of safetensors."""
-    return (directory / ".metadata").is_file()
 
 
 def load_checkpoint(model: Any, table: Sequence[Rule], directory: Path, part: str) -> None:

@@ -141,12 +141,14 @@ class Qwen3VL(LanguageModule):
         """What the stage before sent, from Megatron's pipeline schedule."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, batch: PackedBatch, token_share: float = 0.0, whole_logits: bool = False) -> Tensor | TokenScores:
+    def forward(
+        self, batch: PackedBatch, token_share: float = 0.0, whole_logits: bool = False, temperature: float = 1.0
+    ) -> Tensor | TokenScores:
         """One chunk's work on a micro-batch.
 
-        The last chunk gives the scores of the trained tokens, zero elsewhere ([T], on every context-parallel rank), or
-        with ``whole_logits`` the logits [T, V] in float32; any other gives the tensor for the next. ``token_share`` is
-        the micro-batch's part of the global batch's tokens.
+        The last chunk gives the scores of the trained tokens at ``temperature``, zero elsewhere ([T], on every
+        context-parallel rank), or with ``whole_logits`` the logits [T, V] in float32; any other gives the tensor for
+        the next. ``token_share`` is the micro-batch's part of the global batch's tokens.
         """
         hidden, deepstack, context = self._decode(batch, token_share)
         if not self.post_process:
@@ -158,7 +160,7 @@ class Qwen3VL(LanguageModule):
         index = context.token_index
         mask, targets = (x if index is None else x[index] for x in (batch.loss_mask, batch.targets))
         (trained,) = mask.nonzero(as_tuple=True)
-        scores = token_scores(hidden[trained], weight, targets[trained])
+        scores = token_scores(hidden[trained] / temperature, weight, targets[trained])
         place = trained if index is None else index[trained]
         return TokenScores(*(self._spread(values, place, len(batch.tokens)) for values in scores))
 

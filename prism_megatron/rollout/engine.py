@@ -1,41 +1,48 @@
 """The rollout engine: vLLM in this very process, laid over the training ranks. The only file that knows vLLM.
 
-Run on CPU, tensor parallelism 1 and 2. On GPU the same calls apply with NCCL; that is not verified.
+Run on CPU, tensor parallelism 1 and 2. On GPU the same calls apply with NCCL; that is not verified. ``child.py`` runs
+the same engine in processes of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from prism_megatron.convert.native import is_converted
+from prism_megatron.convert.manifest import is_converted
 from prism_megatron.data.chat import decode_image
 from prism_megatron.parallel.collectives import gather_over_ranks
+from prism_megatron.rollout.progress import progress_bar
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.types import Rollout, RolloutRequest
 
 # Never sampled: a response with one of these could not be scored, an image token has no image behind it.
 _BANNED = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>")
-_BAN = -100.0  # vLLM's largest negative logit bias
+_BAN = float("-inf")
 _CUT_BY_ENGINE = {
     "text_config": ("num_attention_heads", "intermediate_size", "moe_intermediate_size"),
     "vision_config": ("num_heads", "intermediate_size"),
 }
+NO_WEIGHTS = "the rollout engine has no whole set of weights: none were pushed yet, or the last update was refused"
 _alive: list[Any] = []
 _set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts one that does nothing in its place
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the engine. ``kv_cache_gib`` is for CPU, ``gpu_memory_utilization`` for GPU."""
+    """Sizes of the engine. ``kv_cache_gib`` is for CPU, ``gpu_memory_utilization`` and ``sleep_level`` for GPU.
+
+    ``timeout_seconds`` is for one batch of responses, 0 for none; ``bucket_bytes`` for weights on their way to a child.
+    """
 
     tensor_parallel_size: int
     dtype: str
@@ -45,6 +52,9 @@ class EngineConfig:
     gpu_memory_utilization: float
     enforce_eager: bool
     seed: int
+    timeout_seconds: float = 0.0
+    bucket_bytes: int = 256 << 20
+    sleep_level: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,10 @@ class Sampling:
     max_tokens: int
 
 
+class NoWeights(RuntimeError):
+    """The engine was asked for responses while it could not give any."""
+
+
 class RolloutEngine:
     """A vLLM engine on an HF checkpoint directory, whose weights can be replaced.
 
@@ -66,7 +80,7 @@ class RolloutEngine:
 
     def __init__(self, checkpoint: Path, config: EngineConfig) -> None:
         self._config = config
-        _check(checkpoint, config)
+        check_engine(checkpoint, config)
         with _process_state_kept():
             self._llm = _start(checkpoint, config)
         _alive.append(self._llm)
@@ -76,18 +90,24 @@ class RolloutEngine:
         self._has_weights = not is_converted(checkpoint)
         self._policy_version: int | None = None
 
-    def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[list[Rollout]]:
-        """``sampling.n`` responses to each request, in order.
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        report: Callable[[int], None] | None = None,
+    ) -> list[list[Rollout]]:
+        """``sampling.n`` responses to each request, in order; ``report`` is told how many requests are answered.
 
-        Log-probabilities are those of the model's full distribution at temperature 1, whatever was masked or scaled for
-        sampling: what the trainer computes. The same requests with the same seeds give the same responses.
+        Log-probabilities are those of the model's full distribution at the temperature it is sampled at (1 if greedy),
+        whatever was masked for sampling: what the trainer computes. The same requests with the same seeds give the same
+        responses.
+
+        Raises ValueError for a prompt that does not fit, NoWeights, and TimeoutError.
         """
         from vllm import SamplingParams
 
         if not self._has_weights:
-            raise RuntimeError(
-                "the rollout engine has no whole set of weights: none were pushed yet, or the last update was refused"
-            )
+            raise NoWeights(NO_WEIGHTS)
 
         prompts, parameters = [], []
         for request in requests:
@@ -101,7 +121,7 @@ class RolloutEngine:
             parameters.append(
                 SamplingParams(
                     n=sampling.n,
-                    temperature=sampling.temperature,
+                    temperature=float(sampling.temperature > 0),
                     top_p=sampling.top_p,
                     max_tokens=sampling.max_tokens,
                     seed=request.seed,
@@ -109,9 +129,28 @@ class RolloutEngine:
                     logit_bias=self._banned,
                 )
             )
-        with _process_state_kept():
-            answers = self._llm.generate(prompts, parameters, use_tqdm=False)
+        with _process_state_kept(), progress_bar(len(requests)) if report is None else nullcontext(report) as report:
+            self._llm.collective_rpc(_set_temperature, args=(sampling.temperature or 1.0,))
+            answers = self._run(prompts, parameters, report)
         return [[_rollout(output, self._policy_version) for output in answer.outputs] for answer in answers]
+
+    def _run(self, prompts: list[Any], parameters: list[Any], report: Callable[[int], None]) -> list[Any]:
+        core, limit = self._llm.llm_engine, self._config.timeout_seconds
+        deadline = time.monotonic() + (limit or float("inf"))
+        unanswered = self._llm.enqueue(prompts, parameters, use_tqdm=False)
+        answers: list[Any] = []
+        while core.has_unfinished_requests():
+            if time.monotonic() > deadline:
+                core.abort_request(unanswered, internal=True)
+                raise TimeoutError(
+                    f"{len(answers)} of {len(prompts)} prompts were answered within rollout.timeout_seconds "
+                    f"({limit:g}); raise it, or lower rollout.max_response_tokens"
+                )
+            for output in core.step():
+                if output.finished:
+                    answers.append(output)
+                    report(len(answers))
+        return sorted(answers, key=lambda answer: int(answer.request_id))
 
     def update_weights(self, named: Iterable[tuple[str, Tensor]], sync: WeightSync) -> None:
         """Replace all weights by ``named`` (HF names, full tensors) and forget everything computed with the old ones.
@@ -130,6 +169,29 @@ class RolloutEngine:
             sync.check_agreement(gather_over_ranks(sync.checksums))
         self._llm.llm_engine.engine_core.set_weight_version(str(sync.version))
         self._has_weights, self._policy_version = True, sync.version
+
+    def sleep(self) -> None:
+        """Give memory back until the engine is woken: the cache, and weights to the host (1) or altogether (2).
+
+        Only on a GPU, and if ``sleep_level`` says so. Not verified on a GPU.
+        """
+        if self._config.sleep_level and torch.cuda.is_available() and not self._llm.llm_engine.is_sleeping():
+            self._llm.sleep(self._config.sleep_level)
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory for ``part`` again: weights before an update, the cache after it, so that both fit."""
+        torch.cuda.empty_cache()  # what the trainer keeps for itself is not free for the engine
+        if torch.cuda.is_available() and self._llm.llm_engine.is_sleeping():
+            self._llm.wake_up([part])
+
+
+def _set_temperature(worker: Any, temperature: float) -> None:
+    """Scale the model's own logits. vLLM's samplers scale after they have noted the log-probabilities."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    for module in worker.model_runner.get_model().modules():
+        if isinstance(module, LogitsProcessor):
+            module.scale = 1 / temperature
 
 
 def _reload(worker: Any, named: Iterator[tuple[str, Tensor]]) -> None:
@@ -154,28 +216,49 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     sizes: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    sizes["enable_sleep_mode"] = config.sleep_level > 0
     if not torch.cuda.is_available():
         # vLLM rewinds the generator of a seeded request whose prompt it cuts, which a CPU generator cannot do.
         sizes = {"enable_chunked_prefill": False, "max_num_batched_tokens": 16 * config.max_model_len}
         _cpu_environment(config)
     from vllm import LLM
 
-    return LLM(
-        model=str(checkpoint),
-        # vLLM cannot read a directory converted for Megatron: its weights are pushed.
-        load_format=_pushed_format() if is_converted(checkpoint) else "auto",
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        enforce_eager=config.enforce_eager,
-        tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend="external_launcher",
-        limit_mm_per_prompt={"image": 8, "video": 0},
-        use_tqdm_on_load=False,
-        logprobs_mode="raw_logprobs",
-        seed=config.seed,
-        **sizes,
-    )
+    with nullcontext() if torch.cuda.is_available() else _shared_memory_named():
+        return LLM(
+            model=str(checkpoint),
+            # vLLM cannot read a directory converted for Megatron: its weights are pushed.
+            load_format=_pushed_format() if is_converted(checkpoint) else "auto",
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            enforce_eager=config.enforce_eager,
+            tensor_parallel_size=config.tensor_parallel_size,
+            distributed_executor_backend="external_launcher",
+            limit_mm_per_prompt={"image": 8, "video": 0},
+            use_tqdm_on_load=False,
+            logprobs_mode="raw_logprobs",
+            seed=config.seed,
+            **sizes,
+        )
+
+
+@contextmanager
+def _shared_memory_named() -> Iterator[None]:
+    """On a CPU vLLM's ranks meet in shared memory that is named alike for whatever torchrun starts on a host, and that
+    killed ranks leave behind. Give it a name of its own while they meet, and no name afterwards."""
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    name = gather_over_ranks(f"prism_{os.getpid()}_{time.time_ns()}")[0]
+    ranks = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    original = ExecutorWithExternalLauncher._distributed_args
+    ExecutorWithExternalLauncher._distributed_args = lambda _: (f"env://:{name}", *ranks)
+    try:
+        yield
+    finally:
+        ExecutorWithExternalLauncher._distributed_args = original
+    gather_over_ranks(name)  # all have it
+    for path in Path("/dev/shm").glob(f"{name}*"):
+        path.unlink(missing_ok=True)
 
 
 def _pushed_format() -> str:
@@ -217,7 +300,8 @@ def _process_state_kept() -> Iterator[None]:
             os.environ["LD_PRELOAD"] = preload
 
 
-def _check(checkpoint: Path, config: EngineConfig) -> None:
+def check_engine(checkpoint: Path, config: EngineConfig) -> None:
+    """Refuse a checkpoint that is none, or an engine that it cannot be cut for. Raises ValueError."""
     path = checkpoint / "config.json"
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no config.json; give the directory of an HF checkpoint")

@@ -60,6 +60,7 @@ def run_align(config: AlignConfig) -> None:
                 push_weights(engine, policy, iteration, config.rollout)
             with stage.timers("rollout"):
                 samples = sample_responses(engine, processor, mine, iteration, config, config.compat)
+                engine.sleep()
             with stage.timers("score"):
                 branches = score_branches(discriminator, samples, processor, config)
             advantages = branches.advantages(samples, config)

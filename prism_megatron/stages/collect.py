@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prism_megatron.config import CollectConfig
-from prism_megatron.convert.native import is_converted
+from prism_megatron.convert.manifest import is_converted
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_rlvr, write_pairs, write_prompts
 from prism_megatron.data.loader import rank_share
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
-from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.evaluate import judge
 from prism_megatron.stages.rollouts import Sample, sample_responses, start_engine
 from prism_megatron.stages.setup import finish, load_processor, open_stage
@@ -65,17 +65,18 @@ def run_collect(config: CollectConfig) -> None:
 
 
 def _sample(
-    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], config: CollectConfig, what: str
+    engine: Engine, processor: ChatProcessor, rows: Sequence[Example], config: CollectConfig, what: str
 ) -> list[Sample]:
     """Samples for all rows on every rank; each data-parallel rank generates its share."""
     share = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
     mine: list[Sample] = []
     began = time.monotonic()
-    for low in range(0, len(share), _CHUNK):
+    longest = -(-len(rows) // groups.data_parallel_size())  # ranks make as many calls as each other
+    for low in range(0, longest, _CHUNK):
         chunk = share[low : low + _CHUNK]
         mine += sample_responses(engine, processor, [rows[i] for i in chunk], 0, config)
         done = low + len(chunk)
-        eta = (time.monotonic() - began) * (len(share) - done) / done
+        eta = (time.monotonic() - began) * (len(share) - done) / max(done, 1)
         if groups.is_main_rank():
             print(f"collect {what} {done}/{len(share)}  eta {eta:.0f} s", flush=True)
     return gather_over_data_parallel(mine)

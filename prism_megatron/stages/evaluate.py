@@ -17,7 +17,7 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.reward.verifiable import VERIFIERS
-from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.rollouts import Sample, greedy_responses, push_weights, start_engine
 from prism_megatron.stages.setup import Stage, Trained, finish
 
@@ -25,7 +25,7 @@ RESULTS = "results.json"
 _Z95 = 1.959964  # two-sided 95 % normal quantile
 
 
-def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: RolloutEngine | None = None) -> None:
+def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: Engine | None = None) -> None:
     """Export the trained policy to ``hf/``, evaluate it, and mark the stage as finished."""
     policy.export(stage.dir / "hf")
     if not stage.config.eval.num_questions:
@@ -46,7 +46,7 @@ def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: Ro
     finish(stage, {"result": result})
 
 
-def evaluate(engine: RolloutEngine, processor: ChatProcessor, stage: Stage) -> dict[str, Any]:
+def evaluate(engine: Engine, processor: ChatProcessor, stage: Stage) -> dict[str, Any]:
     """Greedy accuracy and format validity with 95 % Wilson intervals, and what the built-in task can verify."""
     config = stage.config
     rows = read_rlvr(Path(config.eval.data))

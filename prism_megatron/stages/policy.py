@@ -32,7 +32,7 @@ class PolicyMicrobatch:
     """A packed batch and what the loss needs about each token, all [T]. The last ones are for policy gradients only.
 
     ``token_share`` is its part of the global batch's tokens; ``owners`` names the sample of each sequence. Without
-    ``old_logprobs`` the policy is still the one that sampled.
+    ``old_logprobs`` the policy is still the one that sampled. ``temperature`` is what it sampled at.
     """
 
     packed: PackedBatch
@@ -43,6 +43,7 @@ class PolicyMicrobatch:
     rollout_logprobs: Tensor
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ def policy_gradient_step(
 ) -> dict[str, float | None]:
     """Every update of an iteration: each mini-batch of its samples, as many times as there are epochs (spec 4.6, 5.1).
 
-    The log-probabilities that ratios are taken to are computed once, before the first update. Also measures how far
-    they are from the engine's, on the very tokens that were sampled.
+    The policy is what samples: the model at ``rollout.temperature``. The log-probabilities that ratios are taken to are
+    computed once, before the first update. Also measures how far they are from the engine's, on the very tokens that
+    were sampled.
     """
     mini_batches = []
     for part in _mini_batches(samples, config.mini_batches_per_iteration):
@@ -118,6 +120,7 @@ def policy_gradient_step(
             config,
             objective.aggregation,
         )
+        batches = [replace(batch, temperature=config.rollout.temperature) for batch in batches]
         if config.mini_batches_per_iteration * config.epochs_per_iteration > 1:
             old = _logprobs(policy, batches)
             batches = [replace(batch, old_logprobs=values) for batch, values in zip(batches, old, strict=True)]
@@ -200,7 +203,7 @@ def _per_sequence(values: Tensor, packed: PackedBatch) -> Tensor:
 
 
 def _forward(chunk: Any, batch: PolicyMicrobatch) -> Any:
-    return chunk(batch.packed, batch.token_share)
+    return chunk(batch.packed, batch.token_share, temperature=batch.temperature)
 
 
 def _microbatches(

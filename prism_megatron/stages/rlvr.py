@@ -18,7 +18,7 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups as ranks
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
-from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.evaluate import conclude, judge, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
 from prism_megatron.stages.rollouts import Sample, gallery_row, push_weights, sample_responses, start_engine
@@ -43,6 +43,7 @@ def run_rlvr(config: RLVRConfig) -> None:
                 push_weights(engine, policy, iteration, config.rollout)
             with stage.timers("rollout"):
                 samples, generated = sample_groups(engine, processor, rows, iteration, config)
+                engine.sleep()
             rewards = torch.tensor([reward(sample, config) for sample in samples])
             groups = torch.tensor([sample.group for sample in samples])
             advantages = grpo_advantage(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
@@ -65,7 +66,7 @@ def run_rlvr(config: RLVRConfig) -> None:
 
 
 def sample_groups(
-    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], iteration: int, config: RLVRConfig
+    engine: Engine, processor: ChatProcessor, rows: Sequence[Example], iteration: int, config: RLVRConfig
 ) -> tuple[list[Sample], list[Sample]]:
     """This rank's samples to train on, and all that it generated for them.
 
@@ -89,7 +90,7 @@ def sample_groups(
             break
         share = rank_share(drawn, ranks.data_parallel_rank(), ranks.data_parallel_size())
         asked = [rows[i] for i in share]
-        samples = sample_responses(engine, processor, asked, iteration, config, config.compat) if asked else []
+        samples = sample_responses(engine, processor, asked, iteration, config, config.compat)
         first = tried + len(drawn) * ranks.data_parallel_rank() // ranks.data_parallel_size()
         samples = [replace(sample, group=first + sample.group) for sample in samples]
         generated += samples

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
 
 from prism_megatron import config as cfg
 from prism_megatron.convert.transfer import export_manifest, export_weights
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.response import Response, parse_response
+from prism_megatron.rollout.child import ChildEngine, Engine
 from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
 from prism_megatron.rollout.requests import sample_seed
 from prism_megatron.rollout.weight_sync import WeightSync
@@ -34,32 +38,48 @@ class Sample:
         return TrainingSequence(self.prompt, self.rollout.token_ids)
 
 
-def start_engine(config: cfg.StageConfig, checkpoint: Path) -> RolloutEngine:
-    """A vLLM engine in this process, on the checkpoint's weights until others are pushed."""
+@dataclass(frozen=True)
+class PolicyWeights:
+    """The policy's weights under their HF names, gathered anew, over all ranks, whenever they are gone through."""
+
+    policy: Trained
+    bucket_bytes: int
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return export_weights(self.policy.chunks, self.policy.table, self.bucket_bytes)
+
+
+def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
+    """A vLLM engine where the configuration says, on the checkpoint's weights until others are pushed."""
     rollout = config.rollout
-    return RolloutEngine(
-        checkpoint,
-        EngineConfig(
-            tensor_parallel_size=rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
-            dtype={"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}[config.model.precision],
-            max_model_len=rollout.max_model_len,
-            max_num_seqs=rollout.max_num_seqs,
-            kv_cache_gib=rollout.kv_cache_gib,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            enforce_eager=rollout.enforce_eager,
-            seed=config.run.seed,
-        ),
+    wanted = EngineConfig(
+        tensor_parallel_size=rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
+        dtype={"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}[config.model.precision],
+        max_model_len=rollout.max_model_len,
+        max_num_seqs=rollout.max_num_seqs,
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        seed=config.run.seed,
+        timeout_seconds=rollout.timeout_seconds,
+        bucket_bytes=rollout.sync_bucket_mib << 20,
+        sleep_level=rollout.sleep_level,
     )
+    if rollout.engine == "child":
+        return ChildEngine(checkpoint, wanted, cfg.stage_dir(config) / f"engine_{dist.get_rank()}.log")
+    return RolloutEngine(checkpoint, wanted)
 
 
-def push_weights(engine: RolloutEngine, policy: Trained, version: int, config: cfg.RolloutConfig) -> None:
-    """Give the engine the policy's current weights. Collective."""
+def push_weights(engine: Engine, policy: Trained, version: int, config: cfg.RolloutConfig) -> None:
+    """Give the engine the policy's current weights, waking it if it sleeps. Collective."""
     sync = WeightSync(version, export_manifest(policy.chunks, policy.table), config.sync_checksums)
-    engine.update_weights(export_weights(policy.chunks, policy.table, config.sync_bucket_mib << 20), sync)
+    engine.wake("weights")
+    engine.update_weights(PolicyWeights(policy, config.sync_bucket_mib << 20), sync)
+    engine.wake("kv_cache")
 
 
 def sample_responses(
-    engine: RolloutEngine,
+    engine: Engine,
     processor: ChatProcessor,
     rows: Sequence[Example],
     iteration: int,
@@ -68,7 +88,7 @@ def sample_responses(
 ) -> list[Sample]:
     """``samples_per_prompt`` responses to each row, in order; seeds depend on run, iteration and row only.
 
-    ``compat`` says which grammar they are held to.
+    Collective: a rank without rows calls, too. ``compat`` says which grammar the responses are held to.
     """
     rollout = config.rollout
     sampling = Sampling(rollout.samples_per_prompt, rollout.temperature, rollout.top_p, rollout.max_response_tokens)
@@ -76,14 +96,14 @@ def sample_responses(
 
 
 def greedy_responses(
-    engine: RolloutEngine, processor: ChatProcessor, rows: Sequence[Example], config: cfg.StageConfig
+    engine: Engine, processor: ChatProcessor, rows: Sequence[Example], config: cfg.StageConfig
 ) -> list[Sample]:
     """The most likely response to each row."""
     return _samples(engine, processor, rows, Sampling(1, 0.0, 1.0, config.rollout.max_response_tokens), 0, 0)
 
 
 def _samples(
-    engine: RolloutEngine,
+    engine: Engine,
     processor: ChatProcessor,
     rows: Sequence[Example],
     sampling: Sampling,
@@ -96,7 +116,7 @@ def _samples(
         for row in rows
     ]
     answers = engine.generate(requests, sampling)
-    prompts = processor.encode_prompts(rows)
+    prompts = processor.encode_prompts(rows) if rows else []
     return [
         Sample(row, prompt, rollout, parse_response(rollout.text, compat=compat) if rollout.finished else None, group)
         for group, (row, prompt, rollouts) in enumerate(zip(rows, prompts, answers, strict=True))

@@ -42,6 +42,29 @@ def test_a_router_that_could_not_learn_is_refused() -> None:
         load("tiny_align", ["discriminator.topk=1"])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "rollout.temperature=0",
+            r"rollout.temperature \(0\) must be above 0 and rollout.top_p \(1\) 1 where a policy",
+        ),
+        ("rollout.top_p=0.9", r"rollout.top_p \(0.9\) 1 where a policy gradient is taken"),
+        ("rollout.engine=server", "rollout.engine must be colocated or child, got 'server'"),
+        ("rollout.timeout_seconds=-1", r"rollout.timeout_seconds must be at least 0 \(none\), got -1"),
+        ("rollout.sleep_level=3", "rollout.sleep_level must be 0, 1 or 2, got 3"),
+    ],
+)
+def test_rollouts_that_cannot_be_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("tiny_rlvr", [override])
+
+
+def test_data_may_be_collected_at_any_sampling() -> None:
+    rollout = load("tiny_collect", ["rollout.top_p=0.9", "rollout.temperature=0.7"]).rollout
+    assert (rollout.top_p, rollout.temperature) == (0.9, 0.7)
+
+
 def test_unknown_recipe() -> None:
     with pytest.raises(ValueError, match="unknown recipe 'tiny_stf'; there are tiny_sft"):
         load("tiny_stf", [])

@@ -1,0 +1,114 @@
+"""Runs under torchrun: training on rollouts of a child engine that is killed at work, and later stopped.
+
+Arguments: checkpoint, prompt file, the engine's tensor-parallel size, folder to write to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from prism_megatron.config import RLVRConfig, apply_overrides
+from prism_megatron.data.dataset import read_rlvr
+from prism_megatron.parallel import groups
+from recipes import STAGE_RECIPES
+
+PROMPTS = 4
+
+
+def main() -> None:
+    checkpoint, data, engine_ranks, folder = sys.argv[1:]
+    wanted = [f"model.hf_checkpoint={checkpoint}", f"run.dir={folder}", "parallel.tensor_model_parallel_size=2"]
+    wanted += ["rollout.engine=child", f"rollout.tensor_model_parallel_size={engine_ranks}", "rollout.max_num_seqs=16"]
+    wanted += ["rollout.sync_bucket_mib=1", "rollout.sync_checksums=true"]
+    wanted += ["rollout.temperature=0.7", "rollout.samples_per_prompt=6"]
+    config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), wanted)
+    assert isinstance(config, RLVRConfig)
+    groups.initialize(config.parallel, seed=1)
+    from prism_megatron.rollout.child import ChildEngine, EngineDied
+    from prism_megatron.stages.rollouts import sample_responses, start_engine
+    from prism_megatron.stages.setup import load_processor
+
+    rows, processor = read_rlvr(Path(data))[:PROMPTS], load_processor(config)
+    engine = start_engine(config, Path(checkpoint))
+    assert isinstance(engine, ChildEngine)
+    measured: dict[str, Any] = train(config, engine, processor, rows)
+    measured["no_rows"] = sample_responses(engine, processor, [], 0, config)
+
+    if engine._processes is not None:  # how long a machine takes for its first batches, nobody can say
+        engine._processes._config = replace(engine._processes._config, timeout_seconds=1.0)
+        for process in processes():
+            process.send_signal(signal.SIGSTOP)
+    try:
+        sample_responses(engine, processor, rows, 0, config)
+    except EngineDied as death:
+        measured["second_death"] = str(death)
+    Path(folder, f"measured_{os.environ['RANK']}.json").write_text(json.dumps(measured))
+    groups.shutdown()
+
+
+def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[str, Any]:
+    """Two iterations; in the second the rows are sampled twice, and the engine is killed the second time.
+
+    Each trains on what was sampled last, where the step refuses rollouts of any but the current weights.
+    """
+    from prism_megatron.observe import metrics as names
+    from prism_megatron.stages.policy import policy_gradient_step, policy_objective
+    from prism_megatron.stages.rollouts import push_weights, sample_responses
+    from prism_megatron.stages.setup import load_policy
+
+    policy, objective = load_policy(config), policy_objective(config, "grpo")
+    measured: dict[str, Any] = {"versions": [], "differences": []}
+    for iteration in range(2):
+        push_weights(engine, policy, iteration, config.rollout)
+        samples = sample_responses(engine, processor, rows, iteration, config)
+        if iteration == 1:
+            with engine_killed_at_work():
+                again = sample_responses(engine, processor, rows, iteration, config)
+            measured["same_when_killed"] = [s.rollout for s in again] == [s.rollout for s in samples]
+            samples = again
+        measured["versions"].append(sorted({sample.rollout.policy_version for sample in samples}))
+        advantages = [float((-1) ** number) for number in range(len(samples))]
+        step = policy_gradient_step(policy, None, samples, advantages, processor, objective, config, 1e-2)
+        measured["differences"].append(step[names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF])
+    return measured
+
+
+@contextmanager
+def engine_killed_at_work() -> Iterator[None]:
+    """Kill a process of the engine, as the system does that is out of memory, once it has worked for a while."""
+    found = processes()
+    if not found:
+        yield
+        return
+
+    def kill(victim: psutil.Process) -> None:
+        began = victim.cpu_times().user
+        while victim.cpu_times().user < began + 0.3:
+            time.sleep(0.01)
+        victim.kill()
+
+    killer = threading.Thread(target=kill, args=(found[-1],))
+    killer.start()
+    yield
+    killer.join()
+
+
+def processes() -> list[psutil.Process]:
+    """Of the engine that this rank owns."""
+    return [child for child in psutil.Process().children() if "prism_megatron.rollout.child" in child.cmdline()]
+
+
+if __name__ == "__main__":
+    main()
