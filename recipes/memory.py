@@ -9,7 +9,8 @@ never on a GPU. Assumed:
   micro-batches as there are pipeline stages; flash attention; experts take 1.5 times their even share
   (``recipes/activations.py``);
 - layers are recomputed one at a time where ``model.recompute`` says so, the vision tower never;
-- the rollout engine keeps its share of the GPU for good; weights are pushed when no activations are held;
+- the rollout engine has ``rollout.gpu_memory_utilization`` of the GPU, for good, or with ``rollout.sleep_level`` while
+  it is awake, and ``_ASLEEP`` else; weights are pushed when no activations are held, to an engine that is awake;
 - ``_RESERVED`` for the CUDA context, NCCL's buffers and what the allocator cannot use.
 """
 
@@ -40,6 +41,7 @@ from recipes.activations import Load, activation_bytes, full_load
 GPU_BYTES = 80e9
 _RESERVED = 4e9
 _ENGINE_OVERHEAD = 3e9  # vLLM's activations
+_ASLEEP = 2e9  # what vLLM holds outside the memory that it can give back
 _ENGINE_SEQUENCES = 4  # of full length, that the key-value cache should hold at least
 _PART = re.compile(r"(?:decoder|vision)\.layers\.(\d+)\.")
 PUBLISHED = Path(__file__).parent / "published"
@@ -47,22 +49,38 @@ PUBLISHED = Path(__file__).parent / "published"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank. ``transient`` is the larger of activations with logits, and a push of the weights."""
+    """Bytes on the fullest rank.
+
+    ``activations`` are with logits, ``push`` is held while weights go to the engine; never both. ``engine`` is its
+    share while awake, ``asleep`` what it keeps while activations are held, all of it if it does not sleep.
+    """
 
     weights: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
-    transient: float = 0.0
+    activations: float = 0.0
+    push: float = 0.0
     engine: float = 0.0
+    asleep: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.transient + self.engine + _RESERVED
+        for_good = self.weights + self.gradients + self.optimizer + _RESERVED
+        return for_good + max(self.activations + self.asleep, self.push + self.engine)
+
+    def check(self) -> None:
+        """Raises ValueError where trainer and engine do not fit a GPU together."""
+        if self.total > GPU_BYTES:
+            raise ValueError(
+                f"the fullest GPU needs {self.total / 1e9:.0f} GB of {GPU_BYTES / 1e9:.0f}:\n{self.table()}\n"
+                "lower rollout.gpu_memory_utilization or max_tokens_per_microbatch, raise a parallel degree, or set "
+                "rollout.sleep_level=1"
+            )
 
     def table(self) -> str:
         rows = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
         rows += [("reserved", _RESERVED), ("total", self.total), ("of", GPU_BYTES)]
-        return "\n".join(f"{name:10s} {value / 1e9:6.1f} GB" for name, value in rows)
+        return "\n".join(f"{name:11s} {value / 1e9:6.1f} GB" for name, value in rows)
 
 
 def estimate(
@@ -83,8 +101,9 @@ def stage_estimates(
     parallel = config.parallel
     check_layout(config, world_size, policy, dense_discriminator)
     engine = _engine_bytes(config, policy)
+    asleep = min(_ASLEEP, engine) if config.rollout.sleep_level else engine
     if isinstance(config, CollectConfig):
-        return [Memory(engine=engine)]
+        return [Memory(engine=engine, asleep=engine)]
     parts: list[_Part] = []
     if not isinstance(config, WarmupConfig):
         parts.append(_Part(policy_table(policy), policy, config.model.freeze, config.optimizer))
@@ -98,11 +117,10 @@ def stage_estimates(
     stages = []
     for stage in range(parallel.pipeline_model_parallel_size):
         resident = [_resident(part, config, stage, world_size) for part in parts]
-        transient = max(_activations(part, config, stage, load) for part in parts)
-        if isinstance(config, PolicyGradientConfig):
-            transient = max(transient, _push(policy))
+        activations = max(_activations(part, config, stage, load) for part in parts)
+        push = _push(policy) if isinstance(config, PolicyGradientConfig) else 0.0
         weights, gradients, optimizer = (sum(column) for column in zip(*resident, strict=True))
-        stages.append(Memory(weights, gradients, optimizer, transient, engine))
+        stages.append(Memory(weights, gradients, optimizer, activations, push, engine, asleep))
     return stages
 
 

@@ -12,7 +12,7 @@ from prism_megatron.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConf
 from prism_megatron.model.build import HFSizes
 from recipes import STAGE_RECIPES, qwen3_vl, shape_of, stage_recipe
 from recipes.layouts import SIZES
-from recipes.memory import GPU_BYTES, check_layout, estimate, published_sizes
+from recipes.memory import GPU_BYTES, Memory, check_layout, estimate, published_sizes
 from recipes.qwen3_vl import ALGORITHMS, PRECISIONS, RECIPES
 
 
@@ -105,6 +105,25 @@ def test_a_layout_that_cannot_work_is_refused(change: str, message: str, sizes: 
     config = apply_overrides(qwen3_vl.align("8b", "bf16"), [change])
     with pytest.raises(ValueError, match=message):
         estimate(config, 16, sizes["8b"], sizes["2b"])
+
+
+def test_trainer_and_engine_share_a_gpu_or_are_refused(sizes: dict[str, HFSizes]) -> None:
+    """An engine that sleeps leaves its share to the activations, so that more fits; awake it needs all of it."""
+
+    def memory(*overrides: str) -> Memory:
+        config = apply_overrides(qwen3_vl.rlvr_grpo("8b", "bf16"), overrides)
+        return estimate(config, 8, sizes["8b"], sizes["2b"])
+
+    stays, sleeps = (memory(f"rollout.sleep_level={level}", "max_tokens_per_microbatch=60000") for level in (0, 1))
+    assert stays.activations > stays.push
+    assert stays.total - sleeps.total == pytest.approx(
+        min(stays.engine - sleeps.asleep, stays.activations - stays.push)
+    )
+    greedy = memory("rollout.sleep_level=1", "rollout.gpu_memory_utilization=0.95")
+    with pytest.raises(
+        ValueError, match=r"needs \d+ GB of 80(?s:.)*engine +76.0 GB(?s:.)*lower rollout.gpu_memory_util"
+    ):
+        greedy.check()
 
 
 def test_more_replicas_need_no_more_than_fewer(sizes: dict[str, HFSizes]) -> None:
