@@ -42,10 +42,19 @@ prism_at_exit() {
   local console=$(ls $PRISM_CONSOLE 2>/dev/null | head -n1)
   [ -z "$PRISM_CONSOLE" ] || [ -z "$console" ] || cat "$report" >>"$console"
   # A job that was cancelled is not running any more, and must not come back.
-  if [ $again = yes ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+  if [ $again = yes ] && [ "$(prism_ask squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    prism_ask scontrol requeue "$SLURM_JOB_ID" || echo "prism: the job could not be put back; submit it again"
   fi
   exit "$status"
+}
+
+prism_ask() { # COMMAND...: a controller that is busy or restarting does not answer at once
+  local try
+  for try in 1 2 3 4 5; do
+    "$@" && return
+    sleep $((2 * try))
+  done
+  return 1
 }
 
 prism_again() { # KIND LIMIT: count one more, true while it is within the limit

@@ -31,7 +31,7 @@ while kill -0 $rank 2>/dev/null; do # a trap ends wait before the rank ends
 done
 if [ $status -ne 0 ]; then
   what=failed
-  [ $told = no ] || what=stopped
+  case $told$status in yes75 | yes143) what=stopped ;; esac # saved, or ended while it still had nothing to save
   # Others fail because this one did: only the first may write.
   (set -o noclobber; echo "$what $RANK $(hostname) $LOCAL_RANK $status" >"$PRISM_LOGS/first_end") 2>/dev/null
 fi
