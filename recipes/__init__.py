@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prism_megatron.config import StageConfig
 from recipes import qwen3_vl, tiny
@@ -24,8 +24,12 @@ def stage_recipe(name: str) -> Callable[[], StageConfig]:
     """Raises ValueError for an unknown name, with the nearest ones that exist."""
     if name in STAGE_RECIPES:
         return STAGE_RECIPES[name]
-    near = difflib.get_close_matches(name, STAGE_RECIPES, n=3)
-    raise ValueError(f"unknown recipe {name!r}; {f'there are {", ".join(near)}' if near else '--help lists them all'}")
+    raise ValueError(f"unknown recipe {name!r}; {nearest(name, STAGE_RECIPES)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"there are {', '.join(near)}" if near else "--help lists them all"
 
 
 def shape_of(name: str) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 ROOT = Path(__file__).resolve().parents[1]
-_SECRET = re.compile(r"token|secret|password|credential|api_?key", re.IGNORECASE)
+_SECRET = re.compile(r"\w*(?:token|secret|password|credential|api_?key)\w*", re.IGNORECASE)
+_ASSIGNED_SECRET = re.compile(rf"({_SECRET.pattern})=(?!\$)", re.IGNORECASE)
 
 
 @dataclass
@@ -60,20 +63,20 @@ def read_cluster(path: Path) -> ClusterConfig:
         raise ValueError(f"no cluster file {path}; slurm/clusters/ has examples")
     try:
         cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(path)))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(cluster, ClusterConfig)
-    if secrets := [name for name in cluster.environment if _SECRET.search(name)]:
-        raise ValueError(
-            f"{path}: environment would write {secrets[0]} into a script; name it in pass_environment instead"
-        )
+    secrets = [name for name in cluster.environment if _SECRET.fullmatch(name)]
+    secrets += [found[1] for line in cluster.setup if (found := _ASSIGNED_SECRET.search(line))]
+    if secrets:
+        raise ValueError(f"{path} would write {secrets[0]} into a script; name it in pass_environment instead")
     if unset := [name for name in cluster.pass_environment if name not in os.environ and not cluster.ssh.host]:
         raise ValueError(f"{path}: pass_environment names {unset[0]}, which is not set here; export it first")
     return cluster
 
 
 def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stage_dir: Path) -> Any:
-    """NeMo-Run's executor of one stage's job. The script tells crash from preemption itself (slurm/job.sh)."""
+    """A NeMo-Run Config of one stage's executor. The script tells crash from preemption itself (slurm/job.sh)."""
     run = nemo_run()
     gpus = cluster.gpus_per_node
     if gpus and ranks_per_node != gpus:
@@ -83,7 +86,8 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
     if not cluster.container_image and (clashing := [path for path in paths if "/nemo_run" in path]):
         raise ValueError(f"NeMo-Run cannot work in {clashing[0]}: no path may contain /nemo_run; rename that folder")
     folders = ("prism_megatron", "recipes", "slurm", "tools")
-    return run.SlurmExecutor(
+    return run.Config(
+        run.SlurmExecutor,
         account=cluster.account,
         partition=cluster.partition,
         job_name_prefix="prism.",
@@ -99,12 +103,32 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
         container_mounts=list(cluster.container_mounts),
         container_env=list(cluster.pass_environment) or None,
         srun_args=list(cluster.srun) or None,
-        setup_lines="\n".join(_setup_lines(cluster, stage_dir)),
-        packager=run.PatternPackager(
-            include_pattern=[str(ROOT / folder) for folder in folders], relative_path=[str(ROOT)] * len(folders)
+        setup_lines=setup_lines(cluster, stage_dir),
+        packager=run.Config(
+            run.PatternPackager,
+            include_pattern=[str(ROOT / folder) for folder in folders],
+            relative_path=[str(ROOT)] * len(folders),
         ),
         tunnel=_tunnel(run, cluster),
         poll_estimated_start_time=False,
+    )
+
+
+def local_executor(ranks: int) -> Any:
+    """A NeMo-Run Config of torchrun on this machine."""
+    run = nemo_run()
+    # torchrun and python by their bare names: those of this environment, activated or not.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    return run.Config(
+        run.LocalExecutor,
+        ntasks_per_node=ranks,
+        launcher="torchrun",
+        env_vars={
+            "OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1)),
+            "PYTHONPATH": os.getcwd(),
+            "PYTHONWARNINGS": "ignore",
+            "LOGLEVEL": "WARNING",  # torchrun's own
+        },
     )
 
 
@@ -124,7 +148,8 @@ def nemo_run() -> Any:
     return run
 
 
-def _setup_lines(cluster: ClusterConfig, stage_dir: Path) -> list[str]:
+def setup_lines(cluster: ClusterConfig, stage_dir: Path) -> str:
+    """What the script does before its srun."""
     exports = {
         **cluster.environment,
         "PRISM_STAGE_DIR": str(stage_dir),
@@ -133,18 +158,20 @@ def _setup_lines(cluster: ClusterConfig, stage_dir: Path) -> list[str]:
         "PRISM_MAX_PREEMPTIONS": str(cluster.max_preemptions),
     }
     # The job's folder is known to SLURM only: NeMo-Run names it when it submits.
-    output = "$(scontrol show job $SLURM_JOB_ID | sed -n 's/^ *StdOut=//p')"
-    return [
+    output = "$(scontrol show job $SLURM_JOB_ID | sed -n 's/^ *StdOut=//p' | grep .)"
+    lines = [
         *cluster.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-        f"job_dir=$(dirname {output})",
+        f"until output={output}; do sleep 2; done",
+        "job_dir=$(dirname $output)",
         'export PRISM_CONSOLE="$job_dir/log-*_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"',
-        "source $job_dir/code/slurm/job.sh",
+        "source $job_dir/code/slurm/job.sh || exit 1",
     ]
+    return "\n".join(lines)
 
 
 def _tunnel(run: Any, cluster: ClusterConfig) -> Any:
     ssh = cluster.ssh
     if not ssh.host:
-        return run.LocalTunnel(job_dir="")
-    return run.SSHTunnel(host=ssh.host, user=ssh.user, job_dir=ssh.job_dir, identity=ssh.identity or None)
+        return run.Config(run.LocalTunnel, job_dir="")
+    return run.Config(run.SSHTunnel, host=ssh.host, user=ssh.user, job_dir=ssh.job_dir, identity=ssh.identity or None)

@@ -2,9 +2,10 @@
 
     python -m recipes.launch NAME [--executor local|slurm] [--cluster FILE] [--dryrun] [--detach] [--estimate] [K=V ...]
 
-A recipe takes key=value, a pipeline stage.key=value (rlvr.run.train_iters=40). tiny_pipeline is SFT, collection,
-warm-up, alignment and RLVR; tiny_study is that with three seeds, each beside RLVR straight after SFT, here only. Stages
-that are finished are skipped, one that was interrupted goes on from its last checkpoint.
+A recipe takes key=value, a pipeline stage.key=value (rlvr.run.train_iters=40). A pipeline is SFT, collection, warm-up,
+alignment and RLVR, each from the checkpoint of the one before; tiny_study is the tiny one with three seeds, each beside
+RLVR straight after SFT, here only. Stages that are finished are skipped, one that was interrupted goes on from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -19,14 +20,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import fiddle
 import psutil
 
-from prism_megatron.config import apply_overrides, stage_dir
-from recipes import STAGE_RECIPES, shape_of, stage_recipe
-from recipes.cluster import ClusterConfig, nemo_run, rank_command, read_cluster, slurm_executor
-from recipes.pipeline import Step, baseline_step, collect_results, tiny_steps, write_study
+from prism_megatron.config import stage_dir
+from recipes import STAGE_RECIPES, nearest, shape_of
+from recipes.cluster import ClusterConfig, local_executor, nemo_run, rank_command, read_cluster, slurm_executor
+from recipes.pipeline import (
+    PRODUCTION_PIPELINES,
+    Step,
+    baseline_step,
+    collect_results,
+    production_steps,
+    tiny_steps,
+    write_study,
+)
 
-PIPELINES = ("tiny_pipeline", "tiny_study")
+PIPELINES = ("tiny_pipeline", "tiny_study", *PRODUCTION_PIPELINES)
 STUDY_SEEDS = (1, 2, 3)
 
 
@@ -45,20 +55,20 @@ def main() -> int:
     parser.add_argument("--cluster", type=Path, help="cluster file for slurm; examples in slurm/clusters/")
     parser.add_argument("--dryrun", action="store_true", help="print the scripts, submit nothing")
     parser.add_argument("--detach", action="store_true", help="submit and leave")
-    parser.add_argument("--estimate", action="store_true", help="print a recipe's need of GPU memory, run nothing")
+    parser.add_argument("--estimate", action="store_true", help="print the need of GPU memory, run nothing")
     arguments = parser.parse_intermixed_args()  # overrides may follow options
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop if arguments.executor == "local" else signal.SIG_DFL)
     name, run_name = arguments.name, arguments.run_name or arguments.name
     try:
         if arguments.estimate:
-            return print_estimate(name, arguments.overrides)
+            return print_estimate(steps_of(name, run_name, arguments.overrides))
         if arguments.executor == "slurm":
             if arguments.cluster is None:
                 raise ValueError("--executor slurm needs --cluster FILE; slurm/clusters/ has examples")
-            steps, prepare = steps_of(name, run_name, arguments.overrides)
+            steps = steps_of(name, run_name, arguments.overrides)
             cluster = read_cluster(arguments.cluster)
-            if prepare and not arguments.dryrun:
+            if name == "tiny_pipeline" and not arguments.dryrun:
                 _prepare(Path("runs") / run_name, seed=1)
             return submit(name, steps, cluster, arguments.dryrun, arguments.detach)
         return launch(name, run_name, arguments.overrides, arguments.ranks)
@@ -67,14 +77,21 @@ def main() -> int:
         return 2
 
 
-def steps_of(name: str, run_name: str, overrides: Sequence[str]) -> tuple[list[Step], bool]:
-    """The steps of a pipeline or of a lone recipe, all checked, and whether they need the built-in data."""
-    steps = tiny_steps(run_name, overrides) if name == "tiny_pipeline" else [Step(name, name, tuple(overrides))]
+def steps_of(name: str, run_name: str, overrides: Sequence[str]) -> list[Step]:
+    """The steps of a pipeline or of a lone recipe. Raises ValueError for an unknown name or a bad override."""
     if name == "tiny_study":
         raise ValueError("tiny_study runs here only; submit tiny_pipeline with stage.run.seed=N for each seed")
+    if name == "tiny_pipeline":
+        steps = tiny_steps(run_name, overrides)
+    elif name in PRODUCTION_PIPELINES:
+        steps = production_steps(name, run_name, overrides)
+    elif name in STAGE_RECIPES:
+        steps = [Step(name, name, tuple(overrides))]
+    else:
+        raise ValueError(f"unknown recipe or pipeline {name!r}; {nearest(name, [*PIPELINES, *STAGE_RECIPES])}")
     for step in steps:
         step.config()  # refuse a bad override before anything runs
-    return steps, name == "tiny_pipeline"
+    return steps
 
 
 def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bool, detach: bool) -> int:
@@ -85,7 +102,7 @@ def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bo
     with run.Experiment(title, base_dir=os.environ["NEMORUN_HOME"]) as experiment:
         for step in unfinished:
             nodes, ranks = shape_of(step.recipe) or (cluster.nodes, cluster.ranks_per_node)
-            executor = slurm_executor(cluster, nodes, ranks, stage_dir(step.config()))
+            executor = fiddle.build(slurm_executor(cluster, nodes, ranks, stage_dir(step.config())))
             command = rank_command(step.recipe, step.overrides)
             before = [experiment.add(command, executor=executor, name=step.name, dependencies=before)]
         if dryrun:
@@ -96,37 +113,46 @@ def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bo
         return 0
     left = [step for step in unfinished if not _finished(step)]
     if left:
-        print(f"{left[0].name} did not finish; why is at the end of {stage_dir(left[0].config())}/logs/*/*/report.txt")
+        _tell_why(left[0])
     return 1 if left else 0
 
 
-def print_estimate(name: str, overrides: Sequence[str]) -> int:
-    """A production recipe's memory on its fullest GPU. Raises ValueError where that is more than there is."""
-    from recipes.memory import estimate, published_sizes
-    from recipes.qwen3_vl import RECIPES, size_of
+def _tell_why(step: Step) -> None:
+    """The report of the step's last start, which ends with the traceback of the first rank to fail."""
+    logs = stage_dir(step.config()) / "logs"
+    print(f"{step.name} did not finish; why is at the end of {logs}/*/*/report.txt")
+    if reports := sorted(logs.glob("*/*/report.txt"), key=lambda path: path.stat().st_mtime):
+        print(reports[-1].read_text(), end="", flush=True)
 
-    shape = shape_of(name)
-    if name not in RECIPES or shape is None:
-        raise ValueError(f"--estimate is for recipes of published sizes, not {name!r}; --help lists them")
-    config = apply_overrides(stage_recipe(name)(), overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        policy, discriminator = (published_sizes(size, Path(folder)) for size in (size_of(name), "2b"))
-    memory = estimate(config, shape[0] * shape[1], policy, discriminator)
-    memory.check()
-    print(memory.table())
+
+def print_estimate(steps: Sequence[Step]) -> int:
+    """Memory on the fullest GPU of each step. Raises ValueError at the first where that is more than there is."""
+    from recipes.memory import estimate, published_sizes
+    from recipes.qwen3_vl import size_of
+
+    for step in steps:
+        shape = shape_of(step.recipe)
+        if shape is None:
+            raise ValueError(f"--estimate is for recipes of published sizes, not {step.recipe!r}; --help lists them")
+        with tempfile.TemporaryDirectory() as folder:
+            policy, discriminator = (published_sizes(size, Path(folder)) for size in (size_of(step.recipe), "2b"))
+        memory = estimate(step.config(), shape[0] * shape[1], policy, discriminator)
+        print(step.recipe)
+        memory.check()
+        print(memory.table())
     return 0
 
 
 def launch(name: str, run_name: str, overrides: Sequence[str], ranks: int) -> int:
     """Run every unfinished step of the pipeline in order, here; returns the exit status."""
-    if name in STAGE_RECIPES:
-        (step,), _ = steps_of(name, run_name, overrides)
-        run_locally(step, ranks)
-        return 0 if _finished(step) else 1
-    if name not in PIPELINES:
-        raise ValueError(f"unknown pipeline {name!r}; there are {', '.join(PIPELINES)}, and the recipes of --help")
-    if name == "tiny_pipeline":
-        return run_steps(run_name, tiny_steps(run_name, overrides), ranks)
+    if name in PRODUCTION_PIPELINES:
+        raise ValueError(f"{name} is for SLURM: its stages take different numbers of GPUs; give --executor slurm")
+    if name != "tiny_study":
+        steps = steps_of(name, run_name, overrides)
+        if name == "tiny_pipeline":
+            return run_steps(run_name, steps, ranks)
+        run_locally(steps[0], ranks)
+        return 0 if _finished(steps[0]) else 1
     runs = []
     for seed in STUDY_SEEDS:
         seed_name = f"{run_name}/seed{seed}"
@@ -162,23 +188,10 @@ def run_steps(name: str, steps: Sequence[Step], ranks: int, seed: int = 1) -> in
 
 def run_locally(step: Step, ranks: int) -> None:
     """One stage through NeMo-Run's LocalExecutor and torchrun, its output on this terminal."""
-    # torchrun and python by their bare names: those of this environment, activated or not.
-    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     run = nemo_run()
-    threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
-    executor = run.LocalExecutor(
-        ntasks_per_node=ranks,
-        launcher="torchrun",
-        env_vars={
-            "OMP_NUM_THREADS": str(threads),
-            "PYTHONPATH": os.getcwd(),
-            "PYTHONWARNINGS": "ignore",
-            "LOGLEVEL": "WARNING",  # torchrun's own
-        },
-    )
     task = run.Script(path="prism_megatron.train", m=True, entrypoint="python", args=[step.recipe, *step.overrides])
     with run.Experiment(step.name, base_dir=os.environ["NEMORUN_HOME"]) as experiment:
-        experiment.add(task, executor=executor, name=step.name, tail_logs=True)
+        experiment.add(task, executor=fiddle.build(local_executor(ranks)), name=step.name, tail_logs=True)
         experiment.run(tail_logs=True)
 
 

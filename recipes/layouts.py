@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from prism_megatron.config import ParallelConfig
 
 SIZES = ("2b", "4b", "8b", "32b", "30b_a3b", "235b_a22b")
-STAGES = ("sft", "collect", "warmup", "align", "rlvr")
 GPUS_PER_NODE = 8
 VISION = ("vision", "merger")
 
@@ -44,7 +43,7 @@ class Layout:
         )
 
 
-LAYOUTS: dict[tuple[str, str], Layout] = {
+_BF16: dict[tuple[str, str], Layout] = {
     ("sft", "2b"): Layout(1, tp=1),
     ("sft", "4b"): Layout(1, tp=1),
     ("sft", "8b"): Layout(1, tp=2),
@@ -71,3 +70,17 @@ LAYOUTS: dict[tuple[str, str], Layout] = {
     ("rlvr", "30b_a3b"): Layout(4, tp=4, ep=8, engine=(4, 0.3)),
     ("rlvr", "235b_a22b"): Layout(32, tp=4, pp=8, cp=4, ep=16, engine=(16, 0.44), first_and_last=11, freeze=VISION),
 }
+
+# FP8 adds rounded copies of the weights. What is not here does not fit, trains nothing, or is too small to gain.
+_SAME = (
+    *(("sft", size) for size in ("8b", "32b", "30b_a3b", "235b_a22b")),
+    *(("align", size) for size in ("8b", "30b_a3b")),
+    *(("rlvr", size) for size in ("8b", "235b_a22b")),
+)
+_FP8 = {stage_and_size: _BF16[stage_and_size] for stage_and_size in _SAME} | {
+    ("align", "32b"): Layout(4, tp=8, pp=2, ep=4, engine=(8, 0.25)),
+    ("rlvr", "32b"): Layout(4, tp=8, pp=2, engine=(8, 0.3)),
+    ("rlvr", "30b_a3b"): Layout(4, tp=4, pp=2, ep=8, engine=(4, 0.3)),
+}
+
+LAYOUTS = {"bf16": _BF16, "fp8": _FP8}  # by precision, then by stage and size

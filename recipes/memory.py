@@ -8,6 +8,8 @@ never on a GPU. Assumed:
 - a full micro-batch, half of it image tokens, each of four patches; one-forward-one-backward keeps as many
   micro-batches as there are pipeline stages; flash attention; experts take 1.5 times their even share
   (``recipes/activations.py``);
+- with FP8, a second and a third copy of the decoder's linear weights, one byte each: rounded, and that transposed;
+  activations are counted as in BF16;
 - layers are recomputed one at a time where ``model.recompute`` says so, the vision tower never;
 - the rollout engine has ``rollout.gpu_memory_utilization`` of the GPU, for good, or with ``rollout.sleep_level`` while
   it is awake, and ``_ASLEEP`` else; weights are pushed when no activations are held, to an engine that is awake;
@@ -35,6 +37,7 @@ from prism_megatron.config import (
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
 from prism_megatron.model.build import HFSizes, read_sizes
+from prism_megatron.model.fp8 import check_sizes
 from prism_megatron.parallel.groups import check_degrees
 from recipes.activations import Load, activation_bytes, full_load
 
@@ -43,6 +46,8 @@ _RESERVED = 4e9
 _ENGINE_OVERHEAD = 3e9  # vLLM's activations
 _ASLEEP = 2e9  # what vLLM holds outside the memory that it can give back
 _ENGINE_SEQUENCES = 4  # of full length, that the key-value cache should hold at least
+_FP8_COPIES = 2  # bytes
+_LINEAR = re.compile(r"decoder\..*linear_(?:qkv|proj|fc1|fc2)\.weight")
 _PART = re.compile(r"(?:decoder|vision)\.layers\.(\d+)\.")
 PUBLISHED = Path(__file__).parent / "published"
 
@@ -100,25 +105,26 @@ def stage_estimates(
     """Of each pipeline stage."""
     parallel = config.parallel
     check_layout(config, world_size, policy, dense_discriminator)
-    engine = _engine_bytes(config, policy)
+    table = policy_table(policy)
+    engine = _engine_bytes(config, policy, table)
     asleep = min(_ASLEEP, engine) if config.rollout.sleep_level else engine
     if isinstance(config, CollectConfig):
         return [Memory(engine=engine, asleep=engine)]
     parts: list[_Part] = []
     if not isinstance(config, WarmupConfig):
-        parts.append(_Part(policy_table(policy), policy, config.model.freeze, config.optimizer))
+        parts.append(_Part(table, policy, config.model.freeze, config.optimizer))
     if isinstance(config, WarmupConfig | AlignConfig):
         wanted = config.discriminator
         heads = 2 if wanted.experts == "dedicated" else 1
-        table = discriminator_table(dense_discriminator, wanted.num_experts, heads)
+        scorer = discriminator_table(dense_discriminator, wanted.num_experts, heads)
         upcycled = _upcycled(dense_discriminator, wanted.num_experts, wanted.topk)
         optimizer = config.optimizer if isinstance(config, WarmupConfig) else config.discriminator_optimizer
-        parts.append(_Part(table, upcycled, wanted.freeze, optimizer))
+        parts.append(_Part(scorer, upcycled, wanted.freeze, optimizer))
     stages = []
     for stage in range(parallel.pipeline_model_parallel_size):
         resident = [_resident(part, config, stage, world_size) for part in parts]
         activations = max(_activations(part, config, stage, load) for part in parts)
-        push = _push(policy) if isinstance(config, PolicyGradientConfig) else 0.0
+        push = _push(table) if isinstance(config, PolicyGradientConfig) else 0.0
         weights, gradients, optimizer = (sum(column) for column in zip(*resident, strict=True))
         stages.append(Memory(weights, gradients, optimizer, activations, push, engine, asleep))
     return stages
@@ -129,9 +135,11 @@ def check_layout(config: StageConfig, world_size: int, policy: HFSizes, dense_di
     parallel, experts = config.parallel, policy.num_experts
     if isinstance(config, WarmupConfig | AlignConfig):
         check_degrees(parallel, world_size, dense_discriminator.degrees(config.discriminator.num_experts))
+        check_sizes(config.model, parallel, dense_discriminator, upcycled=True)
         experts = experts or config.discriminator.num_experts  # a dense policy has nothing to cut
     if not isinstance(config, WarmupConfig):
         check_degrees(parallel, world_size, policy.degrees(experts))
+        check_sizes(config.model, parallel, policy)
     replicas = world_size // (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     )
@@ -173,14 +181,18 @@ def _resident(part: _Part, config: StageConfig, stage: int, world_size: int) -> 
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     replicas = {False: world_size // (tp * pp), True: world_size // (experts * pp)}
+    layers = decoder_layers(part.sizes, parallel)
+    stage_of_layer = [number for number, count in enumerate(layers) for _ in range(count)]
     weights = gradients = optimizer = 0.0
     of_weight, of_state = (4, 8) if config.model.precision == "fp32" else (2, 12)
     for rule in part.table:
-        if stage not in _stages_of(rule, part.sizes, parallel):
+        if stage not in _stages_of(rule, stage_of_layer):
             continue
         is_expert = rule.expert is not None
         count = rule.numel / (experts if is_expert else tp if rule.layout.axis is not None else 1)
         weights += of_weight * count
+        if config.model.precision == "fp8" and _LINEAR.fullmatch(rule.megatron):
+            weights += _FP8_COPIES * count
         if _is_frozen(rule, part.freeze):
             continue
         gradients += 4 * count
@@ -188,16 +200,15 @@ def _resident(part: _Part, config: StageConfig, stage: int, world_size: int) -> 
     return weights, gradients, optimizer
 
 
-def _stages_of(rule: Rule, sizes: HFSizes, parallel: ParallelConfig) -> set[int]:
-    last = parallel.pipeline_model_parallel_size - 1
+def _stages_of(rule: Rule, stage_of_layer: Sequence[int]) -> set[int]:
+    last = stage_of_layer[-1]
     if rule.megatron.startswith(("vision.", "embedding.")):
         return {0}
     found = _PART.match(rule.megatron)
     if found is None:
         # The head of the model; a tied one is the embedding itself where there is but one stage.
         return {last} if last or not rule.tied else set()
-    bounds = [sum(decoder_layers(sizes, parallel)[: stage + 1]) for stage in range(last + 1)]
-    return {next(stage for stage, bound in enumerate(bounds) if int(found[1]) < bound)}
+    return {stage_of_layer[int(found[1])]}
 
 
 def decoder_layers(sizes: HFSizes, parallel: ParallelConfig) -> list[int]:
@@ -220,12 +231,12 @@ def _activations(part: _Part, config: StageConfig, stage: int, load: Load | None
     return activation_bytes(config, part.sizes, part.freeze, stage, layers, load or full_load(config, part.sizes))
 
 
-def _push(policy: HFSizes) -> float:
+def _push(table: Sequence[Rule]) -> float:
     """The largest HF tensor, gathered and put together."""
-    return 2 * 2 * max(max(math.prod(shape) for shape in rule.shapes) for rule in policy_table(policy))
+    return 2 * 2 * max(max(math.prod(shape) for shape in rule.shapes) for rule in table)
 
 
-def _engine_bytes(config: StageConfig, policy: HFSizes) -> float:
+def _engine_bytes(config: StageConfig, policy: HFSizes, table: Sequence[Rule]) -> float:
     """The rollout engine's share, which must hold its weights and a few responses of full length."""
     if not isinstance(config, PolicyGradientConfig | CollectConfig) and not config.eval.num_questions:
         return 0.0
@@ -233,7 +244,7 @@ def _engine_bytes(config: StageConfig, policy: HFSizes) -> float:
     ranks = rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
     groups = max(text["num_key_value_heads"] // ranks, 1)
     cache = 2 * 2 * text["num_hidden_layers"] * groups * text["head_dim"] * rollout.max_model_len
-    weights = 2 * sum(rule.numel for rule in policy_table(policy) if not rule.tied) / ranks
+    weights = 2 * sum(rule.numel for rule in table if not rule.tied) / ranks
     needed = weights + _ENGINE_SEQUENCES * cache + _ENGINE_OVERHEAD
     share = rollout.gpu_memory_utilization * GPU_BYTES
     if needed > share:

@@ -6,15 +6,35 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prism_megatron import config as cfg
-from recipes import STAGE_RECIPES
+from recipes import stage_recipe
+from recipes.layouts import LAYOUTS, SIZES
+from recipes.qwen3_vl import ALGORITHMS, recipe_name
 
 BASELINE = "rlvr_only"  # what a study sets beside the method: RLVR straight after SFT
+
+
+def _production_stages(algorithm: str, size: str, precision: str) -> dict[str, str]:
+    """Recipe of each stage; what is never in FP8 is in BF16."""
+    families = {stage: stage for stage in ("sft", "collect", "warmup", "align")} | {"rlvr": f"rlvr_{algorithm}"}
+    return {
+        stage: recipe_name(family, size, precision if (stage, size) in LAYOUTS[precision] else "bf16")
+        for stage, family in families.items()
+    }
+
+
+PRODUCTION_PIPELINES = {
+    f"pipeline_{algorithm}_qwen3_vl_{size}_h100_{precision}": _production_stages(algorithm, size, precision)
+    for precision, layouts in LAYOUTS.items()
+    for algorithm in ALGORITHMS
+    for size in SIZES
+    if all((stage, size) in layouts for stage in ("sft", "align", "rlvr"))
+}
 
 
 @dataclass(frozen=True)
@@ -26,38 +46,46 @@ class Step:
     overrides: tuple[str, ...]
 
     def config(self) -> cfg.StageConfig:
-        return cfg.apply_overrides(STAGE_RECIPES[self.recipe](), self.overrides)
+        return cfg.apply_overrides(stage_recipe(self.recipe)(), self.overrides)
 
 
 def tiny_steps(name: str, extra: Sequence[str] = (), seed: int = 1) -> list[Step]:
-    """SFT -> collect -> warm-up -> alignment -> RLVR under ``runs/<name>``, one checkpoint lineage."""
+    """The tiny recipes under ``runs/<name>``, data and base model included."""
     root = f"runs/{name}"
-    data = f"{root}/data"
-    heldout = f"eval.data={data}/heldout.parquet"
-    wiring = {
-        "sft": (f"model.hf_checkpoint={root}/base", f"data={data}/sft.jsonl", heldout),
+    heldout, seeded = f"eval.data={root}/data/heldout.parquet", f"run.seed={seed}"
+    own = {
+        "sft": (seeded, f"model.hf_checkpoint={root}/base", f"data={root}/data/sft.jsonl", heldout),
         "collect": (
-            f"model.hf_checkpoint={root}/sft/hf",
-            f"alignment_data={data}/alignment.parquet",
-            f"candidates={data}/rlvr_candidates.parquet",
+            seeded,
+            f"alignment_data={root}/data/alignment.parquet",
+            f"candidates={root}/data/rlvr_candidates.parquet",
         ),
-        "warmup": (
-            f"model.hf_checkpoint={root}/sft/hf",
-            f"discriminator.hf_checkpoint={root}/sft/hf",
-            f"data={root}/collect/warmup_pairs.jsonl",
-        ),
-        "align": (
-            f"model.hf_checkpoint={root}/sft/hf",
-            f"discriminator.hf_checkpoint={root}/warmup/hf",
-            f"data={data}/alignment.parquet",
-            heldout,
-        ),
-        "rlvr": (f"model.hf_checkpoint={root}/align/hf", f"data={root}/collect/rlvr.parquet", heldout),
+        "warmup": (seeded, f"discriminator.hf_checkpoint={root}/sft/hf"),
+        "align": (seeded, f"data={root}/data/alignment.parquet", heldout),
+        "rlvr": (seeded, heldout),
     }
-    by_stage = _by_stage(extra, set(wiring))
+    return _chain(name, {stage: (f"tiny_{stage}", overrides) for stage, overrides in own.items()}, extra)
+
+
+def production_steps(pipeline: str, name: str, extra: Sequence[str] = ()) -> list[Step]:
+    """The stages of one of ``PRODUCTION_PIPELINES`` under ``runs/<name>``; data and base model are the recipes'."""
+    return _chain(name, {stage: (recipe, ()) for stage, recipe in PRODUCTION_PIPELINES[pipeline].items()}, extra)
+
+
+def _chain(name: str, stages: Mapping[str, tuple[str, tuple[str, ...]]], extra: Sequence[str]) -> list[Step]:
+    """SFT -> collect -> warm-up -> alignment -> RLVR, one checkpoint lineage; ``extra`` comes last."""
+    root = f"runs/{name}"
+    handed_over = {
+        "sft": (),
+        "collect": (f"model.hf_checkpoint={root}/sft/hf",),
+        "warmup": (f"model.hf_checkpoint={root}/sft/hf", f"data={root}/collect/warmup_pairs.jsonl"),
+        "align": (f"model.hf_checkpoint={root}/sft/hf", f"discriminator.hf_checkpoint={root}/warmup/hf"),
+        "rlvr": (f"model.hf_checkpoint={root}/align/hf", f"data={root}/collect/rlvr.parquet"),
+    }
+    by_stage = _by_stage(extra, handed_over)
     return [
-        Step(stage, f"tiny_{stage}", (f"run.name={name}/{stage}", f"run.seed={seed}", *wired, *by_stage.get(stage, ())))
-        for stage, wired in wiring.items()
+        Step(stage, recipe, (f"run.name={name}/{stage}", *handed_over[stage], *own, *by_stage.get(stage, ())))
+        for stage, (recipe, own) in stages.items()
     ]
 
 
@@ -73,14 +101,14 @@ def baseline_step(name: str, steps: Sequence[Step]) -> Step:
     return Step(BASELINE, rlvr.recipe, (*rlvr.overrides, *changes))
 
 
-def _by_stage(extra: Sequence[str], stages: set[str]) -> dict[str, list[str]]:
+def _by_stage(extra: Sequence[str], stages: Collection[str]) -> dict[str, list[str]]:
     """Pipeline overrides name their stage first: ``rlvr.run.train_iters=40``."""
     sorted_out: dict[str, list[str]] = {}
     for override in extra:
         stage, separator, rest = override.partition(".")
         if not separator or stage not in stages:
             raise ValueError(
-                f"override {override!r} must start with a stage ({', '.join(sorted(stages))}), "
+                f"override {override!r} must start with a stage ({', '.join(stages)}), "
                 "for example rlvr.run.train_iters=40"
             )
         sorted_out.setdefault(stage, []).append(rest)

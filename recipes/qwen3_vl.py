@@ -16,6 +16,7 @@ from prism_megatron.config import (
     AlignConfig,
     CollectConfig,
     DiscriminatorConfig,
+    FP8Config,
     ModelConfig,
     OptimizerConfig,
     RLVRConfig,
@@ -25,10 +26,9 @@ from prism_megatron.config import (
     StageConfig,
     WarmupConfig,
 )
-from recipes.layouts import GPUS_PER_NODE, LAYOUTS, SIZES, STAGES, VISION, Layout
+from recipes.layouts import GPUS_PER_NODE, LAYOUTS, SIZES, VISION, Layout
 
 ALGORITHMS = ("grpo", "dapo", "gspo")
-PRECISIONS = ("bf16",)
 _PROMPT_TOKENS = 2048  # longer prompts are not in the released data
 _HUB_NAMES = {
     "2b": "2B",
@@ -43,10 +43,10 @@ _HUB_NAMES = {
 def sft(size: str, precision: str) -> SFTConfig:
     """One epoch over 1.37 M demonstrations, vision tower and merger frozen (spec 2)."""
     global_batch_size = 16  # the paper's 2, which can only be per GPU, on its 8 GPUs
-    layout = LAYOUTS["sft", size]
+    layout = LAYOUTS[precision]["sft", size]
     return SFTConfig(
         stage="sft",
-        run=_run(size, "sft", train_iters=1_370_000 // global_batch_size, save_interval=1000),
+        run=_run(size, "sft", precision, train_iters=1_370_000 // global_batch_size, save_interval=1000),
         parallel=layout.parallel(),
         model=_model(f"checkpoints/{released(size)}", precision, VISION),
         optimizer=_adam(1e-5, decay_style="cosine", warmup_fraction=0.1),
@@ -59,10 +59,10 @@ def sft(size: str, precision: str) -> SFTConfig:
 
 def collect(size: str, precision: str) -> CollectConfig:
     """Student responses for the warm-up, and RLVR prompts whose pass rate of 16 is in the paper's band (spec 1.4)."""
-    layout = LAYOUTS["collect", size]
+    layout = LAYOUTS[precision]["collect", size]
     return CollectConfig(
         stage="collect",
-        run=_run(size, "collect", train_iters=1, save_interval=1),
+        run=_run(size, "collect", precision, train_iters=1, save_interval=1),
         parallel=layout.parallel(),
         model=_model(f"runs/{size}/sft/hf", precision),
         optimizer=_adam(0.0),
@@ -78,10 +78,10 @@ def collect(size: str, precision: str) -> CollectConfig:
 
 def warmup(size: str, precision: str) -> WarmupConfig:
     """Pairwise warm-up of the discriminator on 120 K pairs of answers, 64 at a time (spec 3.3)."""
-    layout = LAYOUTS["warmup", size]
+    layout = LAYOUTS[precision]["warmup", size]
     return WarmupConfig(
         stage="warmup",
-        run=_run(size, "warmup", train_iters=120_000 // 64, save_interval=250),
+        run=_run(size, "warmup", precision, train_iters=120_000 // 64, save_interval=250),
         parallel=layout.parallel(),
         model=_model(f"runs/{size}/sft/hf", precision),
         optimizer=_adam(1e-5, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
@@ -95,10 +95,10 @@ def warmup(size: str, precision: str) -> WarmupConfig:
 
 def align(size: str, precision: str) -> AlignConfig:
     """500 iterations of 4 prompts x 16 responses, one step of each player (spec 4.1)."""
-    layout = LAYOUTS["align", size]
+    layout = LAYOUTS[precision]["align", size]
     return AlignConfig(
         stage="align",
-        run=_run(size, "align", train_iters=500, save_interval=50),
+        run=_run(size, "align", precision, train_iters=500, save_interval=50),
         parallel=layout.parallel(),
         model=_model(f"runs/{size}/sft/hf", precision, layout.freeze),
         optimizer=_adam(1e-6, weight_decay=0.01),
@@ -117,10 +117,10 @@ def align(size: str, precision: str) -> AlignConfig:
 
 def rlvr_grpo(size: str, precision: str) -> RLVRConfig:
     """1500 iterations of 32 prompts x 16 responses (spec 5.1); the other algorithms change what differs (spec 5.2)."""
-    layout = LAYOUTS["rlvr", size]
+    layout = LAYOUTS[precision]["rlvr", size]
     return RLVRConfig(
         stage="rlvr",
-        run=_run(size, "rlvr_grpo", train_iters=1500, save_interval=60),
+        run=_run(size, "rlvr_grpo", precision, train_iters=1500, save_interval=60),
         parallel=layout.parallel(),
         model=_model(f"runs/{size}/align/hf", precision, layout.freeze),
         optimizer=_adam(1e-6, weight_decay=0.01),
@@ -136,7 +136,7 @@ def rlvr_grpo(size: str, precision: str) -> RLVRConfig:
 
 def rlvr_dapo(size: str, precision: str) -> RLVRConfig:
     config = rlvr_grpo(size, precision)
-    config.algorithm, config.run.name = "dapo", f"{size}/rlvr_dapo"
+    config.algorithm, config.run.name = "dapo", _run_name(size, "rlvr_dapo", precision)
     config.clip_high, config.dual_clip = 0.28, 10.0
     config.overlong_buffer_tokens = 4096
     config.optimizer.weight_decay = 0.1
@@ -146,7 +146,7 @@ def rlvr_dapo(size: str, precision: str) -> RLVRConfig:
 
 def rlvr_gspo(size: str, precision: str) -> RLVRConfig:
     config = rlvr_grpo(size, precision)
-    config.algorithm, config.run.name = "gspo", f"{size}/rlvr_gspo"
+    config.algorithm, config.run.name = "gspo", _run_name(size, "rlvr_gspo", precision)
     config.clip_low, config.clip_high, config.dual_clip = 3e-4, 4e-4, 0.0
     config.optimizer.weight_decay = 0.1
     config.optimizer.warmup_fraction = 0.05
@@ -158,12 +158,19 @@ def released(size: str) -> str:
     return f"Qwen3-VL-{_HUB_NAMES[size]}-Instruct"
 
 
-def _run(size: str, stage: str, train_iters: int, save_interval: int) -> RunConfig:
-    return RunConfig(name=f"{size}/{stage}", seed=42, train_iters=train_iters, save_interval=save_interval)
+def _run(size: str, family: str, precision: str, train_iters: int, save_interval: int) -> RunConfig:
+    name = _run_name(size, family, precision)
+    return RunConfig(name=name, seed=42, train_iters=train_iters, save_interval=save_interval)
+
+
+def _run_name(size: str, family: str, precision: str) -> str:
+    """BF16 checkpoints are what other stages read; FP8 ones are beside them."""
+    return f"{size}/{family}" + ("" if precision == "bf16" else f"_{precision}")
 
 
 def _model(checkpoint: str, precision: str, freeze: Sequence[str] = ()) -> ModelConfig:
-    return ModelConfig(checkpoint, precision, freeze=list(freeze), recompute=True)
+    fp8 = FP8Config(first_layers_bf16=1, last_layers_bf16=1) if precision == "fp8" else FP8Config()
+    return ModelConfig(checkpoint, precision, fp8, freeze=list(freeze), recompute=True)
 
 
 def _adam(
@@ -203,11 +210,10 @@ _FAMILIES: dict[str, Callable[[str, str], StageConfig]] = {
     "rlvr_dapo": rlvr_dapo,
     "rlvr_gspo": rlvr_gspo,
 }
-assert {family.split("_")[0] for family in _FAMILIES} == set(STAGES)
 
 
 def recipe_name(family: str, size: str, precision: str = "bf16") -> str:
-    nodes = LAYOUTS[family.split("_")[0], size].nodes
+    nodes = LAYOUTS[precision][family.split("_")[0], size].nodes
     return f"{family}_qwen3_vl_{size}_{nodes}n{GPUS_PER_NODE}g_h100_{precision}"
 
 
@@ -219,7 +225,8 @@ RECIPES: dict[str, Callable[[], StageConfig]] = {
     recipe_name(family, size, precision): partial(build, size, precision)
     for family, build in _FAMILIES.items()
     for size in SIZES
-    for precision in PRECISIONS
+    for precision, layouts in LAYOUTS.items()
+    if (family.split("_")[0], size) in layouts
 }
 
 

@@ -69,10 +69,8 @@ def test_pipeline_overrides_are_checked_before_the_first_stage() -> None:
         launch_pipeline("tiny_pipeline", "never", ["lr=1"], 1)
     with pytest.raises(ValueError, match=r"unknown key 'run\.train_iter'"):
         launch_pipeline("tiny_pipeline", "never", ["rlvr.run.train_iter=1"], 1)
-    with pytest.raises(
-        ValueError, match="unknown pipeline 'tiny'; there are tiny_pipeline, tiny_study, and the recipes"
-    ):
-        launch_pipeline("tiny", "never", [], 1)
+    with pytest.raises(ValueError, match="unknown recipe or pipeline 'tiny_pipelin'; there are tiny_pipeline"):
+        launch_pipeline("tiny_pipelin", "never", [], 1)
     assert not Path("runs/never").exists()
 
 

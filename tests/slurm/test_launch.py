@@ -10,20 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from prism_megatron.observe.metrics import LOSS
-
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
-PRODUCTION = (
-    "sft_qwen3_vl_8b_1n8g_h100_bf16",
-    "align_qwen3_vl_8b_2n8g_h100_bf16",
-    "rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_bf16",
-)
+PRODUCTION = "pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
+ITERATIONS = 4
 
 
 @pytest.fixture(scope="module")
@@ -31,82 +27,140 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cluster") / "cluster.yaml"
     path.write_text(
         "{account: none, partition: batch, time: '00:10:00', nodes: 2, ranks_per_node: 1, gpus_per_node: 0, "
-        "exclusive: false, mem: 2G, grace_seconds: 60, max_crashes: 1, environment: {GLOO_SOCKET_IFNAME: lo}, "
+        "exclusive: false, mem: 4G, grace_seconds: 60, max_crashes: 1, environment: {GLOO_SOCKET_IFNAME: lo}, "
         f"setup: ['export PATH={Path(sys.executable).parent}:$PATH']}}"
     )
     return path
 
 
-def test_preempted_and_crashed_and_resumed(
-    slurm: dict[str, str], cluster: Path, tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+def test_preempted_in_alignment_and_in_rlvr_and_resumed(
+    slurm: dict[str, str], cluster: Path, speaking_checkpoint: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """TERM to the ranks is what SLURM sends before a time limit (--signal); then a rank is killed."""
-    arguments = [
-        *("tiny_sft", "--executor", "slurm", "--cluster", str(cluster), "--detach", f"run.dir={tmp_path}"),
-        *(f"model.hf_checkpoint={tiny_checkpoint}", f"data={tiny_data}/sft.jsonl", "eval.num_questions=0"),
-        *("global_batch_size=16", "run.train_iters=30", "run.save_interval=1000"),
-    ]
-    jobs = []
-    for name in ("straight", "disturbed"):
-        launch(slurm, *arguments, f"run.name={name}")
-        jobs.append(ask(slurm, "squeue", "-h", "-t", "all", "-o", "%i", "--sort=-i").split()[0])
-    stage = tmp_path / "disturbed"
-    logs = stage / "logs" / f"job{jobs[1]}"
+    """TERM to the ranks is what SLURM sends before a time limit (--signal). What is not disturbed needs no NeMo-Run."""
+    small = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prompts_per_iteration=4"]
+    run = [f"run.dir={tmp_path}", f"run.train_iters={ITERATIONS}", "run.save_interval=100", "eval.num_questions=0"]
+    own = {
+        "align": (f"discriminator.hf_checkpoint={speaking_checkpoint}", f"data={tiny_data}/alignment.parquet"),
+        "rlvr": (f"data={tiny_data}/rlvr_candidates.parquet",),
+    }
+    jobs = {}
+    for stage, data in own.items():
+        arguments = [f"tiny_{stage}", f"model.hf_checkpoint={speaking_checkpoint}", *data, *run, *small]
+        place = tmp_path / stage / "straight"
+        jobs[place] = submit_without_nemo_run(slurm, place, [*arguments, f"run.name={stage}/straight"])
+        options = ["--executor", "slurm", "--cluster", str(cluster), "--detach"]
+        launch(slurm, *arguments, f"run.name={stage}/stopped", *options)
+        jobs[tmp_path / stage / "stopped"] = newest_job(slurm)
+    for stage in own:
+        stopped = tmp_path / stage / "stopped"
+        logs = stopped / "logs" / f"job{jobs[stopped]}"
+        wait_for(lambda place=stopped: iterations(place) >= 1)
+        ask(slurm, "scancel", "--signal=TERM", jobs[stopped])
+        wait_for(lambda logs=logs: "told to stop, and saved; it goes on from there" in report(logs / "start0"))
+        assert 0 < iterations(stopped) < ITERATIONS
+        assert not (stopped / "finished.json").exists()
+    wait_for(lambda: {job_state(slurm, job) for job in jobs.values()} <= ENDED, 300)
+    assert {place.parts[-2:]: job_state(slurm, job) for place, job in jobs.items()} == {
+        (stage, how): "COMPLETED" for stage in own for how in ("straight", "stopped")
+    }
+    for stage in own:
+        stopped, straight = tmp_path / stage / "stopped", tmp_path / stage / "straight"
+        logs = stopped / "logs" / f"job{jobs[stopped]}" / "start1"
+        assert sorted(path.name for path in logs.iterdir()) == ["rank_0000.log", "rank_0001.log"]
+        assert measured(stopped) == measured(straight)
+        assert len(measured(straight)) == ITERATIONS
+        assert f"name: {stage}/stopped" in (stopped / "config.yaml").read_text()
+    merged = ask(slurm, "slurm/merge_logs.sh", str(logs)).splitlines()
+    times_and_ranks = [line.split()[:3] for line in merged]
+    assert times_and_ranks == sorted(times_and_ranks, key=lambda words: words[:2])
+    assert {words[2] for words in times_and_ranks} == {"[0]", "[1]"}
 
-    wait_for(lambda: iterations(stage) >= 2)
-    ask(slurm, "scancel", "--signal=TERM", jobs[1])
-    wait_for(lambda: "told to stop, and saved" in report(logs / "start0"))
-    saved = iterations(stage)
-    wait_for(lambda: iterations(stage) > saved)
-    kill_rank(1, "run.name=disturbed")
-    wait_for(lambda: "failed" in report(logs / "start1"))
-    assert re.search(r"rank 1 on node\d, GPU 0, was the first to end, with status 137", report(logs / "start1"))
 
-    wait_for(lambda: {job_state(slurm, job) for job in jobs} <= ENDED)
-    assert [job_state(slurm, job) for job in jobs] == ["COMPLETED", "COMPLETED"]
-    assert sorted(path.name for path in (logs / "start2").iterdir()) == ["rank_0000.log", "rank_0001.log"]
-    assert losses(stage) == losses(tmp_path / "straight")
-
-
-def test_a_stage_that_fails_cancels_those_after_it(slurm: dict[str, str], cluster: Path, tmp_path: Path) -> None:
+def test_a_stage_that_crashes_too_often_cancels_those_after_it(
+    slurm: dict[str, str], cluster: Path, tmp_path: Path
+) -> None:
+    """A rank is killed; the next start cannot save, for a file is where checkpoints go; there is no third."""
+    stage = tmp_path / "runs" / "fails" / "sft"
+    stage.mkdir(parents=True)
+    (stage / "checkpoints").touch()
     arguments = ["tiny_pipeline", "--executor", "slurm", "--cluster", str(cluster), "--name", "fails"]
-    environment = slurm | {"PYTHONPATH": str(ROOT)}
-    said = launch(environment, *arguments, "sft.data=nowhere.jsonl", cwd=tmp_path, expect=1)
+    process = start(slurm | {"PYTHONPATH": str(ROOT)}, *arguments, "sft.run.save_interval=8", cwd=tmp_path)
+    wait_for(lambda: iterations(stage) >= 2)
+    kill_rank(1, "run.name=fails/sft")
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, said
+    (logs,) = (stage / "logs").glob("job*")
+    assert re.search(r"rank 1 on node\d, GPU 0, was the first to end, with status 137", report(logs / "start0"))
+    told = report(logs / "start1")
+    assert re.search(r"rank 0 on node\d, GPU 0, was the first to end, with status 1;", told)
+    assert "Traceback (most recent call last)" in told
+    assert re.search(r"Error: .*runs/fails/sft/checkpoints", told.splitlines()[-1])
     assert "sft did not finish; why is at the end of runs/fails/sft/logs/*/*/report.txt" in said
-    (logs,) = (tmp_path / "runs" / "fails" / "sft" / "logs").glob("job*/start0")
-    assert "nowhere.jsonl" in report(logs).splitlines()[-1]
+    assert said.endswith(told), "the traceback is the last thing printed"
+    assert not (logs / "start2").exists()
     states = ask(slurm, "squeue", "-h", "-t", "all", "-o", "%j %T", "--sort=i").splitlines()[-5:]
     after = [f"prism.{stage} CANCELLED" for stage in ("collect", "warmup", "align", "rlvr")]
     assert states == ["prism.sft FAILED", *after]
 
 
-@pytest.mark.parametrize("recipe", PRODUCTION)
-def test_production_scripts(recipe: str, slurm: dict[str, str], tmp_path: Path) -> None:
-    """Accepted by sbatch on nodes of eight GPUs, and as they were: PRISM_UPDATE_GOLDEN=1 writes them anew."""
+def test_production_pipeline(slurm: dict[str, str], tmp_path: Path) -> None:
+    """Scripts accepted by sbatch on nodes of eight GPUs, and as they were: PRISM_UPDATE_GOLDEN=1 writes them anew."""
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("{account: none, partition: batch, workdir: /shared, pass_environment: [HF_TOKEN]}")
     secret = slurm | {"HF_TOKEN": "not-to-be-written"}
-    launch(secret, recipe, "--executor", "slurm", "--cluster", str(cluster), "--dryrun")
-    (script,) = (Path(slurm["NEMORUN_HOME"]) / "experiments" / recipe).glob("*/*_sbatch.sh")
-    ask(slurm, "sbatch", "--test-only", str(script))
-    text = script.read_text().replace(str(script.parent / recipe), "JOB_DIR")
-    golden = GOLDEN / f"{recipe}.sh"
-    if os.environ.get("PRISM_UPDATE_GOLDEN"):
-        golden.write_text(text)
-    assert text == golden.read_text()
-    written = [path.read_bytes() for path in script.parent.rglob("*") if path.is_file()]
+    launch(secret, PRODUCTION, "--executor", "slurm", "--cluster", str(cluster), "--dryrun")
+    (experiment,) = (Path(slurm["NEMORUN_HOME"]) / "experiments" / PRODUCTION).iterdir()
+    scripts = sorted(experiment.glob("*_sbatch.sh"))
+    assert len(scripts) == 5
+    for script in scripts:
+        ask(slurm, "sbatch", "--test-only", str(script))
+        text = script.read_text().replace(str(experiment), "EXPERIMENT")
+        golden = GOLDEN / script.name
+        if os.environ.get("PRISM_UPDATE_GOLDEN"):
+            golden.write_text(text)
+        assert text == golden.read_text()
+    written = [path.read_bytes() for path in experiment.rglob("*") if path.is_file()]
     assert not any(secret["HF_TOKEN"].encode() in content for content in written)
 
 
-def launch(environment: dict[str, str], *arguments: str, cwd: Path = ROOT, expect: int = 0) -> str:
-    command = [sys.executable, "-W", "ignore", "-m", "recipes.launch", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout
+def launch(environment: dict[str, str], *arguments: str) -> None:
+    python(environment, "recipes.launch", *arguments)
+
+
+def python(environment: dict[str, str], *arguments: str) -> None:
+    process = start(environment, *arguments[1:], module=arguments[0])
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+
+
+def start(
+    environment: dict[str, str], *arguments: str, cwd: Path = ROOT, module: str = "recipes.launch"
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def submit_without_nemo_run(environment: dict[str, str], stage: Path, arguments: list[str]) -> str:
+    """``slurm/train.sbatch`` as it is, on two nodes with a rank on each."""
+    settings = environment | {
+        "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={stage.parent}.out"]
+    stage.mkdir(parents=True)
+    return ask(settings, "sbatch", *options, "slurm/train.sbatch", str(stage), *arguments).strip()
 
 
 def ask(environment: dict[str, str], *command: str) -> str:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True).stdout
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=True
+    ).stdout
+
+
+def newest_job(environment: dict[str, str]) -> str:
+    return ask(environment, "squeue", "-h", "-t", "all", "-o", "%i", "--sort=-i").split()[0]
 
 
 def job_state(environment: dict[str, str], job: str) -> str:
@@ -135,15 +189,26 @@ def report(logs: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def ranks_of(argument: str) -> list[psutil.Process]:
+    """Python processes with ``argument`` in a word of their command line or in their environment's stage folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "name", "environ"]):
+        folder = (process.info["environ"] or {}).get("PRISM_STAGE_DIR", "")
+        words = [*(process.info["cmdline"] or []), folder]
+        if process.info["name"].startswith("python") and any(argument in word for word in words):
+            found.append(process)
+    return found
+
+
 def kill_rank(rank: int, argument: str) -> None:
-    killed = 0
-    for process in psutil.process_iter(["cmdline", "name"]):
-        is_ours = argument in (process.info["cmdline"] or []) and process.info["name"].startswith("python")
-        if is_ours and process.environ().get("RANK") == str(rank):
-            process.kill()
-            killed += 1
+    killed = [process for process in ranks_of(argument) if process.environ().get("RANK") == str(rank)]
+    for process in killed:
+        process.kill()
     assert killed
 
 
-def losses(stage: Path) -> list[float]:
-    return [json.loads(line)[LOSS] for line in (stage / "metrics.jsonl").read_text().splitlines()]
+def measured(stage: Path) -> list[dict[str, Any]]:
+    """What was logged, without what depends on the clock."""
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds_")} for row in rows]

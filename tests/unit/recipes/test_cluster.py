@@ -20,7 +20,13 @@ def test_examples_are_accepted(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{account: a, partition: b, environment: {HF_TOKEN: x}}", "environment would write HF_TOKEN"),
+        ("{account: a, partition: b, environment: {HF_TOKEN: x}}", "would write HF_TOKEN into a script"),
+        ("{account: a, partition: b, setup: ['export WANDB_API_KEY=x']}", "would write WANDB_API_KEY into a script"),
+        ("{account: a, partition: b, mem: [1, 2]}", "mem"),
+        ("{account: a, partition: b, nodes: two}", "Value 'two' .* could not be converted to Integer"),
+        ("{account: a", "expected ',' or '}'"),
+        ("[account, partition]", "cluster.yaml: "),
+        ("", "account"),
         ("{account: a, partition: b, pass_environment: [PRISM_NOT_SET]}", "PRISM_NOT_SET, which is not set here"),
         ("{account: a, partition: b, gpu_per_node: 8}", "gpu_per_node"),
         ("{account: a}", "partition"),

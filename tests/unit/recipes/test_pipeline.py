@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from prism_megatron.config import RLVRConfig
-from recipes.pipeline import baseline_step, tiny_steps, write_study
+from prism_megatron.config import RLVRConfig, stage_dir
+from prism_megatron.stages.collect import PAIRS, PROMPTS
+from recipes.pipeline import PRODUCTION_PIPELINES, baseline_step, production_steps, tiny_steps, write_study
 
 
 def result(stage: str, accuracy: float, **changed: float) -> dict[str, Any]:
@@ -26,6 +27,23 @@ def test_each_stage_starts_from_the_one_before():
     assert {config.run.seed for config in steps.values()} == {7}
     assert steps["align"].model.hf_checkpoint == "runs/r/sft/hf"
     assert steps["rlvr"].model.hf_checkpoint == "runs/r/align/hf"
+
+
+def test_production_stages_start_from_the_one_before():
+    assert len(PRODUCTION_PIPELINES) == 3 * (6 + 3), "three algorithms; six sizes in BF16, three in FP8"
+    for pipeline, recipes in PRODUCTION_PIPELINES.items():
+        steps = {step.name: step for step in production_steps(pipeline, "r", ["rlvr.run.train_iters=7"])}
+        assert {stage: step.recipe for stage, step in steps.items()} == recipes
+        configs = {stage: step.config() for stage, step in steps.items()}
+        assert [stage_dir(config) for config in configs.values()] == [Path("runs/r") / stage for stage in recipes]
+        assert configs["collect"].model.hf_checkpoint == configs["align"].model.hf_checkpoint == "runs/r/sft/hf"
+        assert configs["align"].discriminator.hf_checkpoint == "runs/r/warmup/hf"
+        assert configs["warmup"].data == f"runs/r/collect/{PAIRS}"
+        assert configs["rlvr"].model.hf_checkpoint == "runs/r/align/hf"
+        assert configs["rlvr"].data == f"runs/r/collect/{PROMPTS}"
+        assert configs["rlvr"].run.train_iters == 7
+        precision = pipeline.rpartition("_")[2]
+        assert {configs[stage].model.precision for stage in ("sft", "align", "rlvr")} == {precision}
 
 
 def test_the_baseline_has_as_many_policy_updates_as_alignment_and_rlvr():

@@ -8,12 +8,12 @@ from types import FunctionType
 
 import pytest
 
-from prism_megatron.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, apply_overrides
+from prism_megatron.config import AlignConfig, FP8Config, RLVRConfig, SFTConfig, WarmupConfig, apply_overrides
 from prism_megatron.model.build import HFSizes
 from recipes import STAGE_RECIPES, qwen3_vl, shape_of, stage_recipe
-from recipes.layouts import SIZES
+from recipes.layouts import LAYOUTS, SIZES
 from recipes.memory import GPU_BYTES, Memory, check_layout, estimate, published_sizes
-from recipes.qwen3_vl import ALGORITHMS, PRECISIONS, RECIPES
+from recipes.qwen3_vl import ALGORITHMS, RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,14 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HFSizes]:
     return {size: published_sizes(size, tmp_path_factory.mktemp(size)) for size in SIZES}
 
 
-def test_every_stage_algorithm_size_and_precision_has_one() -> None:
+def test_every_stage_algorithm_and_size_has_one_and_in_fp8_where_it_fits() -> None:
     families = ["sft", "collect", "warmup", "align", *(f"rlvr_{algorithm}" for algorithm in ALGORITHMS)]
-    expected = {(family, size, precision) for family in families for size in SIZES for precision in PRECISIONS}
+    expected = {(family, size, "bf16") for family in families for size in SIZES}
+    for family in families:
+        expected |= {(family, size, "fp8") for stage, size in LAYOUTS["fp8"] if family.startswith(stage)}
     assert {facts(name) for name in RECIPES} == expected
     assert len(RECIPES) == len(expected)
+    assert "rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_fp8" in RECIPES
     assert RECIPES.keys() <= STAGE_RECIPES.keys()
 
 
@@ -41,8 +44,9 @@ def test_the_name_tells_the_truth_and_the_layout_fits(name: str, sizes: dict[str
     config = apply_overrides(stage_recipe(name)(), [])
     stage, _, algorithm = family.partition("_")
     assert config.stage == stage
-    assert config.run.name == f"{size}/{family}"
+    assert config.run.name == f"{size}/{family}" + ("_fp8" if precision == "fp8" else "")
     assert config.model.precision == precision
+    assert config.model.fp8 == FP8Config(*(("tensorwise", 1, 1) if precision == "fp8" else ()))
     if isinstance(config, RLVRConfig):
         assert config.algorithm == algorithm
     if stage == "sft":
@@ -124,6 +128,18 @@ def test_trainer_and_engine_share_a_gpu_or_are_refused(sizes: dict[str, HFSizes]
         ValueError, match=r"needs \d+ GB of 80(?s:.)*engine +76.0 GB(?s:.)*lower rollout.gpu_memory_util"
     ):
         greedy.check()
+
+
+def test_fp8_adds_two_bytes_of_each_linear_weight_of_the_decoder(sizes: dict[str, HFSizes]) -> None:
+    """36 layers: queries, keys and values 4096 x 6144, their output 4096 x 4096, three matrices 4096 x 12288; two
+    tensor-parallel ranks."""
+    bf16, fp8 = (
+        estimate(
+            apply_overrides(qwen3_vl.sft("8b", "bf16"), [f"model.precision={precision}"]), 8, sizes["8b"], sizes["2b"]
+        )
+        for precision in ("bf16", "fp8")
+    )
+    assert fp8.weights - bf16.weights == 2 * 36 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 12288) / 2
 
 
 def test_more_replicas_need_no_more_than_fewer(sizes: dict[str, HFSizes]) -> None:

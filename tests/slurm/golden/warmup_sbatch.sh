@@ -8,13 +8,13 @@
 #SBATCH --account=none
 #SBATCH --exclusive
 #SBATCH --gpus-per-node=8
-#SBATCH --job-name=prism.rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_bf16
+#SBATCH --job-name=prism.warmup
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mem=0
-#SBATCH --nodes=4
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append
-#SBATCH --output=JOB_DIR/sbatch_prism.rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_bf16_%j.out
+#SBATCH --output=EXPERIMENT/warmup/sbatch_prism.warmup_%j.out
 #SBATCH --partition=batch
 #SBATCH --signal=TERM@300
 #SBATCH --time=04:00:00
@@ -34,18 +34,19 @@ nodes_array=($nodes)
 head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
-export PRISM_STAGE_DIR=runs/30b_a3b/rlvr_gspo
+export PRISM_STAGE_DIR=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/warmup
 export PRISM_WORKDIR=/shared
 export PRISM_MAX_CRASHES=2
 export PRISM_MAX_PREEMPTIONS=100
-job_dir=$(dirname $(scontrol show job $SLURM_JOB_ID | sed -n 's/^ *StdOut=//p'))
+until output=$(scontrol show job $SLURM_JOB_ID | sed -n 's/^ *StdOut=//p' | grep .); do sleep 2; done
+job_dir=$(dirname $output)
 export PRISM_CONSOLE="$job_dir/log-*_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
-source $job_dir/code/slurm/job.sh
+source $job_dir/code/slurm/job.sh || exit 1
 
 
 # Command 1
 
-srun --output JOB_DIR/log-prism.rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_bf16_%j_${SLURM_RESTART_COUNT:-0}.out --chdir JOB_DIR/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m prism_megatron.train rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_bf16
+srun --output EXPERIMENT/warmup/log-prism.warmup_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/warmup/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m prism_megatron.train warmup_qwen3_vl_30b_a3b_1n8g_h100_bf16 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/warmup model.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/sft/hf data=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/collect/warmup_pairs.jsonl
 
 exitcode=$?
 

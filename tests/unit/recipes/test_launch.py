@@ -1,0 +1,101 @@
+"""The launcher's command line: help, and one line for every mistake before anything is submitted or written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recipes import STAGE_RECIPES
+from recipes.launch import PIPELINES, main
+
+SLURM = ["--executor", "slurm", "--cluster"]
+SFT_8B = "sft_qwen3_vl_8b_1n8g_h100_bf16"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["launch", *arguments])
+    return main()
+
+
+def test_help_names_every_pipeline_and_recipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "--help")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out.split()
+    assert {*PIPELINES, *STAGE_RECIPES, "--cluster", "--dryrun", "--detach", "--estimate"} <= set(shown)
+
+
+@pytest.mark.parametrize("where", [[], [*SLURM, "slurm/clusters/cpu.yaml", "--dryrun"]], ids=["local", "slurm"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny_stf"], "unknown recipe or pipeline 'tiny_stf'; there are tiny_sft, tiny_"),
+        (["sft_qwen3_vl_8b_2n8g_h100_bf16"], "there are sft_qwen3_vl_8b_1n8g_h100_bf16"),
+        (["pipeline_ppo_qwen3_vl_8b_h100_bf16"], "_qwen3_vl_8b_h100_bf16, pipeline_"),
+        (["x"], "unknown recipe or pipeline 'x'; --help lists them all"),
+        (["tiny_sft", "optimizer.rl=1"], "unknown key 'optimizer.rl': optimizer has adam_beta1"),
+        (["tiny_sft", "optimizer.lr=fast"], "override 'optimizer.lr=fast' is refused: Value 'fast'"),
+        (["tiny_sft", "run.train_iters=1.5"], "override 'run.train_iters=1.5' is refused: Value '1.5'"),
+        (["tiny_sft", "lr"], "override 'lr' is not of the form key=value"),
+        (["tiny_pipeline", "lr=1"], "override 'lr=1' must start with a stage (sft, collect, warmup, align, rlvr)"),
+        (["tiny_pipeline", "rlvr.lr=1"], "unknown key 'lr': this recipe has accuracy_weight"),
+        (["tiny_sft", "--estimate"], "--estimate is for recipes of published sizes, not 'tiny_sft'"),
+        ([SFT_8B, "--estimate", "parallel.context_parallel_size=3"], "world size 8 is not a multiple of"),
+    ],
+)
+def test_a_wrong_name_or_override(
+    arguments: list[str],
+    message: str,
+    where: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, *arguments, *where) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny_sft", "--executor", "slurm"], "--executor slurm needs --cluster FILE; slurm/clusters/ has examples"),
+        (["tiny_sft", *SLURM, "nowhere.yaml"], "no cluster file nowhere.yaml; slurm/clusters/ has examples"),
+        (["tiny_study", *SLURM, "slurm/clusters/cpu.yaml"], "tiny_study runs here only"),
+        (["pipeline_grpo_qwen3_vl_8b_h100_bf16"], "is for SLURM: its stages take different numbers of GPUs"),
+        ([SFT_8B, *SLURM, "FILE"], "the recipe needs 8 GPUs per node, the cluster file says gpus_per_node 4"),
+    ],
+)
+def test_a_wrong_place_to_run(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("{account: a, partition: b, gpus_per_node: 4}")
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
+    assert run(monkeypatch, *(str(file) if word == "FILE" else word for word in arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_estimate_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8", "--estimate") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "qwen3" in line] == [
+        "sft_qwen3_vl_30b_a3b_2n8g_h100_fp8",
+        "collect_qwen3_vl_30b_a3b_1n8g_h100_bf16",
+        "warmup_qwen3_vl_30b_a3b_1n8g_h100_bf16",
+        "align_qwen3_vl_30b_a3b_4n8g_h100_fp8",
+        "rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_fp8",
+    ]
+    assert sum(line.startswith("total") for line in lines) == 5
+    larger = SFT_8B.replace("8b", "32b").replace("1n", "2n")
+    assert run(monkeypatch, larger, "--estimate", "parallel.tensor_model_parallel_size=4") == 2
+    assert re.search(r"the fullest GPU needs \d+ GB of 80", capsys.readouterr().err)
