@@ -25,7 +25,7 @@ import psutil
 
 from prism_megatron.config import stage_dir
 from recipes import STAGE_RECIPES, nearest, shape_of
-from recipes.cluster import ClusterConfig, local_executor, nemo_run, rank_command, read_cluster, slurm_executor
+from recipes.cluster import ROOT, ClusterConfig, local_executor, nemo_run, rank_command, read_cluster, slurm_executor
 from recipes.pipeline import (
     PRODUCTION_PIPELINES,
     Step,
@@ -67,10 +67,8 @@ def main() -> int:
             if arguments.cluster is None:
                 raise ValueError("--executor slurm needs --cluster FILE; slurm/clusters/ has examples")
             steps = steps_of(name, run_name, arguments.overrides)
-            cluster = read_cluster(arguments.cluster)
-            if name == "tiny_pipeline" and not arguments.dryrun:
-                _prepare(Path("runs") / run_name, seed=1)
-            return submit(name, steps, cluster, arguments.dryrun, arguments.detach)
+            run_dir = Path("runs") / run_name if name == "tiny_pipeline" else None
+            return launch_on_slurm(name, steps, arguments.cluster, arguments.dryrun, arguments.detach, run_dir)
         return launch(name, run_name, arguments.overrides, arguments.ranks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -94,11 +92,33 @@ def steps_of(name: str, run_name: str, overrides: Sequence[str]) -> list[Step]:
     return steps
 
 
+def launch_on_slurm(
+    title: str, steps: Sequence[Step], cluster_file: Path, dryrun: bool, detach: bool, run_dir: Path | None
+) -> int:
+    """Submit the steps; data and results of a pipeline that brings its own are in ``run_dir``. Returns the status."""
+    cluster = read_cluster(cluster_file)
+    if dryrun:
+        return submit(title, steps, cluster, dryrun, detach)
+    if run_dir and cluster.ssh.host:
+        raise ValueError(f"{title} makes its data here; submit it from the cluster, without ssh")
+    _enter_workdir(cluster)
+    if run_dir:
+        _prepare(run_dir, seed=1)
+    status = submit(title, steps, cluster, dryrun, detach)
+    if run_dir and not status and not detach:
+        _gather(run_dir, steps)
+    return status
+
+
 def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bool, detach: bool) -> int:
     """Each unfinished step as a SLURM job that waits for the one before; returns the exit status."""
     run = nemo_run()
     before: list[str] = []
-    unfinished = [step for step in steps if dryrun or not _finished(step)]
+    is_remote = bool(cluster.ssh.host)  # what is finished is seen there only, and skipped there
+    unfinished = [step for step in steps if dryrun or is_remote or not _finished(step)]
+    if not unfinished:
+        print(f"{title}: all is finished")
+        return 0
     with run.Experiment(title, base_dir=os.environ["NEMORUN_HOME"]) as experiment:
         for step in unfinished:
             nodes, ranks = shape_of(step.recipe) or (cluster.nodes, cluster.ranks_per_node)
@@ -110,11 +130,25 @@ def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bo
             return 0
         experiment.run(detach=detach)
     if detach:
+        home = os.environ["NEMORUN_HOME"]
+        print(f"to look at it, or to end it: NEMORUN_HOME={home} nemo experiment status|logs|cancel {title}")
         return 0
+    if is_remote:
+        statuses = experiment.status(return_dict=True)
+        return 0 if all(str(job["status"]) == "SUCCEEDED" for job in statuses.values()) else 1
     left = [step for step in unfinished if not _finished(step)]
     if left:
         _tell_why(left[0])
     return 1 if left else 0
+
+
+def _enter_workdir(cluster: ClusterConfig) -> None:
+    """Go where the jobs will run, so that relative paths are the same here and there."""
+    if not cluster.workdir or cluster.ssh.host:
+        return
+    if not Path(cluster.workdir).is_dir():
+        raise ValueError(f"workdir {cluster.workdir} is not here; submit where it is mounted, or over ssh")
+    os.chdir(cluster.workdir)
 
 
 def _tell_why(step: Step) -> None:
@@ -140,6 +174,7 @@ def print_estimate(steps: Sequence[Step]) -> int:
         print(step.recipe)
         memory.check()
         print(memory.table())
+    print("by arithmetic, from what recipes/memory.py assumes; not measured on a GPU")
     return 0
 
 
@@ -180,8 +215,7 @@ def run_steps(name: str, steps: Sequence[Step], ranks: int, seed: int = 1) -> in
                 print(f"{step.name} did not finish; run the same command to go on from its last checkpoint")
                 return 1
         _say(step.name, began)
-        collect_results(run_dir, steps)
-        _report(run_dir)
+        _gather(run_dir, steps)
     print(f"results: {run_dir}/results.json   report: {run_dir}/report.html   model: {run_dir}/hf", flush=True)
     return 0
 
@@ -210,8 +244,10 @@ def _finished(step: Step) -> bool:
     return is_finished(step.config())
 
 
-def _report(run_dir: Path) -> None:
-    subprocess.run([sys.executable, "-m", "tools.report", str(run_dir)], check=True)
+def _gather(run_dir: Path, steps: Sequence[Step]) -> None:
+    collect_results(run_dir, steps)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "tools.report", str(run_dir)], env=environment, check=True)
 
 
 def _stop(number: int, _frame: object) -> None:
