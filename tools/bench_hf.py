@@ -15,15 +15,14 @@ from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.types import InputSpec
 
 
-def hf_step(config: SFTConfig, spec: InputSpec) -> Callable[[Sequence[TrainingSequence]], float]:
-    """HF's model on this rank's padded rows, gradient clipping and torch's AdamW, with the recipe's numbers.
+def hf_step(config: SFTConfig, spec: InputSpec, model: Any) -> Callable[[Sequence[TrainingSequence]], float]:
+    """``model``, which is HF's, on this rank's padded rows, gradient clipping and torch's AdamW, with the recipe's numbers.
 
     The loss is the mean over the response tokens of the global batch, as ours.
     """
     from prism_megatron.parallel import groups
 
-    model, device = hf_model(config), groups.device()
-    wanted, world = config.optimizer, dist.get_world_size()
+    device, wanted, world = groups.device(), config.optimizer, dist.get_world_size()
     adam = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=wanted.lr,

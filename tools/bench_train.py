@@ -125,9 +125,9 @@ def prepare(settings: Settings, folder: Path) -> Prepared:
     policy = load_policy(config)
     sides = {"ours": our_step(policy, config, processor)}
     if settings.vs_hf:
-        from tools.bench_hf import hf_step
+        from tools.bench_hf import hf_model, hf_step
 
-        sides["hf"] = hf_step(config, processor.input_spec)
+        sides["hf"] = hf_step(config, processor.input_spec, hf_model(config))
     return Prepared(config, batches, sides, policy, encode_seconds)
 
 

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prism_megatron.config import ModelConfig, ParallelConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.observe.flops import peak_flops, training_flops
-from tools import bench, bench_discriminator
+from tools import bench, bench_discriminator, bench_hf
 from tools import gpu_check_models as models
-from tools.bench_train import padded
 from tools.gpu_check_models import Scale, Variants
 
 _LR = 1e-5
@@ -68,25 +66,12 @@ def theirs(checkpoint: Path, scale: Scale) -> dict[str, Any]:
 
     from prism_megatron.parallel import groups
 
-    processor, device = ChatProcessor(checkpoint), groups.device()
+    processor = ChatProcessor(checkpoint)
     torch.manual_seed(1)
-    with torch.device(device):
+    with groups.device():
         hf = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
-    hf.train()
-    config = models.sft_config(checkpoint, ModelConfig(""), _LR)
-    adam = torch.optim.AdamW(hf.parameters(), lr=_LR, betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2))
-    reduced = torch.autocast(device.type, torch.bfloat16, enabled=not scale.dry)
-
-    def step(batch: Sequence[TrainingSequence]) -> float:
-        inputs = {name: value.to(device) for name, value in padded(batch, processor.input_spec).items()}
-        adam.zero_grad()
-        with reduced:
-            loss: Tensor = hf(**inputs).loss
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(hf.parameters(), config.optimizer.clip_grad)
-        adam.step()
-        return float(loss.detach())
-
+    config = models.sft_config(checkpoint, ModelConfig("", scale.precision), _LR)
+    step = bench_hf.hf_step(config, processor.input_spec, hf.train())
     return timed(step, checkpoint, processor, scale)
 
 

@@ -163,7 +163,7 @@ def layouts(config: SFTConfig, sizes: HFSizes) -> Iterator[SFTConfig]:
     experts = (1, 2, 4, 8, 16) if sizes.num_experts else (1,)
     for tp, pp, cp, ep, recompute in itertools.product(_DEGREES, _DEGREES, (1, 2, 4), experts, (False, True)):
         parallel = dataclasses.replace(
-            LAYOUTS["sft", "2b"].parallel(),
+            LAYOUTS["bf16"]["sft", "2b"].parallel(),
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             context_parallel_size=cp,
