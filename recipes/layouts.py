@@ -74,11 +74,12 @@ _BF16: dict[tuple[str, str], Layout] = {
 # FP8 adds rounded copies of the weights. What is not here does not fit, trains nothing, or is too small to gain.
 _SAME = (
     *(("sft", size) for size in ("8b", "32b", "30b_a3b", "235b_a22b")),
-    *(("align", size) for size in ("8b", "30b_a3b")),
+    ("align", "8b"),
     *(("rlvr", size) for size in ("8b", "235b_a22b")),
 )
 _FP8 = {stage_and_size: _BF16[stage_and_size] for stage_and_size in _SAME} | {
     ("align", "32b"): Layout(4, tp=8, pp=2, ep=4, engine=(8, 0.25)),
+    ("align", "30b_a3b"): Layout(4, tp=4, pp=2, ep=4, etp=2, engine=(4, 0.28)),
     ("rlvr", "32b"): Layout(4, tp=8, pp=2, engine=(8, 0.3)),
     ("rlvr", "30b_a3b"): Layout(4, tp=4, pp=2, ep=8, engine=(4, 0.3)),
 }

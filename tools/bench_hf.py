@@ -16,7 +16,7 @@ from prism_megatron.types import InputSpec
 
 
 def hf_step(config: SFTConfig, spec: InputSpec, model: Any) -> Callable[[Sequence[TrainingSequence]], float]:
-    """``model``, which is HF's, on this rank's padded rows, gradient clipping and torch's AdamW, with the recipe's numbers.
+    """HF's ``model`` on this rank's padded rows, gradient clipping and torch's AdamW, with the recipe's numbers.
 
     The loss is the mean over the response tokens of the global batch, as ours.
     """
