@@ -4,8 +4,7 @@ Defaults here are what is neutral or what Megatron uses. Everything the method o
 group sizes, lengths) has no default and lives in the recipe.
 """
 
-from __future__ import annotations
-
+# Annotations are types here, not strings: NeMo-Run's command line (recipes/factories.py) reads them.
 import dataclasses
 import json
 from collections.abc import Sequence

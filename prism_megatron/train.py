@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prism_megatron import config as cfg
 
@@ -20,10 +20,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print("\n  ".join([f"{__doc__}\n\nRecipes:", *sorted(STAGE_RECIPES)]))
         return 0
+    return _status(lambda: load(arguments[0], arguments[1:]))
+
+
+def run_and_exit(config: cfg.StageConfig) -> None:
+    """Run a stage and end the process, with the exit status that says how it went."""
+    sys.exit(_status(lambda: cfg.apply_overrides(config, [])))
+
+
+def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
     from prism_megatron.stages.preemption import EXIT_STATUS, Preempted
 
     try:
-        run_stage(load(arguments[0], arguments[1:]))
+        run_stage(resolve())
     except Preempted as stop:
         from prism_megatron.parallel import groups
 

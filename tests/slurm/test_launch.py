@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from prism_megatron.checkpoint.checkpointer import Checkpointer
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 PRODUCTION = "pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8"
@@ -84,7 +86,7 @@ def test_a_stage_that_crashes_too_often_cancels_those_after_it(
     stage.mkdir(parents=True)
     (stage / "checkpoints").touch()
     arguments = ["tiny_pipeline", "--executor", "slurm", "--cluster", str(cluster), "--name", "fails"]
-    process = start(slurm | {"PYTHONPATH": str(ROOT)}, *arguments, "sft.run.save_interval=8", cwd=tmp_path)
+    process = start(slurm | {"PYTHONPATH": str(ROOT)}, *arguments, "sft.run.save_interval=12", cwd=tmp_path)
     wait_for(lambda: iterations(stage) >= 2)
     kill_rank(1, "run.name=fails/sft")
     said, _ = process.communicate(timeout=240)
@@ -101,6 +103,28 @@ def test_a_stage_that_crashes_too_often_cancels_those_after_it(
     states = ask(slurm, "squeue", "-h", "-t", "all", "-o", "%j %T", "--sort=i").splitlines()[-5:]
     after = [f"prism.{stage} CANCELLED" for stage in ("collect", "warmup", "align", "rlvr")]
     assert states == ["prism.sft FAILED", *after]
+
+
+def test_native_factory_and_nemo_run_s_own_commands(
+    slurm: dict[str, str], cluster: Path, tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Cancelled, nothing goes on running and only whole checkpoints are left."""
+    overrides = [
+        *(f"config.run.dir={tmp_path}", "config.run.name=native", "config.run.save_interval=1"),
+        *(f"config.model.hf_checkpoint={tiny_checkpoint}", f"config.data={tiny_data}/sft.jsonl"),
+    ]
+    environment = slurm | {"PRISM_CLUSTER": str(cluster), "PYTHONPATH": str(ROOT)}
+    native = ["recipes", "--factory", "tiny_sft", "--name", "native", "run.executor=slurm", "--yes"]
+    python(environment, *native, "--detach", *overrides)
+    job = newest_job(slurm)
+    stage = tmp_path / "native"
+    wait_for(lambda: iterations(stage) >= 3)
+    assert re.search(r"Status: RUNNING.*Job id: " + job, nemo(environment, "status", "native"), re.DOTALL)
+    nemo(environment, "cancel", "native")
+    wait_for(lambda: job_state(slurm, job) == "CANCELLED")
+    wait_for(lambda: not ranks_of(str(tmp_path)), 30)
+    assert not (stage / "finished.json").exists()
+    assert Checkpointer(stage / "checkpoints", keep=2).latest() >= 2
 
 
 def test_production_pipeline(slurm: dict[str, str], tmp_path: Path) -> None:
@@ -151,6 +175,14 @@ def submit_without_nemo_run(environment: dict[str, str], stage: Path, arguments:
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={stage.parent}.out"]
     stage.mkdir(parents=True)
     return ask(settings, "sbatch", *options, "slurm/train.sbatch", str(stage), *arguments).strip()
+
+
+def nemo(environment: dict[str, str], command: str, title: str) -> str:
+    program = str(Path(sys.executable).parent / "nemo")
+    arguments = [program, "experiment", command, title]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def ask(environment: dict[str, str], *command: str) -> str:
