@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from prism_megatron.parallel import groups
 from prism_megatron.types import EncodedPrompt, Rollout, RolloutRequest
 
 RESPONSE_TOKENS = 24
+VISUAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
 def main() -> None:
@@ -40,10 +43,10 @@ def main() -> None:
     engine = RolloutEngine(first, EngineConfig(tp, "float32", 512, 32, 1.0, 0.5, enforce_eager=True, seed=1))
     random_state, threads = torch.get_rng_state(), torch.get_num_threads()
 
-    def compare(checkpoint: Path, answers: Sequence[Sequence[Rollout]]) -> float:
+    def compare(checkpoint: Path, answers: Sequence[Sequence[Rollout]], temperature: float = 1.0) -> float:
         hf = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
         return max(
-            logprob_difference(hf, prompt, rollout)
+            logprob_difference(hf, prompt, rollout, temperature)
             for prompt, rollouts in zip(encoded, answers, strict=True)
             for rollout in rollouts
         )
@@ -67,6 +70,14 @@ def main() -> None:
     measured["version_at_start"] = answers[0][0].policy_version
     measured["second"] = compare(second, updated)
     measured["update_changes_tokens"] = tokens(updated) != tokens(answers)
+    cold = replace(sampling, temperature=0.5)
+    tempered = engine.generate(requests, cold)
+    measured["cold"] = compare(second, tempered, temperature=0.5)
+    measured["cold_is_likelier"] = mean_logprob(tempered) - mean_logprob(updated)
+    said = {
+        token for rollouts in (*answers, *updated, *tempered) for rollout in rollouts for token in rollout.token_ids
+    }
+    measured["visual_tokens"] = sorted(said & {processor.tokenizer.convert_tokens_to_ids(name) for name in VISUAL})
     greedy = engine.generate(requests, Sampling(1, 0.0, 1.0, RESPONSE_TOKENS))
     measured["greedy"] = compare(second, greedy)
     measured["process_untouched"] = bool(
@@ -97,13 +108,22 @@ def main() -> None:
     except ValueError as error:
         measured["too_long"] = str(error)
 
+    measured["nothing_asked"] = engine.generate([], sampling)
+    engine._config = replace(engine._config, timeout_seconds=1e-3)
+    try:
+        engine.generate(requests, sampling)
+    except TimeoutError as error:
+        measured["timeout"] = str(error)
+    engine._config = replace(engine._config, timeout_seconds=0.0)
+    measured["goes_on_after_timeout"] = tokens(engine.generate(requests, sampling)) == tokens(updated)
+
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[5]).write_text(json.dumps(measured))
     groups.shutdown()
 
 
-def logprob_difference(hf: Any, prompt: EncodedPrompt, rollout: Rollout) -> float:
-    """Largest difference between the engine's log-probabilities of a response and HF's."""
+def logprob_difference(hf: Any, prompt: EncodedPrompt, rollout: Rollout, temperature: float) -> float:
+    """Largest difference between the engine's log-probabilities of a response and HF's at the same temperature."""
     ids = torch.tensor([prompt.token_ids + rollout.token_ids])
     with torch.no_grad():
         logits = hf(
@@ -113,8 +133,12 @@ def logprob_difference(hf: Any, prompt: EncodedPrompt, rollout: Rollout) -> floa
             image_grid_thw=torch.tensor([visual.grid for visual in prompt.visuals]),
             mm_token_type_ids=(ids == hf.config.image_token_id).int(),
         ).logits[0, len(prompt.token_ids) - 1 : -1]
-    wanted = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+    wanted = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
     return float((wanted - torch.tensor(rollout.logprobs)).abs().max())
+
+
+def mean_logprob(answers: Sequence[Sequence[Rollout]]) -> float:
+    return mean(value for rollouts in answers for rollout in rollouts for value in rollout.logprobs)
 
 
 def tokens(answers: Sequence[Sequence[Rollout]]) -> list[list[tuple[int, ...]]]:

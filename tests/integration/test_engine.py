@@ -27,9 +27,12 @@ def test_engine_equals_hf(
     assert measured["first"] < 1e-4
     assert measured["second"] < 1e-4, "stale weights, prefixes or pictures"
     assert measured["greedy"] < 1e-4
+    assert measured["cold"] < 1e-4, "log-probabilities are not those of the temperature that was sampled at"
+    assert measured["cold_is_likelier"] > 0.1, "sampled at another temperature than asked for"
     assert measured["same_seeds_same_tokens"]
     assert measured["alone_same_tokens"], "a sample depends on what else is in the batch"
     assert measured["samples_differ"]
+    assert measured["visual_tokens"] == []
     assert measured["update_changes_tokens"]
     assert measured["recovers"], "an update after a refused one"
     assert measured["process_untouched"], "vLLM left another random state or thread count behind"
@@ -41,3 +44,6 @@ def test_engine_equals_hf(
     assert "1 parameters did not arrive" in measured["missing"]
     assert "the engine has no parameter nobody" in measured["unknown"]
     assert "600 response tokens do not fit max_model_len (512)" in measured["too_long"]
+    assert measured["nothing_asked"] == []
+    assert "0 of 6 prompts were answered within rollout.timeout_seconds (0.001)" in measured["timeout"]
+    assert measured["goes_on_after_timeout"]
