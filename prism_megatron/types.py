@@ -131,6 +131,7 @@ class PackedBatch:
     sequence_ids           [T] int64 in [0, N)
     last_tokens            [sequences] int64, where each real sequence ends
     branch_ids             [sequences] int64 or None: 0 perception, 1 reasoning (discriminator only)
+    prefix                 [N] int64 or None: the sequence that each one goes on from and sees whole, -1 for none
     """
 
     tokens: Tensor
@@ -145,6 +146,7 @@ class PackedBatch:
     sequence_ids: Tensor
     last_tokens: Tensor
     branch_ids: Tensor | None = None
+    prefix: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

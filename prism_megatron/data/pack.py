@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def pack(sequences: Sequence[TrainingSequence], spec: InputSpec, padding: Paddin
         last.append(len(tokens) + len(ids) - 1)
         tokens += [*ids, *[0] * extra]
         targets += [*ids[1:], *[0] * (extra + 1)]
-        mask += [0.0] * (len(prompt.token_ids) - 1) + [1.0] * len(sequence.response_ids) + [0.0] * (extra + 1)
+        mask += ([0.0] * len(prompt.token_ids) + [1.0] * len(sequence.response_ids))[1:] + [0.0] * (extra + 1)
         lengths.append(len(ids) + extra)
         positions += [prompt_positions, _response_positions(prompt_positions, sequence.response_ids, spec, extra)]
         visual += [prompt_rows, torch.full((len(sequence.response_ids) + extra,), -1)]
@@ -88,6 +89,38 @@ def pack(sequences: Sequence[TrainingSequence], spec: InputSpec, padding: Paddin
         last_tokens=torch.tensor(last, dtype=torch.long),
         branch_ids=None if None in branches else torch.tensor(branches, dtype=torch.long),
     )
+
+
+def pack_shared(sequences: Sequence[TrainingSequence], spec: InputSpec, padding: Padding = NO_PADDING) -> PackedBatch:
+    """As :func:`pack`, with a prompt that several sequences of a branch start from laid down, and computed, once.
+
+    Every such prompt is a sequence of its own, and so is every response, whose ``prefix`` is its prompt. What stands
+    there for training (targets, mask) is of no use. Sequences must not be padded one by one.
+    """
+    heads: dict[tuple[int, int | None], int] = {}
+    segments: list[TrainingSequence] = []
+    prefix: list[int] = []
+    nothing = EncodedPrompt(())
+    for sequence in sequences:
+        key = (id(sequence.prompt), sequence.branch)
+        if key not in heads:
+            heads[key] = len(segments)
+            segments.append(TrainingSequence(sequence.prompt, (), sequence.branch))
+            prefix.append(-1)
+        segments.append(TrainingSequence(nothing, sequence.response_ids, sequence.branch))
+        prefix.append(heads[key])
+    batch = pack(segments, spec, padding)
+    bounds = batch.cu_seqlens.tolist()
+    prefix += [-1] * (len(bounds) - 1 - len(prefix))
+    ends = [int(batch.position_ids[:, low:high].max()) + 1 for low, high in itertools.pairwise(bounds)]
+    moved = torch.tensor([0 if before < 0 else ends[before] for before in prefix])
+    positions = batch.position_ids + moved[batch.sequence_ids]
+    if int(positions.max()) >= spec.max_positions:
+        raise ValueError(
+            f"a sequence of {int(positions.max()) + 1} positions does not fit the model's max_position_embeddings "
+            f"({spec.max_positions}); shorten its text or its images"
+        )
+    return replace(batch, prefix=torch.tensor(prefix), position_ids=positions)
 
 
 def split_by_tokens(sequences: Sequence[TrainingSequence], max_tokens: int) -> list[list[int]]:
@@ -129,7 +162,7 @@ class _Images:
                 self._visuals.append(visual)
                 self._count += count
             rows.append(torch.arange(count) + self._first_row[id(visual)])
-        ids = torch.tensor(prompt.token_ids)
+        ids = torch.tensor(prompt.token_ids, dtype=torch.long)
         is_visual = (ids == self._spec.image_token_id) | (ids == self._spec.video_token_id)
         index = torch.full_like(ids, -1)
         index[is_visual] = torch.cat(rows) if rows else index.new_empty(0)
@@ -149,7 +182,7 @@ def _response_positions(prompt_positions: Tensor, response: Sequence[int], spec:
     """Positions of the text after a prompt and of ``extra`` padding, [3, R + extra]."""
     if not {spec.image_token_id, spec.video_token_id}.isdisjoint(response):
         raise ValueError("a response contains an image or video token, which has no picture behind it; drop the row")
-    start = int(prompt_positions.max()) + 1
+    start = int(prompt_positions.max()) + 1 if prompt_positions.numel() else 0
     if start + len(response) > spec.max_positions:
         raise ValueError(
             f"a sequence of {start + len(response)} positions does not fit the model's max_position_embeddings "

@@ -39,18 +39,25 @@ class Discriminator(Qwen3VL):
         groups = len(BRANCHES) if dedicated_experts else 1
         for layer in self.decoder.layers:
             layer.mlp.router.groups = groups
+        # Whole sequences on this rank, nothing added behind the last layer, and no FP8 product that wants whole blocks.
+        self.may_skip = not config.sequence_parallel and config.context_parallel_size == 1 and not config.fp8
+        self.may_skip &= len(vision_sizes.deepstack_layers) < config.num_layers
         if place.is_last:
+            self.decoder.layers[-1].last = True
             self.score_heads = ScoreHeads(config, groups)
 
     def forward(self, batch: PackedBatch, token_share: float = 0.0) -> Tensor:  # type: ignore[override]
         """Score of every sequence, [N] float32, read at its last token; before the last stage, what the next needs."""
-        hidden, deepstack, context = self._decode(batch, token_share)
+        # Load balancing, which training adds, is over all tokens of the last layer, too.
+        skip = self.may_skip and not torch.is_grad_enabled() and len(batch.last_tokens) > 0
+        hidden, deepstack, context = self._decode(batch, token_share, batch.last_tokens if skip else None)
         if not self.post_process:
             return to_next_stage(hidden, deepstack)
         assert batch.branch_ids is not None
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        scores: Tensor = self.score_heads(_at(hidden[:, 0], batch.last_tokens, context), batch.branch_ids)
+        read = hidden[:, 0] if skip else _at(hidden[:, 0], batch.last_tokens, context)
+        scores: Tensor = self.score_heads(read, batch.branch_ids)
         if context.token_index is None:
             return scores
         # Summed behind the heads, so that each context-parallel rank has its own part of their gradient.

@@ -7,6 +7,7 @@ checkpoints move between them untouched.
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,11 +54,10 @@ class RotaryAttention(MegatronModule):
 
 
 class PackedSDPA(MegatronModule):
-    """Scaled dot-product attention over packed sequences, for machines without Transformer Engine.
+    """Scaled dot-product attention over packed sequences, one after the other, where there is no Transformer Engine.
 
-    Sequences are laid out as a padded batch for one fused call; padding is never attended to by a real token (it comes
-    last under a causal mask, and is masked otherwise). Under context parallelism keys and values are gathered, and a
-    rank's queries see those that stand before them.
+    A sequence that goes on from another (its prefix) sees all of it. Under context parallelism keys and values are
+    gathered, and a rank's queries see those that stand before them.
     """
 
     def __init__(
@@ -87,24 +87,34 @@ class PackedSDPA(MegatronModule):
 
         The mask's type is known already; Transformer Engine's attention asks for it, so this one does.
         """
-        starts = packed_seq_params.cu_seqlens_q.long()
-        lengths = starts.diff()
-        real = _real(lengths, query.device)  # [N, longest]
-        mine, mask = real, None
-        if self.config.context_parallel_size > 1:
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        after = getattr(packed_seq_params, "prefix", None)
+        prefix = None if after is None else after.tolist()
+        parts = self.config.context_parallel_size
+        if parts > 1:
             assert self.causal
+            assert prefix is None
             assert isinstance(packed_seq_params, PackedContext)
             assert packed_seq_params.token_index is not None
             assert packed_seq_params.token_order is not None
             group = parallel_state.get_context_parallel_group()
             key, value = (gather_sequence(x, group)[packed_seq_params.token_order] for x in (key, value))
-            mine = _real(lengths // self.config.context_parallel_size, query.device)
-            place = _padded(packed_seq_params.token_index, mine) - starts[:-1, None]  # [N, longest of mine]
-            mask = (place[:, :, None] >= torch.arange(real.shape[1], device=query.device))[:, None]
-        elif not self.causal and not real.all():
-            mask = real[:, None, None]
-        query = _padded(query, mine).transpose(1, 2)
-        key, value = (_padded(x, real).transpose(1, 2) for x in (key, value))
+        attended = []
+        for number, (start, end) in enumerate(pairwise(bounds)):
+            mine = slice(start // parts, end // parts)
+            keys, values, mask = key[start:end], value[start:end], None
+            if parts > 1:
+                mask = packed_seq_params.token_index[mine, None] >= torch.arange(start, end, device=key.device)
+            elif prefix is not None and (before := prefix[number]) >= 0:
+                first, last = bounds[before], bounds[before + 1]
+                keys, values = torch.cat((key[first:last], keys)), torch.cat((value[first:last], values))
+                mask = torch.ones(end - start, len(keys), dtype=torch.bool, device=key.device).tril(last - first)
+            attended.append(self._attend(query[mine], keys, values, mask))
+        return torch.cat(attended)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """query [L, heads, d], key and value [K, groups, d], mask [L, K] -> [L, heads * d]."""
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
         attended = F.scaled_dot_product_attention(
             query,
             key,
@@ -114,19 +124,7 @@ class PackedSDPA(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return attended.transpose(1, 2)[mine].flatten(1)
-
-
-def _real(lengths: Tensor, device: torch.device) -> Tensor:
-    """Where a padded batch of sequences of these lengths holds a token, [N, longest] bool."""
-    return torch.arange(int(lengths.max()), device=device) < lengths.to(device)[:, None]
-
-
-def _padded(x: Tensor, real: Tensor) -> Tensor:
-    """Packed [T, ...] as a batch [N, longest, ...], zero where ``real`` [N, longest] is false."""
-    batch = x.new_zeros(*real.shape, *x.shape[1:])
-    batch[real] = x
-    return batch
+        return attended[0].transpose(0, 1).flatten(1)
 
 
 class RMSNorm(torch.nn.Module):

@@ -26,6 +26,8 @@ class PackedContext(PackedSeqParams):
     token_index         [T'] int64 or None: where each token stands in the whole batch (context parallelism only)
     token_order         [T] int64 or None: where each token of the batch is among all ranks' parts laid end to end
     token_branch        [T'] int64: 0 perception (and everything of a policy), 1 reasoning, -1 padding
+    prefix              [N] int64 or None: the sequence that each one goes on from, -1 for none
+    read                [N] int64 or None: the only tokens whose hidden states the last layer need give
     token_share         this micro-batch's part of the global batch's tokens (weight of its load-balancing loss)
     load_balance        what each router's load-balancing loss was, detached, for the log
     routing             and [2, E + 2] of each branch: tokens sent to each expert, summed entropy, number of tokens
@@ -36,6 +38,8 @@ class PackedContext(PackedSeqParams):
     token_index: Tensor | None = None
     token_order: Tensor | None = None
     token_branch: Tensor | None = None
+    prefix: Tensor | None = None
+    read: Tensor | None = None
     token_share: float = 0.0
     load_balance: list[Tensor] = field(default_factory=list)
     routing: list[Tensor] = field(default_factory=list)
@@ -74,5 +78,6 @@ def packed_context(
         token_index=index,
         token_order=order,
         token_branch=token_branch,
+        prefix=batch.prefix,
         token_share=token_share,
     )

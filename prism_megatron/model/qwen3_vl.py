@@ -164,11 +164,17 @@ class Qwen3VL(LanguageModule):
         place = trained if index is None else index[trained]
         return TokenScores(*(self._spread(values, place, len(batch.tokens)) for values in scores))
 
-    def _decode(self, batch: PackedBatch, token_share: float) -> tuple[Tensor, Tensor, PackedContext]:
-        """Hidden states [T', 1, H] after this chunk's layers, DeepStack levels left over, and the context."""
+    def _decode(
+        self, batch: PackedBatch, token_share: float, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, PackedContext]:
+        """Hidden states [T', 1, H] after this chunk's layers, DeepStack levels left over, and the context.
+
+        With ``read`` [N] the last layer gives no others than those of these tokens, [N, 1, H].
+        """
         context = packed_context(
             batch, self.config, self.text_sizes.rotary_base, self.text_sizes.mrope_section, token_share
         )
+        context.read = read
         self.last_context = context
         if self.pre_process:
             hidden, deepstack = self._embed(batch, context.token_index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,10 +78,19 @@ class BranchRouter(TopKRouter):
 
 
 class RoutedLayer(TransformerLayer):
-    """Megatron's layer, telling its router which branch each token belongs to."""
+    """Megatron's layer, telling its router which branch each token belongs to.
+
+    Where it is ``last``, only the tokens that are read from go through its experts and leave it.
+    """
+
+    last = False
 
     def _forward_mlp(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.mlp.router.context = kwargs["packed_seq_params"]
+        context = kwargs["packed_seq_params"]
+        if self.last and context.read is not None:
+            hidden_states = hidden_states[context.read]
+            context = replace(context, token_branch=context.token_branch[context.read])
+        self.mlp.router.context = context
         return super()._forward_mlp(hidden_states, *args, **kwargs)
 
 

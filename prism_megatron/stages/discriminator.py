@@ -17,7 +17,7 @@ from prism_megatron.loss.reduce import require_finite
 from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
 from prism_megatron.parallel.collectives import sum_over_data_parallel, sum_over_pipeline
-from prism_megatron.stages.microbatch import equal_over_ranks, pack_microbatch
+from prism_megatron.stages.microbatch import equal_over_ranks, pack_for_scoring, pack_microbatch
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import BRANCH_NAMES, PERCEPTION, REASONING, PackedBatch
 
@@ -80,11 +80,16 @@ def score(
     Raises FloatingPointError naming the sample whose score is not finite.
     """
     groups = equal_over_ranks(split_by_tokens(sequences, config.max_tokens_per_microbatch), config.parallel)
-    batches = [pack_microbatch([sequences[i] for i in group], processor, config) for group in groups]
+    batches = [pack_for_scoring([sequences[i] for i in group], processor, config) for group in groups]
     scores = evaluate_step(discriminator.chunks, batches, lambda chunk, batch: chunk(batch))
-    values = torch.cat(scores).cpu()
+    values = torch.cat([_of_whole(s, batch) for s, batch in zip(scores, batches, strict=True)]).cpu()
     require_finite("score", values, owners)
     return values
+
+
+def _of_whole(scores: Tensor, batch: PackedBatch) -> Tensor:
+    """Without those read at the end of a prompt that others go on from."""
+    return scores if batch.prefix is None else scores[batch.prefix[: len(scores)] >= 0]
 
 
 def discriminator_step(

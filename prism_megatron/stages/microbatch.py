@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from prism_megatron.config import ModelConfig, ParallelConfig, StageConfig
 from prism_megatron.data.chat import ChatProcessor
-from prism_megatron.data.pack import Padding, TrainingSequence, pack
+from prism_megatron.data.pack import Padding, TrainingSequence, pack, pack_shared
 from prism_megatron.model.fp8 import token_alignment
 from prism_megatron.observe.flops import Workload
 from prism_megatron.parallel import groups
@@ -20,6 +20,20 @@ def pack_microbatch(
 ) -> PackedBatch:
     """``sequences`` (or none) as one packed batch on this rank's device."""
     return pack(sequences, processor.input_spec, padding_for(config.parallel, config.model)).to(groups.device())
+
+
+def pack_for_scoring(
+    sequences: Sequence[TrainingSequence], processor: ChatProcessor, config: StageConfig
+) -> PackedBatch:
+    """``sequences`` as one packed batch, each prompt of a branch once where that saves anything.
+
+    Only the CPU's attention, with whole sequences, lets several responses see the same prompt.
+    """
+    distinct = len({(id(s.prompt), s.branch) for s in sequences})
+    device = groups.device()
+    if distinct == len(sequences) or device.type != "cpu" or config.parallel.context_parallel_size > 1:
+        return pack_microbatch(sequences, processor, config)
+    return pack_shared(sequences, processor.input_spec, padding_for(config.parallel, config.model)).to(device)
 
 
 def padding_for(parallel: ParallelConfig, model: ModelConfig) -> Padding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from prism_megatron.data.dataset import read_alignment  # noqa: E402
 from prism_megatron.optim.step import Stats, train_step  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
 from prism_megatron.stages import discriminator as adversary  # noqa: E402
-from prism_megatron.stages.microbatch import pack_microbatch  # noqa: E402
+from prism_megatron.stages.microbatch import pack_for_scoring, pack_microbatch  # noqa: E402
 from prism_megatron.stages.setup import Trained, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.train import load  # noqa: E402
 from prism_megatron.types import PackedBatch  # noqa: E402
@@ -80,6 +81,16 @@ def main(checkpoint: str, data: str, out: str) -> None:
     alone = [adversary.score(trained, [s], ["x"], processor, config) for s in sequences]
     measured["spread"] = float(together.std())
     measured["alone_differs"] = float((together - torch.cat(alone)).abs().max())
+
+    first, second = sequences[:2]
+    texts = [first.response_ids, *(s.response_ids for s in sequences[2:])]
+    started_alike = [replace(one, response_ids=ids) for ids in texts for one in (first, second)]
+    shared = adversary.score(trained, started_alike, ["x"] * len(started_alike), processor, config)
+    apart = [adversary.score(trained, [s], ["x"], processor, config) for s in started_alike]
+    measured["shared_tokens"] = len(pack_for_scoring(started_alike, processor, config).tokens)
+    measured["whole_tokens"] = sum(map(len, started_alike))
+    measured["shared_spread"] = float(shared.std())
+    measured["shared_differs"] = float((shared - torch.cat(apart)).abs().max())
 
     batch = pack_microbatch(sequences, processor, config)
     for name, setting in BALANCED.items():

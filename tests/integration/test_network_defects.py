@@ -36,6 +36,12 @@ def test_w2_a_score_does_not_depend_on_its_neighbours_lengths(measured: dict[str
     assert measured["alone_differs"] < 1e-5 * measured["spread"] + 1e-4
 
 
+def test_a_score_does_not_depend_on_who_shares_its_prompt(measured: dict[str, Any]) -> None:
+    assert measured["shared_tokens"] < 0.9 * measured["whole_tokens"], "the prompt is computed once a branch"
+    assert measured["shared_spread"] > 0.1
+    assert measured["shared_differs"] < 1e-5 * measured["shared_spread"] + 1e-4
+
+
 def test_w4_scores_are_not_rounded_to_the_models_precision(measured: dict[str, Any]) -> None:
     assert measured["head_dtype"] == measured["score_dtype"] == "torch.float32"
     assert not measured["rounded"]

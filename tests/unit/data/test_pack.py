@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prism_megatron.data.pack import Padding, TrainingSequence, pack, split_by_tokens
+from prism_megatron.data.pack import Padding, TrainingSequence, pack, pack_shared, split_by_tokens
 from prism_megatron.types import EncodedPrompt, InputSpec, Visual
 
 IMAGE = 9
@@ -70,6 +70,23 @@ def test_text_alone_and_nothing_at_all_carry_a_blank_image() -> None:
     assert nothing.tokens.tolist() == [0, 0, 0, 0]
     assert nothing.loss_mask.sum() == 0
     assert nothing.last_tokens.tolist() == []
+
+
+def test_a_prompt_is_laid_down_once_a_branch_for_all_that_go_on_from_it() -> None:
+    shared = prompt(5, IMAGE)
+    told = [((6, 7), 0), ((6,), 1), ((7,), 0)]
+    batch = pack_shared([TrainingSequence(shared, ids, branch) for ids, branch in told], SPEC, Padding(1, 4))
+    assert batch.tokens.tolist() == [5, IMAGE, 6, 7, 5, IMAGE, 6, 7]
+    assert batch.cu_seqlens.tolist() == [0, 2, 4, 6, 7, 8]
+    assert batch.prefix is not None
+    assert batch.prefix.tolist() == [-1, 0, -1, 2, 0]
+    assert batch.branch_ids is not None
+    assert batch.branch_ids.tolist() == [0, 0, 1, 1, 0]
+    assert batch.last_tokens.tolist() == [1, 3, 5, 6, 7]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 2]] * 3
+    assert batch.visual_index.tolist() == [-1, 0, -1, -1, -1, 0, -1, -1]
+    with pytest.raises(ValueError, match="a sequence of 13 positions"):
+        pack_shared([TrainingSequence(shared, (6,) * 11, 0)], SPEC)
 
 
 @pytest.mark.parametrize(
