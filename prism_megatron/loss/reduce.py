@@ -3,6 +3,21 @@
 Every token gets a weight that already divides by the global count, over all micro-batches and data-parallel ranks. A
 loss is the weighted sum; summing losses and gradients over micro-batches and ranks is then exactly the mean over the
 global batch (spec 9.1, D9: local means over-weight sparse shards).
+
+Why the cut does not matter. Deal the global batch's tokens t out to micro-batches B of ranks r in any way. Let w_t =
+1 / N, N the count of all trained tokens (or 1 / (S L_s) for a mean over S sequences, L_s tokens in the one that t is
+in). N, S and L_s are the global batch's, and a token's own loss l_t depends on its sequence only, since attention
+keeps sequences apart; so neither w_t nor l_t changes with the cut, and
+
+    sum_r sum_B sum_(t in B) w_t l_t = sum_t w_t l_t
+
+is one sum in another order, equal but for rounding. So are its gradients, of which Megatron takes the sum over ranks,
+not the mean (``calculate_per_token_loss``). Packing, micro-batches and data parallelism choose B and r; context
+parallelism cuts a sequence, whose l_t are put together again before the loss sees them; tensor, pipeline and expert
+parallelism cut the network that gives l_t. Local means over R micro-batches would make it w_t = 1 / (R |B|), which is
+1 / N only where all are of one size. Pairs of scores are weighed likewise, N being the count of their branch's pairs.
+Load balancing alone is by nature over a micro-batch: it changes with what is in one, and not with how that lies over
+ranks.
 """
 
 from __future__ import annotations
