@@ -281,8 +281,29 @@ class GatingConfig:
 
 
 @dataclass
+class ReplayConfig:
+    """Past responses shown to the discriminator again: kept of the last ``prompts`` (0: none), the newest of each."""
+
+    prompts: int = 0
+    responses_per_prompt: int = 1
+    responses_per_iteration: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = (self.prompts, self.responses_per_prompt, self.responses_per_iteration)
+        if min(sizes) < 0 or (self.prompts and min(sizes) < 1):
+            raise ValueError(
+                f"replay.prompts, responses_per_prompt and responses_per_iteration must be at least 1, got {sizes}; "
+                "replay.prompts=0 turns it off"
+            )
+
+
+@dataclass
 class AlignConfig(PolicyGradientConfig):
-    """Adversarial alignment (spec 4)."""
+    """Adversarial alignment (spec 4).
+
+    ``gradient_penalty`` weighs an R1-style penalty on the demonstrations' embedded responses, measured with noise of
+    ``gradient_penalty_std``.
+    """
 
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -291,6 +312,9 @@ class AlignConfig(PolicyGradientConfig):
     format_penalty: float = MISSING
     score_regularizer: float = MISSING
     label_smoothing: float = 0.0
+    gradient_penalty: float = 0.0
+    gradient_penalty_std: float = 0.0
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     combine: str = "per_branch"  # per_branch (the released code) | weighted_sum (the paper's Eq. 1 and 3)
     gating: GatingConfig = field(default_factory=GatingConfig)
 
@@ -301,6 +325,16 @@ class AlignConfig(PolicyGradientConfig):
             raise ValueError(f"discriminator_steps must be at least 1, got {self.discriminator_steps}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.gradient_penalty < 0 or (self.gradient_penalty and self.gradient_penalty_std <= 0):
+            raise ValueError(
+                f"gradient_penalty ({self.gradient_penalty}) must not be negative, and needs a gradient_penalty_std "
+                f"above 0, got {self.gradient_penalty_std}"
+            )
+        if self.compat == "reference" and (self.label_smoothing or self.gradient_penalty or self.replay.prompts):
+            raise ValueError(
+                "compat=reference is the paper's code, which has no label_smoothing, gradient_penalty or replay; "
+                "turn them off, or use compat=fixed"
+            )
 
 
 @dataclass
@@ -309,13 +343,16 @@ class RLVRConfig(PolicyGradientConfig):
 
     grpo and dapo average over tokens, gspo over sequences, with a ratio per sequence. dapo samples further prompts, up
     to ``max_sampling_rounds`` times, until every group it trains on has rewards that differ, and takes
-    ``overlong_penalty`` times a response's part in the last ``overlong_buffer_tokens`` from its reward.
+    ``overlong_penalty`` times a response's part in the last ``overlong_buffer_tokens`` from its reward. Each round
+    samples ``oversampling`` prompts for a group still missing; the surplus is carried over to the next iterations, in
+    which it is no longer of the policy's own making, so that this needs an ``importance_cap``.
     """
 
     accuracy_weight: float = MISSING
     format_weight: float = MISSING
     algorithm: str = "grpo"  # grpo | dapo | gspo
     max_sampling_rounds: int = 10
+    oversampling: float = 1.0
     overlong_buffer_tokens: int = 0  # 0: no such penalty
     overlong_penalty: float = 1.0
 
@@ -324,6 +361,11 @@ class RLVRConfig(PolicyGradientConfig):
         _one_of("algorithm", self.algorithm, "grpo", "dapo", "gspo")
         if self.max_sampling_rounds < 1:
             raise ValueError(f"max_sampling_rounds must be at least 1, got {self.max_sampling_rounds}")
+        if self.oversampling < 1 or (self.oversampling > 1 and (self.algorithm != "dapo" or not self.importance_cap)):
+            raise ValueError(
+                f"oversampling must be at least 1, and above it needs algorithm=dapo and an importance_cap, got "
+                f"{self.oversampling}, {self.algorithm} and {self.importance_cap}"
+            )
 
 
 def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[str]) -> ConfigT:

@@ -131,6 +131,7 @@ class PackedBatch:
     sequence_ids           [T] int64 in [0, N)
     last_tokens            [sequences] int64, where each real sequence ends
     branch_ids             [sequences] int64 or None: 0 perception, 1 reasoning (discriminator only)
+    embedding_noise        [T, H] float32 or None: added to the embedded tokens
     prefix                 [N] int64 or None: the sequence that each one goes on from and sees whole, -1 for none
     """
 
@@ -146,6 +147,7 @@ class PackedBatch:
     sequence_ids: Tensor
     last_tokens: Tensor
     branch_ids: Tensor | None = None
+    embedding_noise: Tensor | None = None
     prefix: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:

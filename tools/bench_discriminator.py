@@ -80,7 +80,8 @@ def measure(
 ) -> dict[str, Any]:
     """Median sequences per second of each side, over ``rounds`` turns after one to warm up.
 
-    ``sizes`` are those of the dense model that is upcycled, as ``make_tiny_model`` takes them; ``scale`` enlarges images.
+    ``sizes`` are those of the dense model that is upcycled, as ``make_tiny_model`` takes them; ``scale`` enlarges
+    images.
     """
     from prism_megatron.parallel import cpu, groups
     from tools.make_tiny_model import make_tiny_model

@@ -241,7 +241,7 @@ def discriminator_results(
                 TrainingSequence(told.prompt, ids, branch) for ids in (told.response_ids, told.response_ids[::-1])
             )
             pairs[2 * row + branch] = Pair(teacher, student, f"row {row}")
-    widest = max(2 * len(row.token_ids) for row in rows)
+    widest = max(3 * len(row.token_ids) for row in rows)  # the gradient penalty lays the teacher down twice
     config = WarmupConfig(
         stage="warmup",
         parallel=case.parallel,
@@ -261,7 +261,7 @@ def discriminator_results(
     owners = [f"row {row}" for row in mine for _ in range(2 * len(SIDES))]
     values = score(trained, list(sides.values()), owners, processor, config)
     results: dict[str, Tensor] = dict(gather_over_data_parallel(list(zip(sides, values, strict=True))))
-    objective = DiscriminatorObjective((0.6, 1.4), regularizer=0.1, label_smoothing=0.1)
+    objective = DiscriminatorObjective((0.6, 1.4), 0.1, label_smoothing=0.1, penalty=0.1, penalty_std=0.02)
     discriminator_step(trained, list(pairs.values()), processor, config, objective, lr=0.0)
     gradients = export_weights(trained.chunks, trained.table, read=_gradient)
     return results | {f"grad:{name}": gradient for name, gradient in gradients}

@@ -4,8 +4,9 @@
 anything is loaded; ``latest_checkpointed_iteration.txt`` names the last one for other tools. Whatever happens to a run
 or to its files, the next start takes the newest checkpoint that is whole.
 
-What is saved is weights, optimizer state and the iteration. Learning rate, data order and sampling seeds are pure
-functions of (seed, iteration), and nothing else is random, so there is no other state.
+What is saved is weights, optimizer state, the iteration, and what a stage carries over (past responses, where it is
+told to keep any). Learning rate, data order and sampling seeds are pure functions of (seed, iteration), and nothing
+else is random, so there is no other state.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ class Checkpointer:
             )
         return 0
 
-    def save(self, iteration: int, parts: Mapping[str, tuple[Any, Any]]) -> None:
+    def save(self, iteration: int, parts: Mapping[str, tuple[Any, Any]], carried: Any = None) -> None:
         """Take a copy of the state and write ``iter_<iteration>`` from it while training goes on.
+
+        ``carried`` is plain data, the same on every rank.
 
         Collective. Waits for the save before it, if that is still being written. Raises OSError, with the checkpoints
         before untouched, if the disk is full; that may be found later, by :meth:`poll` or :meth:`close`.
@@ -85,7 +88,7 @@ class Checkpointer:
         dist.barrier()
         with results_in(partial, dist.get_rank()):
             request = dist_checkpointing.save(
-                _state(parts, iteration, self.seed),
+                _state(parts, iteration, self.seed) | {"carried": carried},
                 str(partial),
                 async_sharded_save=True,
                 async_strategy="mcore",
@@ -101,8 +104,8 @@ class Checkpointer:
         """Wait until everything is written. Collective."""
         self._finalize(blocking=True)
 
-    def load(self, iteration: int, parts: Mapping[str, tuple[Any, Any]]) -> None:
-        """Restore weights and optimizer state, at any parallel layout. Collective."""
+    def load(self, iteration: int, parts: Mapping[str, tuple[Any, Any]]) -> Any:
+        """Restore weights and optimizer state, at any parallel layout; returns what was carried. Collective."""
         folder = self._folder(iteration)
         wanted: dict[str, Any] = {}
         own = {}
@@ -123,6 +126,7 @@ class Checkpointer:
         for name, (model, optimizer) in parts.items():
             load_weights_of(model, loaded[name])
             restore(optimizer, own[name], loaded[f"{name}_optimizer"])
+        return loaded.get("carried")
 
     def _finalize(self, blocking: bool) -> None:
         try:

@@ -30,6 +30,18 @@ def score_regularizer(teacher_scores: Tensor, student_scores: Tensor, weights: T
     return ((teacher_scores.square() + student_scores.square()) * weights).sum() / 4
 
 
+def gradient_penalty(perturbed_scores: Tensor, scores: Tensor, weights: Tensor, *, std: float) -> Tensor:
+    """sum w ((D(x + std e) - D(x)) / std)^2 / 2 of demonstrations, inputs [M]; e is standard normal noise.
+
+    R1 penalises |g|^2 / 2, g the gradient of D in its input x, and training on it takes second derivatives, which fused
+    attention and Megatron's linear layers do not have. This needs none: D(x + std e) - D(x) is std e.g up to a term of
+    order std^2, and E (e.g)^2 = g^T E[e e^T] g = |g|^2. The next term, odd in e, has mean zero, so that one draw is an
+    estimate of R1 whose bias is of order std^2. Scores rounded more coarsely than std |g| drown it.
+    """
+    slope = (perturbed_scores - scores) / std
+    return (slope.square() * weights).sum() / 2
+
+
 def reference_branch_loss(
     teacher_scores: Tensor, student_scores: Tensor, valid: Tensor, *, regularizer: float
 ) -> Tensor:

@@ -198,6 +198,9 @@ class Qwen3VL(LanguageModule):
         visual, row = (visual_index >= 0)[:, None, None], visual_index.clamp(min=0)
         # F.embedding adds up the gradients of shared rows in a fixed order; indexing does not, not even on a CPU.
         embedded = torch.where(visual, F.embedding(row, features)[:, None], embedded)
+        if batch.embedding_noise is not None:
+            noise = batch.embedding_noise if index is None else batch.embedding_noise[index]
+            embedded = embedded + noise[:, None].to(embedded.dtype)
         by_row = levels.transpose(0, 1)
         deepstack = F.embedding(row, by_row.flatten(1)).view(-1, *by_row.shape[1:]) * visual
         if self.config.sequence_parallel:

@@ -21,11 +21,14 @@ APPROX_KL = "approx_kl"  # mean k3 estimate of KL(old || new) per token, nats
 REFERENCE_KL = "reference_kl"  # mean estimate of KL(policy || where the stage started) per token, nats
 TRUNCATED_FRACTION = "truncated_fraction"  # of trained tokens, importance weights above their cap
 GENERATED_PROMPTS = "generated_prompts"  # prompts sampled to find enough groups whose rewards differ
+CARRIED_GROUPS = "carried_groups"  # trained on, sampled in an earlier iteration
 TRAIN_ROLLOUT_LOGPROB_ABS_DIFF = "train_rollout_logprob_abs_diff"  # largest over sampled tokens, nats
 
 DISCRIMINATOR_LOSS = "discriminator_loss"  # Bradley-Terry, both branches
 DISCRIMINATOR_GRAD_NORM = "discriminator_grad_norm"
 DISCRIMINATOR_LEARNING_RATE = "discriminator_learning_rate"
+GRADIENT_PENALTY = "gradient_penalty"  # half the squared slope in a demonstration's embeddings, branches as weighted
+REPLAYED_PAIRS = "replayed_pairs"  # past pairs in the loss; what is measured of pairs leaves them out
 LOAD_BALANCE_LOSS = "load_balance_loss"  # mean over layers; top-k when perfectly balanced
 PERCEPTION_GAP = "perception_gap"  # mean teacher score minus student score
 REASONING_GAP = "reasoning_gap"

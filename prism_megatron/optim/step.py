@@ -50,8 +50,20 @@ def train_step[Microbatch, Output](
     collected = _run(chunks, microbatches, forward, partial(_with_token_count, loss), forward_only=False)
     stepped, grad_norm, _ = optimizer.step()
     if not stepped or not torch.isfinite(torch.tensor(grad_norm)):
-        raise FloatingPointError(f"gradient norm is {grad_norm}; lower optimizer.lr or look at this iteration's data")
+        raise FloatingPointError(
+            f"gradient norm is {grad_norm}, and the first gradient not finite is that of {_first_not_finite(chunks)}; "
+            "the step is refused. Lower optimizer.lr, or look at this iteration's data"
+        )
     return _reduced(collected), float(grad_norm)
+
+
+def _first_not_finite(chunks: Sequence[DistributedDataParallel]) -> str:
+    """The name of a parameter of this rank whose gradient is not finite."""
+    for chunk in chunks:
+        for name, parameter in chunk.module.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter.main_grad).all()):
+                return str(name)
+    return "a parameter of another rank"
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, discriminator_step, score
 from prism_megatron.stages.evaluate import conclude, judge, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
+from prism_megatron.stages.replay import Replay
 from prism_megatron.stages.rollouts import Sample, gallery_row, push_weights, sample_responses, start_engine
 from prism_megatron.stages.setup import (
     Trained,
@@ -51,7 +52,7 @@ def run_align(config: AlignConfig) -> None:
         reference = load_reference(config) if config.kl_coeff else None
         discriminator = load_discriminator(config, config.discriminator_optimizer)
         parts = {"policy": policy, "discriminator": discriminator}
-        stage.resume(parts)
+        replay = Replay(rows, config.replay, run.seed, stage.resume(parts))
 
         engine = start_engine(config, policy.source)
         for iteration in range(stage.start, run.train_iters):
@@ -67,16 +68,18 @@ def run_align(config: AlignConfig) -> None:
             measured = response_metrics(samples) | branches.length_correlations()
             with stage.timers("discriminator"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
-                for _ in range(config.discriminator_steps):
-                    measured |= discriminator_step(discriminator, branches.pairs, processor, config, adversary, lr)
+                pairs = branches.pairs + replay.pairs(iteration, processor)
+                for step in range(config.discriminator_steps * iteration, config.discriminator_steps * (iteration + 1)):
+                    measured |= discriminator_step(discriminator, pairs, processor, config, adversary, lr, step)
+                replay.add(samples)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
                 measured |= policy_gradient_step(
-                    policy, reference, samples, advantages, processor, objective, config, lr
+                    policy, reference, samples, advantages, processor, objective, config, lr, iteration
                 )
             stage.log.log(iteration + 1, measured | stage.timers.pop())
             stage.log.rollouts(iteration + 1, branches.gallery(samples, advantages, iteration + 1, config))
-            stage.save_if_due(iteration + 1, parts)
+            stage.save_if_due(iteration + 1, parts, replay.kept)
 
         discriminator.export(stage.dir / "discriminator_hf")
         conclude(stage, policy, processor, engine)
@@ -87,7 +90,14 @@ def discriminator_objective(config: AlignConfig) -> DiscriminatorObjective:
     alpha = config.perception_weight
     reference = config.compat == "reference"
     weights = (1.0, 1.0) if reference else (2 * alpha, 2 * (1 - alpha))
-    return DiscriminatorObjective(weights, config.score_regularizer, config.label_smoothing, reference)
+    return DiscriminatorObjective(
+        weights,
+        config.score_regularizer,
+        config.label_smoothing,
+        config.gradient_penalty,
+        config.gradient_penalty_std,
+        reference,
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,17 @@ from torch import Tensor
 from prism_megatron.config import StageConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence, split_by_tokens
-from prism_megatron.loss.discriminator import bradley_terry_loss, reference_branch_loss, score_regularizer
+from prism_megatron.loss.discriminator import (
+    bradley_terry_loss,
+    gradient_penalty,
+    reference_branch_loss,
+    score_regularizer,
+)
 from prism_megatron.loss.reduce import require_finite
 from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
 from prism_megatron.parallel.collectives import sum_over_data_parallel, sum_over_pipeline
+from prism_megatron.rollout.requests import sample_seed
 from prism_megatron.stages.microbatch import equal_over_ranks, pack_for_scoring, pack_microbatch
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import BRANCH_NAMES, PERCEPTION, REASONING, PackedBatch
@@ -26,13 +32,15 @@ from prism_megatron.types import BRANCH_NAMES, PERCEPTION, REASONING, PackedBatc
 class Pair:
     """Teacher and student sequences of one branch for one prompt.
 
-    ``owner`` names the sample. Only the paper's own loss has pairs whose student is not ``valid``.
+    ``owner`` names the sample. Only the paper's own loss has pairs whose student is not ``valid``. Pairs that are not
+    ``fresh`` are trained on, and left out of what is measured.
     """
 
     teacher: TrainingSequence
     student: TrainingSequence
     owner: str
     valid: bool = True
+    fresh: bool = True
 
     @property
     def branch(self) -> int:
@@ -45,14 +53,17 @@ class Pair:
 class PairMicrobatch:
     """Distinct sequences of some pairs packed once; ``teacher``, ``student`` [M] point into them.
 
+    So does ``perturbed`` [M], or is None: the teachers once more, with noise on their embedded responses.
     ``weights`` [M] and ``token_share`` are parts of the global batch, so losses of micro-batches add up.
     """
 
     packed: PackedBatch
     teacher: Tensor
     student: Tensor
+    perturbed: Tensor | None
     branch: Tensor
     valid: Tensor
+    fresh: Tensor
     weights: Tensor
     owners: tuple[str, ...]
     token_share: float
@@ -60,11 +71,16 @@ class PairMicrobatch:
 
 @dataclass(frozen=True)
 class DiscriminatorObjective:
-    """The weights of the branches' losses and of the score regulariser; ``reference`` is the paper's own loss."""
+    """The weights of the branches' losses, of the score regulariser and of the gradient penalty.
+
+    ``penalty_std`` is that of the noise the latter is measured with; ``reference`` is the paper's own loss.
+    """
 
     branch_weights: tuple[float, float]
     regularizer: float = 0.0
     label_smoothing: float = 0.0
+    penalty: float = 0.0
+    penalty_std: float = 0.0
     reference: bool = False
 
 
@@ -99,17 +115,22 @@ def discriminator_step(
     config: StageConfig,
     objective: DiscriminatorObjective,
     lr: float,
+    step: int = 0,
 ) -> dict[str, float | None]:
     """Bradley-Terry step on the pairs of the global batch (Eq. 2), with live load balancing.
 
     Each branch's loss is the mean over its pairs on all ranks, times its weight. With no pair anywhere nothing is
-    trained, and nothing is reported.
+    trained, and nothing is reported. ``step`` numbers the noise of the gradient penalty.
     """
-    counts = [sum(pair.branch == branch and pair.valid for pair in pairs) for branch in (PERCEPTION, REASONING)]
-    *totals, rows = sum_over_data_parallel(*counts, len(pairs) / 2)
+    valid = [pair for pair in pairs if pair.valid]
+    counts = [sum(pair.branch == branch for pair in valid) for branch in (PERCEPTION, REASONING)]
+    current = [sum(pair.branch == branch for pair in valid if pair.fresh) for branch in (PERCEPTION, REASONING)]
+    *totals, rows = sum_over_data_parallel(*counts, *current, len(pairs) / 2)
+    totals, fresh = totals[:2], totals[2:]
     if rows == 0:
         return {}
-    batches = _pair_microbatches(pairs, totals, objective, processor, config)
+    hidden_size = discriminator.sizes.text["hidden_size"]
+    batches = _pair_microbatches(pairs, totals, objective, processor, config, hidden_size, step)
     contexts: list[Any] = []
 
     def forward(chunk: Any, batch: PairMicrobatch) -> Tensor:
@@ -126,10 +147,16 @@ def discriminator_step(
         else:
             pair_loss = bradley_terry_loss(teacher, student, batch.weights, label_smoothing=objective.label_smoothing)
             value = pair_loss + objective.regularizer * score_regularizer(teacher, student, batch.weights)
-        gap, level = (teacher - student).detach(), (teacher + student).detach() / 2
         stats = {"loss": pair_loss.detach()}
+        if batch.perturbed is not None:
+            perturbed = scores[batch.perturbed]
+            require_finite("score of the perturbed demonstration", perturbed.detach(), batch.owners)
+            penalty = gradient_penalty(perturbed, teacher, batch.weights, std=objective.penalty_std)
+            value = value + objective.penalty * penalty
+            stats["penalty"] = penalty.detach()
+        gap, level = (teacher - student).detach(), (teacher + student).detach() / 2
         for branch in (PERCEPTION, REASONING):
-            mine = ((batch.branch == branch) & batch.valid).float()
+            mine = ((batch.branch == branch) & batch.valid & batch.fresh).float()
             stats[f"gap_{branch}"] = (gap * mine).sum()
             stats[f"level_{branch}"] = (level * mine).sum()
             # A tie is no preference: half a win.
@@ -142,7 +169,7 @@ def discriminator_step(
     (balance,) = sum_over_data_parallel(sum_over_pipeline(balance))
 
     def mean(key: str, branch: int) -> float | None:
-        return total[f"{key}_{branch}"] / totals[branch] if totals[branch] else None
+        return total[f"{key}_{branch}"] / fresh[branch] if fresh[branch] else None
 
     return {
         names.DISCRIMINATOR_LOSS: total["loss"],
@@ -155,8 +182,10 @@ def discriminator_step(
         names.REASONING_SCORE_LEVEL: mean("level", REASONING),
         names.PERCEPTION_PAIR_ACCURACY: mean("wins", PERCEPTION),
         names.REASONING_PAIR_ACCURACY: mean("wins", REASONING),
-        names.PERCEPTION_PAIRS: totals[PERCEPTION],
-        names.REASONING_PAIRS: totals[REASONING],
+        names.PERCEPTION_PAIRS: fresh[PERCEPTION],
+        names.REASONING_PAIRS: fresh[REASONING],
+        names.REPLAYED_PAIRS: sum(totals) - sum(fresh),
+        names.GRADIENT_PENALTY: total.get("penalty"),
         **_routing_metrics(contexts, config),
     }
 
@@ -194,14 +223,26 @@ def _pair_microbatches(
     objective: DiscriminatorObjective,
     processor: ChatProcessor,
     config: StageConfig,
+    hidden_size: int,
+    step: int,
 ) -> list[PairMicrobatch]:
-    groups_of_pairs = equal_over_ranks(_group_pairs(pairs, config.max_tokens_per_microbatch), config.parallel)
+    grouped = _group_pairs(pairs, config.max_tokens_per_microbatch, teachers_count=2 if objective.penalty else 1)
+    groups_of_pairs = equal_over_ranks(grouped, config.parallel)
     distinct = [_distinct(group) for group in groups_of_pairs]
-    (total_tokens,) = sum_over_data_parallel(float(sum(len(s) for members in distinct for s in members)))
+    # A pair of each distinct teacher, which is laid down once more, behind all others.
+    again = [{id(pair.teacher): pair for pair in group} if objective.penalty else {} for group in groups_of_pairs]
+    laid = [[*own, *(pair.teacher for pair in more.values())] for own, more in zip(distinct, again, strict=True)]
+    (total_tokens,) = sum_over_data_parallel(float(sum(len(s) for members in laid for s in members)))
     batches = []
-    for group, members in zip(groups_of_pairs, distinct, strict=True):
-        place = {id(sequence): index for index, sequence in enumerate(members)}
+    for group, own, more, members in zip(groups_of_pairs, distinct, again, laid, strict=True):
+        place = {id(sequence): index for index, sequence in enumerate(own)}
         packed = pack_microbatch(members, processor, config)
+        perturbed = None
+        if objective.penalty:
+            noise = response_noise(packed, list(more.values()), hidden_size, config.run.seed, step)
+            packed = replace(packed, embedding_noise=objective.penalty_std * noise)
+            copy = {teacher: len(own) + index for index, teacher in enumerate(more)}
+            perturbed = torch.tensor([copy[id(pair.teacher)] for pair in group], dtype=torch.long, device=noise.device)
         device = packed.tokens.device
         branches = [pair.branch for pair in group]
         batches.append(
@@ -209,29 +250,53 @@ def _pair_microbatches(
                 packed=packed,
                 teacher=torch.tensor([place[id(pair.teacher)] for pair in group], dtype=torch.long, device=device),
                 student=torch.tensor([place[id(pair.student)] for pair in group], dtype=torch.long, device=device),
+                perturbed=perturbed,
                 branch=torch.tensor(branches, device=device),
                 valid=torch.tensor([pair.valid for pair in group], dtype=torch.bool, device=device),
+                fresh=torch.tensor([pair.fresh for pair in group], dtype=torch.bool, device=device),
                 weights=torch.tensor(
                     [objective.branch_weights[b] / max(totals[b], 1.0) for b in branches], device=device
                 ),
                 owners=tuple(pair.owner for pair in group),
-                token_share=sum(len(s) for s in members) / total_tokens,
+                token_share=sum(map(len, members)) / total_tokens,
             )
         )
     return batches
 
 
-def _group_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
-    """Pairs in micro-batches of at most ``max_tokens`` distinct tokens: a teacher shared by pairs is counted once."""
+def response_noise(packed: PackedBatch, pairs: Sequence[Pair], hidden_size: int, seed: int, step: int) -> Tensor:
+    """Standard normal where the batch's last sequences, the teachers of ``pairs``, have their responses, [T, H].
+
+    A demonstration's noise depends on seed, step, sample and branch, and not on the batch or rank it is in.
+    """
+    noise = torch.zeros(len(packed.tokens), hidden_size)
+    ends = packed.last_tokens.tolist()
+    for pair, last in zip(pairs, ends[len(ends) - len(pairs) :], strict=True):
+        generator = torch.Generator().manual_seed(sample_seed(seed, step, f"{pair.owner}/{pair.branch}"))
+        length = len(pair.teacher.response_ids)
+        noise[last + 1 - length : last + 1] = torch.randn(length, hidden_size, generator=generator)
+    return noise.to(packed.tokens.device)
+
+
+def _group_pairs(pairs: Sequence[Pair], max_tokens: int, teachers_count: int) -> list[list[Pair]]:
+    """Pairs in micro-batches of at most ``max_tokens`` distinct tokens: a teacher shared by pairs is laid down once.
+
+    Or ``teachers_count`` times.
+    """
+
+    def tokens_of(pair: Pair) -> int:
+        teacher = 0 if id(pair.teacher) in held else teachers_count * len(pair.teacher)
+        return teacher + (0 if id(pair.student) in held else len(pair.student))
+
     grouped: list[list[Pair]] = []
     held: set[int] = set()
     tokens = 0
     for pair in pairs:
-        new = sum(len(s) for s in (pair.teacher, pair.student) if id(s) not in held)
+        new = tokens_of(pair)
         if not grouped or tokens + new > max_tokens:
             grouped.append([])
             held.clear()
-            tokens, new = 0, len(pair.teacher) + len(pair.student)
+            tokens, new = 0, tokens_of(pair)
             if new > max_tokens:
                 raise ValueError(
                     f"a pair of {new} tokens does not fit max_tokens_per_microbatch ({max_tokens}); raise it"

@@ -32,7 +32,8 @@ class PolicyMicrobatch:
     """A packed batch and what the loss needs about each token, all [T]. The last ones are for policy gradients only.
 
     ``token_share`` is its part of the global batch's tokens; ``owners`` names the sample of each sequence. Without
-    ``old_logprobs`` the policy is still the one that sampled. ``temperature`` is what it sampled at.
+    ``old_logprobs`` the policy is still the one that sampled. ``temperature`` is what it sampled at. ``fresh`` is 1 for
+    tokens that this iteration's policy sampled.
     """
 
     packed: PackedBatch
@@ -41,6 +42,7 @@ class PolicyMicrobatch:
     weights: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
+    fresh: Tensor
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     temperature: float = 1.0
@@ -66,7 +68,7 @@ def sft_step(
 
     ``owners`` names the row of each sequence.
     """
-    batches = _microbatches(sequences, None, None, owners, processor, config, "token_mean")
+    batches = _microbatches(sequences, None, None, None, owners, processor, config, "token_mean")
 
     def loss(batch: PolicyMicrobatch, scores: TokenScores) -> tuple[Tensor, Stats]:
         require_finite("log-probability", _per_sequence(scores.logprobs.detach(), batch.packed), batch.owners)
@@ -101,12 +103,13 @@ def policy_gradient_step(
     objective: Objective,
     config: PolicyGradientConfig,
     lr: float,
+    version: int,
 ) -> dict[str, float | None]:
     """Every update of an iteration: each mini-batch of its samples, as many times as there are epochs (spec 4.6, 5.1).
 
     The policy is what samples: the model at ``rollout.temperature``. The log-probabilities that ratios are taken to are
     computed once, before the first update. Also measures how far they are from the engine's, on the very tokens that
-    were sampled.
+    were sampled by the policy of this ``version``.
     """
     mini_batches = []
     for part in _mini_batches(samples, config.mini_batches_per_iteration):
@@ -115,6 +118,7 @@ def policy_gradient_step(
             [sample.sequence() for sample in chosen],
             [advantages[i] for i in part],
             [sample.rollout.logprobs for sample in chosen],
+            [sample.rollout.policy_version == version for sample in chosen],
             [sample.example.id for sample in chosen],
             processor,
             config,
@@ -145,7 +149,7 @@ def policy_gradient_step(
             "entropy": (scores.entropy * mask).sum(),
             "tokens": mask.sum(),
         }
-        return value, Stats(sums, {"difference": ((old - batch.rollout_logprobs).abs() * mask).max()})
+        return value, Stats(sums, {"difference": ((old - batch.rollout_logprobs).abs() * batch.fresh).max()})
 
     totals: dict[str, float] = defaultdict(float)
     grad_norms: list[float] = []
@@ -210,6 +214,7 @@ def _microbatches(
     sequences: Sequence[TrainingSequence],
     advantages: Sequence[float] | None,
     engine_logprobs: Sequence[Sequence[float]] | None,
+    fresh: Sequence[bool] | None,
     owners: Sequence[str],
     processor: ChatProcessor,
     config: StageConfig,
@@ -234,11 +239,14 @@ def _microbatches(
             # Padding, if any, is one more sequence.
             per_sequence = torch.tensor([*(advantages[i] for i in group), 0.0], device=packed.tokens.device)
             token_advantages = per_sequence[packed.sequence_ids]
-        token_logps = torch.zeros_like(packed.loss_mask)
+        token_logps, token_fresh = torch.zeros_like(packed.loss_mask), torch.zeros_like(packed.loss_mask)
         if engine_logprobs is not None:
             flat = [value for i in group for value in engine_logprobs[i]]
             token_logps[packed.loss_mask.bool()] = torch.tensor(flat, device=token_logps.device)
+        if fresh is not None:
+            of_sequence = torch.tensor([*(float(fresh[i]) for i in group), 0.0], device=packed.tokens.device)
+            token_fresh = packed.loss_mask * of_sequence[packed.sequence_ids]
         share = sum(len(sequences[i]) for i in group) / max(total_tokens, 1.0)
         names_of = tuple(owners[i] for i in group)
-        batches.append(PolicyMicrobatch(packed, share, names_of, weights, token_advantages, token_logps))
+        batches.append(PolicyMicrobatch(packed, share, names_of, weights, token_advantages, token_logps, token_fresh))
     return batches

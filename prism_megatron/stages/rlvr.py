@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -21,9 +22,11 @@ from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
 from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.evaluate import conclude, judge, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
-from prism_megatron.stages.rollouts import Sample, gallery_row, push_weights, sample_responses, start_engine
+from prism_megatron.stages.rollouts import Sample, as_sample, gallery_row, push_weights, sample_responses, start_engine
 from prism_megatron.stages.setup import load_policy, load_processor, load_reference, open_stage
-from prism_megatron.types import Example
+from prism_megatron.types import Example, Rollout
+
+Group = tuple[str, list[dict[str, Any]]]  # a row's id and its rollouts, as plain data
 
 
 def run_rlvr(config: RLVRConfig) -> None:
@@ -35,24 +38,25 @@ def run_rlvr(config: RLVRConfig) -> None:
         policy = load_policy(config)
         reference = load_reference(config) if config.kl_coeff else None
         parts = {"policy": policy}
-        stage.resume(parts)
+        surplus: list[Group] = stage.resume(parts) or []
 
         engine = start_engine(config, policy.source)
         for iteration in range(stage.start, run.train_iters):
             with stage.timers("sync"):
                 push_weights(engine, policy, iteration, config.rollout)
             with stage.timers("rollout"):
-                samples, generated = sample_groups(engine, processor, rows, iteration, config)
+                sampled = sample_groups(engine, processor, rows, iteration, config, surplus)
                 engine.sleep()
+            samples, surplus = sampled.samples, sampled.surplus
             rewards = torch.tensor([reward(sample, config) for sample in samples])
             groups = torch.tensor([sample.group for sample in samples])
             advantages = grpo_advantage(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
                 measured = policy_gradient_step(
-                    policy, reference, samples, advantages, processor, objective, config, lr
+                    policy, reference, samples, advantages, processor, objective, config, lr, iteration
                 )
-            measured |= reward_metrics(generated, config) | response_metrics(generated)
+            measured |= sampling_metrics(sampled, config)
             stage.log.log(iteration + 1, measured | stage.timers.pop())
             shown = range(min(run.log_rollouts_per_iteration, len(samples)))
             correct = [judge(samples[i], config.compat) for i in shown]
@@ -60,32 +64,50 @@ def run_rlvr(config: RLVRConfig) -> None:
                 iteration + 1,
                 [gallery_row(samples[i], "rlvr", iteration + 1, correct[i], advantages[i]) for i in shown],
             )
-            stage.save_if_due(iteration + 1, parts)
+            stage.save_if_due(iteration + 1, parts, surplus)
 
         conclude(stage, policy, processor, engine)
 
 
-def sample_groups(
-    engine: Engine, processor: ChatProcessor, rows: Sequence[Example], iteration: int, config: RLVRConfig
-) -> tuple[list[Sample], list[Sample]]:
-    """This rank's samples to train on, and all that it generated for them.
+@dataclass(frozen=True)
+class Sampled:
+    """This rank's ``samples`` to train on and all it ``generated`` for them; the ``surplus`` is the same on all ranks.
 
-    DAPO's dynamic sampling (spec 5.2): groups whose rewards do not differ are replaced by those of other prompts. Each
-    round samples as many prompts as are still missing, so that there is no surplus to throw away, or to keep over a
-    restart; which prompts, and in which order, depends on seed and iteration only. Where the rounds end first, what was
-    found is trained on.
+    ``carried`` is how many of all ranks' groups were surplus before.
+    """
+
+    samples: list[Sample]
+    generated: list[Sample]
+    surplus: list[Group]
+    carried: int = 0
+
+
+def sample_groups(
+    engine: Engine,
+    processor: ChatProcessor,
+    rows: Sequence[Example],
+    iteration: int,
+    config: RLVRConfig,
+    surplus: Sequence[Group],
+) -> Sampled:
+    """An iteration's samples.
+
+    DAPO's dynamic sampling (spec 5.2): groups whose answers are all right or all wrong are replaced by those of other
+    prompts. Groups left over by the iterations before come first; each round then samples ``oversampling`` prompts for
+    each group still missing, and what is found beyond the need is left over in turn. Which prompts, and in which order,
+    depends on seed and iteration only. Where the rounds end first, what was found is trained on.
     """
     order = batch_indices(len(rows), config.prompts_per_iteration, iteration, config.run.seed)
     rounds = 1
     if config.algorithm == "dapo":
         order = order + further_indices(len(rows), order, iteration, config.run.seed)
         rounds = config.max_sampling_rounds
-    kept: list[Sample] = []
+    kept = _restored(surplus, rows, processor, config.compat)
     generated: list[Sample] = []
-    tried = missing = 0
+    tried = 0
     for _ in range(rounds):
         missing = config.prompts_per_iteration - len({sample.group for sample in kept})
-        drawn = order[tried : tried + missing]
+        drawn = order[tried : tried + math.ceil(max(missing, 0) * config.oversampling)]
         if not drawn:
             break
         share = rank_share(drawn, ranks.data_parallel_rank(), ranks.data_parallel_size())
@@ -96,17 +118,38 @@ def sample_groups(
         generated += samples
         tried += len(drawn)
         if config.algorithm != "dapo":
-            return samples, generated
+            return Sampled(samples, generated, [])
         kept += gather_over_data_parallel(_informative(samples, config))
     if not kept:
         raise ValueError(
             f"of {tried} prompts none has responses with different rewards; choose prompts that the policy solves "
             "sometimes (the collect stage does), raise rollout.samples_per_prompt, or max_sampling_rounds"
         )
-    chosen = rank_share(
-        sorted({sample.group for sample in kept}), ranks.data_parallel_rank(), ranks.data_parallel_size()
+    found = sorted({sample.group for sample in kept})
+    trained, left = found[: config.prompts_per_iteration], found[config.prompts_per_iteration :]
+    mine = rank_share(trained, ranks.data_parallel_rank(), ranks.data_parallel_size())
+    return Sampled(
+        [sample for sample in kept if sample.group in mine],
+        generated,
+        [_as_group([sample for sample in kept if sample.group == group]) for group in left],
+        sum(group < 0 for group in trained),
     )
-    return [sample for sample in kept if sample.group in chosen], generated
+
+
+def _as_group(samples: Sequence[Sample]) -> Group:
+    return samples[0].example.id, [vars(sample.rollout) for sample in samples]
+
+
+def _restored(surplus: Sequence[Group], rows: Sequence[Example], processor: ChatProcessor, compat: str) -> list[Sample]:
+    """Samples of groups left over, numbered below 0 so that the oldest are trained on first."""
+    by_id = {row.id: row for row in rows} if surplus else {}
+    examples = [by_id[row_id] for row_id, _ in surplus]
+    prompts = processor.encode_prompts(examples)
+    return [
+        as_sample(row, prompt, Rollout(**fields), number - len(surplus), compat)
+        for number, (row, prompt, (_, rollouts)) in enumerate(zip(examples, prompts, surplus, strict=True))
+        for fields in rollouts
+    ]
 
 
 def _informative(samples: Sequence[Sample], config: RLVRConfig) -> list[Sample]:
@@ -118,18 +161,22 @@ def _informative(samples: Sequence[Sample], config: RLVRConfig) -> list[Sample]:
     return [sample for sample, keep in zip(samples, useful.tolist(), strict=True) if keep]
 
 
-def reward_metrics(samples: Sequence[Sample], config: RLVRConfig) -> dict[str, float | None]:
-    """Over all that was generated, whatever of it is trained on: a filter must not flatter the reward."""
+def sampling_metrics(sampled: Sampled, config: RLVRConfig) -> dict[str, float | None]:
+    """Over all that was generated, whatever of it is trained on: a filter must not flatter the reward.
+
+    Where a surplus was enough nothing was, and there is nothing to say of it.
+    """
+    samples = sampled.generated
     rewards = torch.tensor([reward(sample, config) for sample in samples])
     useful = informative_groups(rewards, torch.tensor([sample.group for sample in samples]))
     total, informative, count, prompts = sum_over_data_parallel(
         float(rewards.sum()), float(useful.sum()), len(samples), len({sample.group for sample in samples})
     )
-    return {
-        names.REWARD: total / count,
-        names.VALID_GROUPS: informative / count,
-        names.GENERATED_PROMPTS: prompts,
-    }
+    measured: dict[str, float | None] = {names.GENERATED_PROMPTS: prompts, names.CARRIED_GROUPS: sampled.carried}
+    if count == 0:
+        return measured
+    means = {names.REWARD: total / count, names.VALID_GROUPS: informative / count}
+    return measured | means | response_metrics(samples)
 
 
 def reward(sample: Sample, config: RLVRConfig) -> float:

@@ -118,10 +118,16 @@ def _samples(
     answers = engine.generate(requests, sampling)
     prompts = processor.encode_prompts(rows) if rows else []
     return [
-        Sample(row, prompt, rollout, parse_response(rollout.text, compat=compat) if rollout.finished else None, group)
+        as_sample(row, prompt, rollout, group, compat)
         for group, (row, prompt, rollouts) in enumerate(zip(rows, prompts, answers, strict=True))
         for rollout in rollouts
     ]
+
+
+def as_sample(example: Example, prompt: EncodedPrompt, rollout: Rollout, group: int, compat: str) -> Sample:
+    """A rollout that was cut at the length limit is outside the grammar."""
+    response = parse_response(rollout.text, compat=compat) if rollout.finished else None
+    return Sample(example, prompt, rollout, response, group)
 
 
 def gallery_row(

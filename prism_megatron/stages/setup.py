@@ -84,16 +84,17 @@ class Stage:
     checkpointer: Checkpointer
     start: int
 
-    def save_if_due(self, iteration: int, parts: Mapping[str, Trained]) -> None:
+    def save_if_due(self, iteration: int, parts: Mapping[str, Trained], carried: Any = None) -> None:
         """Save every ``save_interval`` iterations and, to the end, after the last one or when told to stop.
 
+        ``carried`` is plain data that goes on to later iterations, the same on every rank.
         Raises Preempted in the latter case. Collective.
         """
         run = self.config.run
         stop = preemption.is_asked()
         if iteration % run.save_interval == 0 or iteration == run.train_iters or stop:
             with self.timers("save"), clear_disk_errors(self.dir):
-                self.checkpointer.save(iteration, {n: (p.chunks, p.optimizer) for n, p in parts.items()})
+                self.checkpointer.save(iteration, {n: (p.chunks, p.optimizer) for n, p in parts.items()}, carried)
         if iteration == run.train_iters or stop:
             self.checkpointer.close()
         else:
@@ -101,11 +102,15 @@ class Stage:
         if stop:
             raise preemption.Preempted(f"{self.config.stage}: told to stop, saved iteration {iteration}")
 
-    def resume(self, parts: Mapping[str, Trained]) -> None:
-        """Load the last checkpoint of this stage into ``parts``, if there is one. From here on TERM makes it save."""
+    def resume(self, parts: Mapping[str, Trained]) -> Any:
+        """Load the last checkpoint of this stage into ``parts``, if there is one. From here on TERM makes it save.
+
+        Returns what was ``carried`` when it was saved, or None.
+        """
         preemption.listen()
-        if self.start:
-            self.checkpointer.load(self.start, {n: (p.chunks, p.optimizer) for n, p in parts.items()})
+        if not self.start:
+            return None
+        return self.checkpointer.load(self.start, {n: (p.chunks, p.optimizer) for n, p in parts.items()})
 
 
 @contextmanager

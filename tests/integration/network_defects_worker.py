@@ -16,14 +16,20 @@ cpu.install()
 
 from prism_megatron import config as cfg  # noqa: E402
 from prism_megatron.data.branches import branch_sequences  # noqa: E402
+from prism_megatron.data.chat import ChatProcessor  # noqa: E402
 from prism_megatron.data.dataset import read_alignment  # noqa: E402
+from prism_megatron.data.pack import TrainingSequence  # noqa: E402
+from prism_megatron.data.response import parse_response  # noqa: E402
+from prism_megatron.loss.discriminator import gradient_penalty as penalty_of  # noqa: E402
 from prism_megatron.optim.step import Stats, train_step  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
 from prism_megatron.stages import discriminator as adversary  # noqa: E402
 from prism_megatron.stages.microbatch import pack_for_scoring, pack_microbatch  # noqa: E402
+from prism_megatron.stages.replay import Replay  # noqa: E402
+from prism_megatron.stages.rollouts import Sample  # noqa: E402
 from prism_megatron.stages.setup import Trained, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.train import load  # noqa: E402
-from prism_megatron.types import PackedBatch  # noqa: E402
+from prism_megatron.types import Example, PackedBatch, Rollout  # noqa: E402
 
 
 def discriminator(config: cfg.AlignConfig) -> Trained:
@@ -42,8 +48,8 @@ BALANCED = {
 }
 
 
-def balance_gradient(overrides: list[str], batch: PackedBatch) -> Tensor:
-    """The routers' gradients of a step whose loss is the load-balancing loss alone."""
+def balance_gradient(overrides: list[str], batch: PackedBatch, factor: float = 0.0) -> Tensor:
+    """The routers' gradients of a step whose loss is ``factor`` times the scores, beside load balancing."""
     config = load("tiny_align", overrides)
     assert isinstance(config, cfg.AlignConfig)
     trained = discriminator(config)
@@ -52,11 +58,54 @@ def balance_gradient(overrides: list[str], batch: PackedBatch) -> Tensor:
         trained.optimizer,
         [batch],
         lambda chunk, packed: chunk(packed, 1.0),
-        lambda _, scores: (0.0 * scores.sum(), Stats({})),
+        lambda _, scores: (factor * scores.sum(), Stats({})),
         lr=0.0,
     )
     named = [pair for chunk in trained.chunks for pair in chunk.module.named_parameters()]
     return torch.cat([parameter.main_grad.flatten() for name, parameter in named if name.endswith("router.weight")])
+
+
+def gradient_penalty(
+    trained: Trained, sequence: TrainingSequence, processor: ChatProcessor, config: cfg.AlignConfig
+) -> dict[str, float]:
+    """R1 of a sequence's embedded response by differentiation, and by the mean of many estimates."""
+    module, std, draws = trained.chunks[0].module.eval(), 1e-3, 512
+    width = trained.sizes.text["hidden_size"]
+    plain = pack_microbatch([sequence], processor, config)
+    shift = torch.zeros(len(plain.tokens), width, requires_grad=True)
+    score = module(replace(plain, embedding_noise=shift))
+    (gradient,) = torch.autograd.grad(score.sum(), shift)
+    many = pack_microbatch([replace(sequence) for _ in range(draws)], processor, config)
+    pairs = [adversary.Pair(sequence, sequence, str(draw)) for draw in range(draws)]
+    noise = adversary.response_noise(many, pairs, width, seed=1, step=0)
+    with torch.no_grad():
+        perturbed = module(replace(many, embedding_noise=std * noise))
+    weights = torch.full((draws,), 1 / draws)
+    estimate = penalty_of(perturbed, score.detach().expand(draws), weights, std=std)
+    response = gradient[len(sequence.prompt.token_ids) :]
+    return {"r1": float(response.square().sum() / 2), "r1_estimate": float(estimate)}
+
+
+def replay(config: cfg.AlignConfig, processor: ChatProcessor, rows: list[Example]) -> dict[str, object]:
+    """What a buffer of two prompts, two responses each, holds and draws after responses to three prompts."""
+    sizes = cfg.ReplayConfig(prompts=2, responses_per_prompt=2, responses_per_iteration=3)
+    buffer = Replay(rows, sizes, seed=1)
+    nothing = buffer.pairs(0, processor)
+    for number in (0, 1, 0, 2, 0):
+        row = rows[number]
+        assert row.response is not None
+        said = Rollout((1,), (0.0,), row.response, finished=True, policy_version=None)
+        response = parse_response(row.response)
+        buffer.add([Sample(row, processor.encode_prompts([row])[0], said, response, 0)] * 2)
+        buffer.add([Sample(row, processor.encode_prompts([row])[0], said, None, 0)])
+    drawn, again = (b.pairs(7, processor) for b in (buffer, Replay(rows, sizes, 1, buffer.kept)))
+    return {
+        "replay_kept": {number: len(buffer.kept.get(rows[number].id, [])) for number in range(3)},
+        "replay_nothing": len(nothing),
+        "replay_drawn": [(pair.owner, pair.branch, pair.fresh) for pair in drawn],
+        "replay_again": [pair.student.response_ids for pair in drawn] == [pair.student.response_ids for pair in again],
+        "replay_same_text": all(pair.student.response_ids == pair.teacher.response_ids for pair in drawn),
+    }
 
 
 def main(checkpoint: str, data: str, out: str) -> None:
@@ -82,6 +131,11 @@ def main(checkpoint: str, data: str, out: str) -> None:
     measured["spread"] = float(together.std())
     measured["alone_differs"] = float((together - torch.cat(alone)).abs().max())
 
+    packed, module = pack_microbatch(sequences, processor, config), trained.chunks[0].module
+    with torch.no_grad():
+        in_training, in_evaluation = module.train()(packed), module.eval()(packed)
+    measured["dropout_differs"] = float((in_training - in_evaluation).abs().max())
+
     first, second = sequences[:2]
     texts = [first.response_ids, *(s.response_ids for s in sequences[2:])]
     started_alike = [replace(one, response_ids=ids) for ids in texts for one in (first, second)]
@@ -91,6 +145,9 @@ def main(checkpoint: str, data: str, out: str) -> None:
     measured["whole_tokens"] = sum(map(len, started_alike))
     measured["shared_spread"] = float(shared.std())
     measured["shared_differs"] = float((shared - torch.cat(apart)).abs().max())
+
+    measured |= gradient_penalty(trained, sequences[1], processor, config)
+    measured |= replay(config, processor, rows)
 
     batch = pack_microbatch(sequences, processor, config)
     for name, setting in BALANCED.items():
@@ -114,6 +171,10 @@ def main(checkpoint: str, data: str, out: str) -> None:
         adversary.score(trained, sequences, owners, processor, config)
     except FloatingPointError as error:
         measured["refused"] = str(error)
+    try:
+        balance_gradient(overrides, batch, factor=float("nan"))
+    except FloatingPointError as error:
+        measured["gradient_refused"] = str(error)
     Path(out).write_text(json.dumps(measured))
     groups.shutdown()
 

@@ -23,7 +23,13 @@ import pytest
 
 from prism_megatron.data.dataset import read_alignment, write_pairs
 from prism_megatron.data.response import parse_response
-from prism_megatron.observe.metrics import LOSS
+from prism_megatron.observe.metrics import (
+    CARRIED_GROUPS,
+    GRADIENT_PENALTY,
+    LOSS,
+    REPLAYED_PAIRS,
+    TRAIN_ROLLOUT_LOGPROB_ABS_DIFF,
+)
 from prism_megatron.parallel.groups import free_port
 from prism_megatron.types import PreferencePair
 from tools.convert import main as convert
@@ -59,11 +65,14 @@ def stages(
             f"data={tiny_data}/alignment.parquet",
             *SHORT,
             *SMALL,
+            *("replay.prompts=6", "replay.responses_per_prompt=2", "replay.responses_per_iteration=4"),
+            *("gradient_penalty=0.1", "gradient_penalty_std=0.02"),
         ],
         # DAPO with several updates an iteration: the stage with the most that might be remembered.
         "rlvr": [
             *("tiny_rlvr", f"run.dir={root}", policy, f"data={tiny_data}/rlvr_candidates.parquet", *SHORT, *SMALL),
             *("algorithm=dapo", "mini_batches_per_iteration=2", "epochs_per_iteration=2"),
+            *("oversampling=3", "importance_cap=2"),
         ],
     }
 
@@ -92,6 +101,13 @@ def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Ca
     expected = measured(straight)
     assert [row["iteration"] for row in expected] == list(range(1, ITERATIONS + 1))
     assert expected[0] != expected[-1], "something was trained"
+    if stage == "rlvr":
+        assert max(row[CARRIED_GROUPS] for row in expected) > 0
+        assert all(row[TRAIN_ROLLOUT_LOGPROB_ABS_DIFF] < 1e-4 for row in expected), "of this iteration's own tokens"
+    if stage == "align":
+        assert expected[0][REPLAYED_PAIRS] == 0
+        assert all(row[REPLAYED_PAIRS] > 0 for row in expected[1:])
+        assert all(row[GRADIENT_PENALTY] > 0 for row in expected[1:])
 
     interrupted = [*command, f"run.name={stage}/interrupted"]
     rng = random.Random(stage)

@@ -65,6 +65,21 @@ def test_data_may_be_collected_at_any_sampling() -> None:
     assert (rollout.top_p, rollout.temperature) == (0.9, 0.7)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("tiny_align", ["gradient_penalty=1"], r"gradient_penalty \(1.0\) .* needs a gradient_penalty_std above 0"),
+        ("tiny_align", ["replay.prompts=8"], r"must be at least 1, got \(8, 1, 0\); replay.prompts=0 turns it off"),
+        ("tiny_align", ["compat=reference", "label_smoothing=0.1"], "which has no label_smoothing"),
+        ("tiny_rlvr", ["algorithm=dapo", "oversampling=2"], r"and an importance_cap, got 2.0, dapo and 0.0"),
+        ("tiny_rlvr", ["oversampling=0.5"], "oversampling must be at least 1"),
+    ],
+)
+def test_knobs_that_do_not_go_together_are_refused(recipe: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(recipe, overrides)
+
+
 def test_unknown_recipe() -> None:
     with pytest.raises(ValueError, match="unknown recipe 'tiny_stf'; there are tiny_sft"):
         load("tiny_stf", [])

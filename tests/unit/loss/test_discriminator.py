@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from prism_megatron.loss.discriminator import bradley_terry_loss, reference_branch_loss, score_regularizer
+from prism_megatron.loss.discriminator import (
+    bradley_terry_loss,
+    gradient_penalty,
+    reference_branch_loss,
+    score_regularizer,
+)
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -42,6 +47,24 @@ def test_label_smoothing_by_hand() -> None:
     bradley_terry_loss(teacher, torch.zeros(2), torch.tensor([0.0, 1.0]), label_smoothing=0.1).backward()
     assert teacher.grad is not None
     assert teacher.grad.tolist() == pytest.approx([0, 0], abs=1e-7)
+
+
+def test_gradient_penalty_by_hand() -> None:
+    # D(x) = (1, 2, -2).x at x = 0 with noise (1/2, -1, 1/4) of std 0.1: the slope along it is 1/2 - 2 - 1/2 = -2.
+    weight, noise = torch.tensor([1.0, 2.0, -2.0]), torch.tensor([0.5, -1.0, 0.25])
+    perturbed = torch.stack(((0.1 * noise) @ weight, torch.tensor(3.0)))
+    value = gradient_penalty(perturbed, torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.5]), std=0.1)
+    assert float(value) == pytest.approx(0.5 * (-2) ** 2 / 2)
+
+
+def test_gradient_penalty_is_half_the_squared_gradient_on_average() -> None:
+    # D(x) = (1, 2, -2).x + 3 |x|^2 at x = 0, where its gradient is (1, 2, -2): R1 is 9/2, the curvature averages out.
+    weight, noise = torch.tensor([1.0, 2.0, -2.0]), torch.randn(200_000, 3, generator=torch.Generator().manual_seed(1))
+    step = 0.01 * noise
+    perturbed = step @ weight + 3 * step.square().sum(1)
+    weights = torch.full((len(noise),), 1 / len(noise))
+    value = gradient_penalty(perturbed, torch.zeros(len(noise)), weights, std=0.01)
+    assert float(value) == pytest.approx(4.5, rel=0.02)
 
 
 def test_the_reference_loss_by_hand() -> None:
