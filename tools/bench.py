@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -46,6 +48,35 @@ def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def extra_peak_bytes(work: Callable[[], Any]) -> int:
+    """The most memory that ``work`` takes beyond what this process holds when it starts and gives back.
+
+    On the GPU where there is one, else resident, as the Linux kernel counts it: it sees whoever allocates. What is
+    freed counts until it is given back, so ``work`` should call :func:`give_back_freed` now and then.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - held
+    give_back_freed()  # it must not serve this
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    held = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - held
+
+
+def give_back_freed() -> None:
+    """Return to the system what malloc keeps of freed memory for later."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(line: str) -> int:
+    found = re.search(rf"^{line}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def provenance() -> dict[str, Any]:

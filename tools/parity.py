@@ -208,7 +208,7 @@ def our_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputSpec
 
     lr = _STEP * _EPSILON if case.distributed_optimizer else 0.0
     optimizer = build_optimizer(OptimizerConfig(lr=lr, adam_eps=_EPSILON, clip_grad=0.0), wrapped)
-    before = dict(export_weights(wrapped, table)) if case.distributed_optimizer else {}
+    before = {n: t.clone() for n, t in export_weights(wrapped, table)} if case.distributed_optimizer else {}
     train_step(wrapped, optimizer, batches, lambda chunk, batch: chunk(batch, shares[id(batch)]), loss, lr)
     results |= dict(gather_over_data_parallel(from_last_stage(scored)))
     if case.distributed_optimizer:  # gradients are scattered over the ranks: look at what the step made of them

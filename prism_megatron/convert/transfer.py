@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import prod
 from typing import Any, Protocol
 
@@ -26,6 +28,11 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _LOCAL_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 _GROUPED_EXPERT = re.compile(r"(.*\.experts\.)(linear_fc[12]\.weight)(\d+)")  # Transformer Engine's grouped linears
 _BUCKET_BYTES = 256 << 20
+_REASONS = {
+    "whole": "that every rank of a stage has: not gathered",
+    "cut": "cut over {ranks} tensor-parallel ranks: gathered",
+    "expert": "of experts on {ranks} expert-parallel ranks: gathered, a layer's experts together",
+}
 
 
 class TensorSource(Protocol):
@@ -110,24 +117,25 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every (HF name, whole tensor) on every rank: all must iterate to the end. Tied copies are left out.
 
+    What no other rank has a part of is yielded as it lies in the model: copy what is kept past a training step.
     ``read`` says what of a parameter is exported: its values, or another tensor of its shape such as its gradient.
-    At most ``bucket_bytes`` of gathered tensors are held per kind of parameter, or one tensor if that is larger.
+
+    Parameters travel in halves of ``bucket_bytes``, or one module of the engine at a time if that is larger; one half
+    is gathered, in a thread of its own, while the one before is consumed. No module is in two of them, so that an
+    engine, which holds on to what it got until a module is complete, never holds more than one.
     """
     here = {name: read(parameter) for name, parameter in named_parameters(model).items()}
-    owners = _owners(here)
-    buckets: dict[tuple[int, torch.dtype, str], _Bucket] = {}
-    for rules in units(table):
-        stage, dtype = next(owners[rule.megatron] for rule in rules if rule.megatron in owners)
-        kind = "expert" if rules[0].expert is not None else "cut" if rules[0].layout.axis is not None else "whole"
-        size = sum(rule.numel for rule in rules) * dtype.itemsize
-        bucket = buckets.setdefault((stage, dtype, kind), _Bucket(stage, dtype, kind))
-        if bucket.units and bucket.bytes + size > bucket_bytes:
-            yield from bucket.gather(here)
-            bucket = buckets[stage, dtype, kind] = _Bucket(stage, dtype, kind)
-        bucket.units.append(rules)
-        bucket.bytes += size
-    for bucket in buckets.values():
-        yield from bucket.gather(here)
+    buckets = _buckets(table, _owners(here), bucket_bytes // 2)
+    routes = {kind: _route(kind) for kind in sorted({unit.kind for bucket in buckets for unit in bucket.units})}
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(buckets[0].gather, here, routes)
+        for following in [*buckets[1:], None]:
+            gathered = coming.result()
+            if following is not None:
+                coming = ahead.submit(following.gather, here, routes)
+            for unit, shards in gathered:
+                yield from _apart(unit.rules, shards, routes[unit.kind].places)
+            del gathered, shards
 
 
 def export_manifest(model: Any, table: Sequence[Rule]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -140,66 +148,155 @@ def export_manifest(model: Any, table: Sequence[Rule]) -> dict[str, tuple[tuple[
     return manifest
 
 
+def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_BYTES) -> str:
+    """What an export sends where, and why, in a few lines. Collective."""
+    buckets = _buckets(table, _owners(named_parameters(model)), bucket_bytes // 2)
+    sizes = dict.fromkeys(_REASONS, 0)
+    for unit in (unit for bucket in buckets for unit in bucket.units):
+        sizes[unit.kind] += unit.bytes
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    largest = max(sum(unit.bytes for unit in bucket.units) for bucket in buckets)
+    lines = [
+        f"weight sync: {sum(sizes.values()) / 1e6:.1f} MB to every rank in {len(buckets)} parts of at most "
+        f"{largest / 1e6:.1f} MB; the engine's loader takes whole tensors and cuts them itself"
+    ]
+    for kind, size in sizes.items():
+        if size:
+            lines.append(f"  {size / 1e6:.1f} MB {_REASONS[kind]}".format(ranks=len(_route(kind).places)))
+    if stages > 1:
+        lines.append(f"  all of it goes down {stages} pipeline stages, each of which has layers that all engines need")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Parameters that make the same HF tensors; ``kind`` is how they are cut: expert, cut or whole."""
+
+    rules: list[Rule]
+    kind: str
+    dtype: torch.dtype
+
+    @property
+    def module(self) -> str:
+        return self.rules[0].hf[0].rpartition(".")[0]
+
+    @property
+    def bytes(self) -> int:
+        return sum(rule.numel for rule in self.rules) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Who has parameters of a kind: for every member of ``group`` its part of the experts and of each matrix."""
+
+    group: Any
+    places: list[tuple[int, int]]
+
+
+def _route(kind: str) -> _Route:
+    """Collective."""
+    if kind == "whole":
+        return _Route(None, [(0, 0)])
+    if kind == "cut":
+        group = parallel_state.get_tensor_model_parallel_group()
+        return _Route(group, [(0, rank) for rank in range(group.size())])
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    mine = (parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank())
+    places: list[tuple[int, int]] = [(0, 0)] * group.size()
+    dist.all_gather_object(places, mine, group=group)
+    return _Route(group, places)
+
+
 @dataclass
 class _Bucket:
-    """Parameters of one pipeline stage, one dtype and one way of being cut, that travel together."""
+    """Whole modules of one pipeline stage that travel together."""
 
     stage: int
-    dtype: torch.dtype
-    kind: str
-    units: list[list[Rule]] = field(default_factory=list)
-    bytes: int = 0
+    units: list[_Unit] = field(default_factory=list)
 
-    def gather(self, here: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Collective. This rank's shards, in table order, end to end in one buffer; then everybody's; then apart."""
-        places = self._places()
-        etp = 1 + max(place for _, place in places)
-        present = 1 + max(part for part, _ in places)
-        shapes = [unit[0].shard_shape(etp) for unit in self.units]
-        lengths = [prod(shape) * len(unit) // present for shape, unit in zip(shapes, self.units, strict=True)]
-        everybody = torch.empty(len(places), sum(lengths), dtype=self.dtype, device=groups.device())
-        if self.stage == parallel_state.get_pipeline_model_parallel_rank():
-            local = [here[rule.megatron].flatten() for unit in self.units for rule in unit if rule.megatron in here]
-            self._gather_stage(torch.cat(local), everybody)
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            pipeline = parallel_state.get_pipeline_model_parallel_group()
-            dist.broadcast(everybody, src=dist.get_global_rank(pipeline, self.stage), group=pipeline)
-        for unit, shape, block in zip(self.units, shapes, everybody.split(lengths, dim=1), strict=True):
-            yield from _apart(unit, block.view(len(places), -1, *shape), places)
-
-    def _gather_stage(self, local: Tensor, everybody: Tensor) -> None:
-        group = self._group()
-        if group is None or group.size() == 1:
-            everybody[0] = local
-        else:
-            dist.all_gather_into_tensor(everybody.view(-1), local, group=group)
-
-    def _group(self) -> Any:
-        if self.kind == "expert":
-            return parallel_state.get_expert_tensor_and_model_parallel_group()
-        return parallel_state.get_tensor_model_parallel_group() if self.kind == "cut" else None
-
-    def _places(self) -> list[tuple[int, int]]:
-        """Of every member of the group: which part of the experts it holds, and which part of each matrix."""
-        group = self._group()
-        if group is None:
-            return [(0, 0)]
-        if self.kind == "cut":
-            return [(0, rank) for rank in range(group.size())]
-        mine = (parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank())
-        places: list[tuple[int, int]] = [(0, 0)] * group.size()
-        dist.all_gather_object(places, mine, group=group)
-        return places
+    def gather(
+        self, here: Mapping[str, Tensor], routes: Mapping[str, _Route]
+    ) -> list[tuple[_Unit, list[list[Tensor]]]]:
+        """Every unit in turn and, of every member of its group, its shards. Collective."""
+        alike: dict[tuple[str, torch.dtype], list[_Unit]] = {}
+        for unit in self.units:
+            alike.setdefault((unit.kind, unit.dtype), []).append(unit)
+        found: dict[int, list[list[Tensor]]] = {}
+        for (kind, _), members in alike.items():
+            for unit, shards in zip(members, _gather(members, self.stage, routes[kind], here), strict=True):
+                found[id(unit)] = shards
+        return [(unit, found[id(unit)]) for unit in self.units]
 
 
-def _apart(unit: Sequence[Rule], block: Tensor, places: Sequence[tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors of one unit; block [members, parameters per member, *shard]."""
-    per_member = block.shape[1]
+def _buckets(table: Sequence[Rule], owners: Mapping[str, tuple[int, torch.dtype]], bucket_bytes: int) -> list[_Bucket]:
+    """The plan of an export: table order, cut where the stage changes or a bucket is full, never inside a module."""
+    buckets: list[_Bucket] = []
+    full = 0
+    for (stage, _), module in groupby(_owned_units(table, owners), key=lambda item: (item[0], item[1].module)):
+        together = [unit for _, unit in module]
+        size = sum(unit.bytes for unit in together)
+        if not buckets or buckets[-1].stage != stage or full + size > bucket_bytes:
+            buckets.append(_Bucket(stage))
+            full = 0
+        buckets[-1].units += together
+        full += size
+    return buckets
+
+
+def _owned_units(table: Sequence[Rule], owners: Mapping[str, tuple[int, torch.dtype]]) -> Iterator[tuple[int, _Unit]]:
+    for rules in units(table):
+        stage, dtype = next(owners[rule.megatron] for rule in rules if rule.megatron in owners)
+        kind = "expert" if rules[0].expert is not None else "cut" if rules[0].layout.axis is not None else "whole"
+        yield stage, _Unit(rules, kind, dtype)
+
+
+def _gather(
+    units: Sequence[_Unit], stage: int, route: _Route, here: Mapping[str, Tensor]
+) -> Iterator[list[list[Tensor]]]:
+    """Of every unit, all alike in kind and dtype, the shards of every member of the group. Collective.
+
+    This rank's shards, in table order, go end to end into one buffer; then everybody's; then down the pipeline.
+    """
+    etp = 1 + max(place for _, place in route.places)
+    present = 1 + max(part for part, _ in route.places)
+    counts = [len(unit.rules) // present for unit in units]
+    names = [rule.megatron for unit in units for rule in unit.rules if rule.megatron in here]
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if len(route.places) == pipeline.size() == 1:
+        everybody = [[here[name] for name in names]]
+    else:
+        shapes = [
+            unit.rules[0].shard_shape(etp) for unit, count in zip(units, counts, strict=True) for _ in range(count)
+        ]
+        lengths = [prod(shape) for shape in shapes]
+        buffer = torch.empty(len(route.places), sum(lengths), dtype=units[0].dtype, device=groups.device())
+        if stage == parallel_state.get_pipeline_model_parallel_rank():
+            local = [here[name].flatten() for name in names]
+            if len(route.places) == 1:
+                torch.cat(local, out=buffer[0])
+            else:
+                dist.all_gather_into_tensor(buffer.view(-1), torch.cat(local), group=route.group)
+        if pipeline.size() > 1:
+            dist.broadcast(buffer, src=dist.get_global_rank(pipeline, stage), group=pipeline)
+        everybody = [
+            [flat.view(shape) for flat, shape in zip(row.split(lengths), shapes, strict=True)] for row in buffer
+        ]
+    start = 0
+    for count in counts:
+        yield [shards[start : start + count] for shards in everybody]
+        start += count
+
+
+def _apart(
+    unit: Sequence[Rule], shards: Sequence[Sequence[Tensor]], places: Sequence[tuple[int, int]]
+) -> Iterator[tuple[str, Tensor]]:
+    """HF tensors of one unit, from the shards of every member of the group."""
+    per_member = len(shards[0])
     matrices: list[list[Tensor]] = []
     for number, rule in enumerate(unit):
         part, index = divmod(number, per_member)
         owners = sorted((place, member) for member, (owned, place) in enumerate(places) if owned == part)
-        matrices.append(rule.layout.to_hf([block[member, index] for _, member in owners]))
+        matrices.append(rule.layout.to_hf([shards[member][index] for _, member in owners]))
     for position, name in enumerate(unit[0].hf):
         tensors = [tensors[position] for tensors in matrices]
         yield name, tensors[0] if unit[0].expert is None else torch.stack(tensors)

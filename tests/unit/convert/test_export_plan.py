@@ -1,0 +1,54 @@
+"""The plan of an export: table order, bounded parts, no module of the engine in two of them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from prism_megatron.convert.rules import COLUMNS, EXPERT_DOWN, EXPERT_UP, REPLICATED, Rule
+from prism_megatron.convert.transfer import _Bucket, _buckets
+
+KIB = 1 << 10
+
+
+def table(layers: int) -> list[Rule]:
+    """A norm, a linear with a bias and two stacks of two experts each, of 1 KiB a matrix."""
+    rules = []
+    for i in range(layers):
+        rules.append(Rule(f"{i}.norm", (f"layers.{i}.norm.weight",), ((256,),), REPLICATED))
+        rules.append(Rule(f"{i}.proj", (f"layers.{i}.proj.weight",), ((16, 16),), COLUMNS))
+        rules.append(Rule(f"{i}.bias", (f"layers.{i}.proj.bias",), ((256,),), REPLICATED))
+        for part, layout, shape in (("up", EXPERT_UP, (2, 8, 32)), ("down", EXPERT_DOWN, (2, 16, 16))):
+            rules += [Rule(f"{i}.{part}.{e}", (f"layers.{i}.experts.{part}",), (shape,), layout, e) for e in (0, 1)]
+    return rules
+
+
+def plan(layers: int, bucket_bytes: int) -> list[_Bucket]:
+    owners = {rule.megatron: (int(rule.megatron[0]) // 2, torch.float32) for rule in table(layers)}
+    return _buckets(table(layers), owners, bucket_bytes)
+
+
+def size(bucket: _Bucket) -> int:
+    return sum(unit.bytes for unit in bucket.units)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2 * KIB, 5 * KIB, 8 * KIB, 1 << 30])
+def test_parts(bucket_bytes: int) -> None:
+    buckets = plan(4, bucket_bytes)
+    names = [unit.rules[0].hf[0] for bucket in buckets for unit in bucket.units]
+    assert names == list(dict.fromkeys(name for rule in table(4) for name in rule.hf))
+    modules = [[unit.module for unit in bucket.units] for bucket in buckets]
+    for bucket, held in zip(buckets, modules, strict=True):
+        assert size(bucket) <= bucket_bytes or len(set(held)) == 1, "more than one module beyond the limit"
+    for (one, held), (next_one, following) in pairwise(zip(buckets, modules, strict=True)):
+        assert held[-1] != following[0], "a module is cut"
+        if one.stage == next_one.stage:
+            first = [unit.bytes for unit in next_one.units if unit.module == following[0]]
+            assert size(one) + sum(first) > bucket_bytes, "there was room"
+    assert [bucket.stage for bucket in buckets] == sorted(bucket.stage for bucket in buckets)
+
+
+def test_a_stage_has_parts_of_its_own() -> None:
+    assert len(plan(4, 1 << 30)) == 2
