@@ -120,7 +120,9 @@ def weights_to_vllm(scale: Scale) -> dict[str, Any]:
     from tools import bench_sync
 
     hidden, layers = (128, 2) if scale.dry else (2560, 4)
-    return bench_sync.measure(bench_sync.Settings(hidden, layers, checksums=False, steps=2), scale.folder)
+    return bench_sync.measure(
+        bench_sync.Settings(hidden, layers, bucket_mib=128, checksums=False, steps=2), scale.folder
+    )
 
 
 PARTS: dict[str, Callable[[Scale], Variants]] = {

@@ -90,6 +90,16 @@ class RolloutEngine:
         self._has_weights = not is_converted(checkpoint)
         self._policy_version: int | None = None
 
+    @property
+    def banned_token_ids(self) -> list[int]:
+        """What is never sampled."""
+        return sorted(self._banned)
+
+    @property
+    def cache_block_tokens(self) -> int:
+        """How many tokens of a prompt the prefix cache keeps together."""
+        return int(self._llm.llm_engine.vllm_config.cache_config.block_size)
+
     def generate(
         self,
         requests: Sequence[RolloutRequest],
@@ -160,14 +170,12 @@ class RolloutEngine:
         """
         self._has_weights = False
         with _process_state_kept():
-            self._llm.collective_rpc(_reload, args=(sync.checked(named),))
-            # The scheduler's caches hold results of the old weights: prefixes, and encodings of images already seen.
-            self._llm.reset_prefix_cache()
-            self._llm.llm_engine.reset_encoder_cache()
-            self._llm.reset_mm_cache()
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": {"named": sync.checked(named)}})
+            self._llm.finish_weight_update(str(sync.version))
+            self.reset_caches()
         if sync.with_checksums:
             sync.check_agreement(gather_over_ranks(sync.checksums))
-        self._llm.llm_engine.engine_core.set_weight_version(str(sync.version))
         self._has_weights, self._policy_version = True, sync.version
 
     def sleep(self) -> None:
@@ -184,6 +192,38 @@ class RolloutEngine:
         if torch.cuda.is_available() and self._llm.llm_engine.is_sleeping():
             self._llm.wake_up([part])
 
+    def differing_parameters(self, named: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """Which of ``named``, all that was pushed, the engine computes with otherwise. Collective; in their order."""
+        from prism_megatron.rollout.differences import differing_parameters
+
+        with _process_state_kept():
+            (found,) = self._llm.collective_rpc(
+                lambda worker: differing_parameters(worker.model_runner.get_model(), named)
+            )
+        everybody = {place: name for rank in gather_over_ranks(found) for place, name in rank.items()}
+        return [name for _, name in sorted(everybody.items())]
+
+    def reset_caches_in_turn(self) -> Iterator[str]:
+        """Forget what is kept of earlier requests, one kind after another, each with those before; yields its name."""
+        resets = self._resets()
+        for number, name in enumerate(resets, start=1):
+            for reset in list(resets.values())[:number]:
+                reset()
+            yield name
+
+    def reset_caches(self) -> None:
+        """Forget what is kept of earlier requests."""
+        for reset in self._resets().values():
+            reset()
+
+    def _resets(self) -> dict[str, Callable[[], Any]]:
+        """Prefixes and encodings of images are results of weights; the last holds prepared pixels, which are not."""
+        return {
+            "prefix cache": self._llm.reset_prefix_cache,
+            "encoder cache": self._llm.llm_engine.reset_encoder_cache,
+            "multimodal cache": self._llm.reset_mm_cache,
+        }
+
 
 def _set_temperature(worker: Any, temperature: float) -> None:
     """Scale the model's own logits. vLLM's samplers scale after they have noted the log-probabilities."""
@@ -192,17 +232,6 @@ def _set_temperature(worker: Any, temperature: float) -> None:
     for module in worker.model_runner.get_model().modules():
         if isinstance(module, LogitsProcessor):
             module.scale = 1 / temperature
-
-
-def _reload(worker: Any, named: Iterator[tuple[str, Tensor]]) -> None:
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    worker.reload_weights(weights_iterator=named)
-    # An output layer tied to the embedding gets no weights of its own, so the reload leaves alone the packed copy that
-    # CPU kernels made of it: every logit would come from the weights of the first load.
-    for module in worker.model_runner.get_model().modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
 
 
 def _rollout(output: Any, policy_version: int | None) -> Rollout:
@@ -223,8 +252,10 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
         _cpu_environment(config)
     from vllm import LLM
 
+    from prism_megatron.rollout.transfer_backend import register
+
     with nullcontext() if torch.cuda.is_available() else _shared_memory_named():
-        return LLM(
+        llm = LLM(
             model=str(checkpoint),
             # vLLM cannot read a directory converted for Megatron: its weights are pushed.
             load_format=_pushed_format() if is_converted(checkpoint) else "auto",
@@ -237,9 +268,12 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
             limit_mm_per_prompt={"image": 8, "video": 0},
             use_tqdm_on_load=False,
             logprobs_mode="raw_logprobs",
+            weight_transfer_config={"backend": register()},
             seed=config.seed,
             **sizes,
         )
+    llm.init_weight_transfer_engine({"init_info": {}})
+    return llm
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""Our backend of vLLM's weight transfer: tensors of this very process, one module of the engine rebuilt after another.
+
+vLLM's life cycle has three calls: start, update (as often as there are chunks), finish with a version. A backend says
+how the bytes arrive. Ours takes an iterator by reference, which is all that an engine inside the training ranks needs,
+on CPU and GPU alike: no byte is sent twice. For an engine elsewhere vLLM has ``ipc`` (another process on the same GPU)
+and ``nccl`` (other GPUs), which take the same HF names and tensors from a ``WeightSource``; not verified here, where
+there is no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+
+
+@dataclass
+class NothingToAgreeOn(WeightTransferInitInfo):
+    """Both sides are one process."""
+
+
+@dataclass
+class NamedTensors(WeightTransferUpdateInfo):
+    """HF names and whole tensors, each read once and not kept."""
+
+    named: Iterator[tuple[str, Tensor]]
+
+
+class SameProcessTransfer(WeightTransferEngine[NothingToAgreeOn, NamedTensors]):
+    """Layerwise reload: once it has all its tensors, a module is cut and packed as when it was first loaded."""
+
+    init_info_cls = NothingToAgreeOn
+    update_info_cls = NamedTensors
+
+    def init_transfer_engine(self, init_info: NothingToAgreeOn) -> None: ...
+
+    def start_weight_update(self) -> None:
+        if current_platform.is_cpu():
+            _forget_packed_experts(self.model)
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As the base class, which then waits for an accelerator that a CPU does not have."""
+        if current_platform.is_cpu():
+            self.receive_weights(self.parse_update_info(update_info))
+        else:
+            super().update_weights(update_info)
+
+    def receive_weights(self, update_info: NamedTensors) -> None:
+        try:
+            self.model.load_weights(update_info.named)
+        except BaseException:
+            # Modules that got a part of their tensors would add those of the next update to it.
+            finalize_layerwise_reload(self.model, self.model_config)
+            raise
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        pack_tied_output(self.model)
+
+    def shutdown(self) -> None: ...
+
+
+def pack_tied_output(model: Any) -> None:
+    """Repeat the packing of an output layer that is tied to the embedding.
+
+    It gets no weights of its own, so the reload leaves alone the copy that CPU kernels made of it: every logit would
+    come from the weights of the first load.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if type(m) is VocabParallelEmbedding}
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _forget_packed_experts(model: Any) -> None:
+    """Have experts packed again: vLLM packs for CPU kernels only where there is no kernel yet.
+
+    Else the new weights would be copied unpacked into what the kernel takes for packed ones.
+    """
+    for module in model.modules():
+        if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+            module.quant_method.moe_kernel = None
+
+
+def register() -> str:
+    """Make the backend known to vLLM; its name."""
+    name = "same_process"
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, SameProcessTransfer)
+    return name
