@@ -1,0 +1,28 @@
+"""The rollout benchmark's arithmetic and refusals; it is run by hand, since it starts two engines."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools import bench_rollout
+
+
+def test_the_engines_part_of_a_step() -> None:
+    steps = [
+        dict(zip(("sync", "rollout", "train"), seconds, strict=True)) for seconds in ((1, 4, 5), (2, 2, 9), (1, 8, 5))
+    ]
+    assert bench_rollout.shares(steps) == {
+        "sync_seconds": 1,
+        "rollout_seconds": 4,
+        "train_seconds": 5,
+        "engine_share": 0.5,
+    }
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "1"], ["--prompts", "many"], ["--prompts", "0,4"]])
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_rollout.py", *arguments])
+    assert bench_rollout.main() == 2
+    assert "must be at least 2 for a median and a p90, and --prompts" in capsys.readouterr().err
