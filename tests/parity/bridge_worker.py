@@ -1,0 +1,234 @@
+"""Runs under torchrun: weights of every training layout in a vLLM engine that lives on, against HF on the same.
+
+Arguments: the engine's tensor-parallel size, where to write, then names of layouts and kind=checkpoint pairs, a mixture
+of experts first: vLLM makes all its groups only then.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prism_megatron.config import ModelConfig, ParallelConfig
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.shapes import ShapesConfig, sample_scenes
+from prism_megatron.parallel import cpu, groups
+from prism_megatron.parallel.collectives import gather_over_ranks
+from prism_megatron.types import EncodedPrompt, Example, Message, Rollout, RolloutRequest
+
+cpu.install()
+
+LAYOUTS = {
+    "one": ParallelConfig(),
+    "tp2": ParallelConfig(tensor_model_parallel_size=2),
+    "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "pp2-vpp2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    "cp2": ParallelConfig(context_parallel_size=2),
+    "ep2": ParallelConfig(expert_model_parallel_size=2),
+    "tp2-sp-ep2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
+    "tp2-pp2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
+}
+RESPONSE_TOKENS = 16
+BUCKET = 16 << 20
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked after a sync: prompts seen under the weights before, but for the unseen image."""
+
+    label: str
+    request: RolloutRequest
+    encoded: EncodedPrompt
+
+
+def main() -> None:
+    tp, out = int(sys.argv[1]), Path(sys.argv[2])
+    layouts = [argument for argument in sys.argv[3:] if "=" not in argument]
+    kinds = dict(argument.split("=", 1) for argument in sys.argv[3:] if "=" in argument)
+    groups.initialize(ParallelConfig(), seed=1)
+    found: dict[str, Any] = {"memory": memory(Path(kinds["dense"]))}
+    found |= {kind: run(Path(checkpoint), layouts, tp) for kind, checkpoint in kinds.items()}
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def run(checkpoint: Path, layouts: Sequence[str], tp: int) -> dict[str, dict[str, Any]]:
+    """One engine, and one layout after the other, each with other weights."""
+    from prism_megatron.model.build import read_sizes
+    from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
+
+    engine = RolloutEngine(checkpoint, EngineConfig(tp, "float32", 512, 16, 1.0, 0.5, enforce_eager=True, seed=1))
+    sampling = Sampling(1, 0.0, 1.0, RESPONSE_TOKENS)
+    processor = ChatProcessor(checkpoint)
+    chosen = [name for name in layouts if read_sizes(checkpoint).num_experts or "ep" not in name]
+    found = {}
+    for number, name in enumerate(chosen, start=1):
+        prompts = make_prompts(processor, unseen=number)
+        seen = [prompt.request for prompt in prompts if prompt.label != "unseen image"]
+        before = engine.generate(seen, sampling)
+        exported = push(engine, checkpoint, LAYOUTS[name], number)
+        answers = engine.generate([prompt.request for prompt in prompts], sampling)
+        everybody = gather_over_ranks([rollouts[0] for rollouts in answers])
+        if dist.get_rank() == 0:
+            hf = hf_model(exported, checkpoint)
+            measured = [compare(hf, prompts, rollouts, engine) for rollouts in everybody]
+            found[name] = {
+                prompt.label: {
+                    "greedy": all(rank[i][0] for rank in measured),
+                    "logprobs": max(rank[i][1] for rank in measured),
+                }
+                for i, prompt in enumerate(prompts)
+            }
+            found[name]["changed"] = tokens(before) != tokens(answers[: len(before)])
+            found[name]["versions"] = sorted({rollout.policy_version for rank in everybody for rollout in rank})
+    return found
+
+
+def push(engine: Any, checkpoint: Path, parallel: ParallelConfig, version: int) -> dict[str, Tensor]:
+    """New groups, a new model with random weights, one sync; what was exported, on every rank."""
+    from megatron.core import parallel_state
+
+    from prism_megatron.convert.hf_io import HFWeights
+    from prism_megatron.convert.qwen3_vl import policy_table
+    from prism_megatron.convert.transfer import InMemory, export_manifest, export_weights, load_weights
+    from prism_megatron.model.build import build_policy, read_sizes
+    from prism_megatron.rollout.weight_sync import WeightSync
+
+    parallel_state.destroy_model_parallel()
+    groups.initialize(parallel, seed=1)
+    sizes = read_sizes(checkpoint)
+    table = policy_table(sizes)
+    model = build_policy(ModelConfig(str(checkpoint)), parallel, sizes)
+    with HFWeights(checkpoint) as weights:
+        changed = dict(randomly_changed(weights, version))
+    load_weights(model, table, InMemory(changed))
+    exported: dict[str, Tensor] = {}
+
+    def remembered() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in export_weights(model, table, bucket_bytes=200_000):
+            exported[name] = tensor.clone()
+            yield name, tensor
+
+    engine.update_weights(remembered(), WeightSync(version, export_manifest(model, table), with_checksums=True))
+    assert exported.keys() == changed.keys()
+    assert all(torch.equal(tensor, changed[name]) for name, tensor in exported.items())
+    return exported
+
+
+def memory(checkpoint: Path) -> dict[str, int]:
+    """What an export takes beside the model, in buckets and with all of a model of some 100 MB in one."""
+    from megatron.core import parallel_state
+
+    from prism_megatron.convert.qwen3_vl import policy_table
+    from prism_megatron.convert.transfer import export_manifest, export_weights
+    from prism_megatron.model.build import build_policy, read_sizes
+    from tools.bench import extra_peak_bytes, give_back_freed
+
+    parallel_state.destroy_model_parallel()
+    groups.initialize(LAYOUTS["tp2"], seed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["text_config"] |= {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 14}
+        config["vision_config"]["out_hidden_size"] = 512
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        sizes = read_sizes(Path(folder))
+        model = build_policy(ModelConfig(folder), LAYOUTS["tp2"], sizes)
+    table = policy_table(sizes)
+
+    def consume(bucket_bytes: int) -> None:
+        for _ in export_weights(model, table, bucket_bytes):
+            give_back_freed()
+
+    consume(BUCKET)
+    whole = sum(dtype.itemsize * math.prod(shape) for shape, dtype in export_manifest(model, table).values())
+    return {
+        "whole": whole,
+        "bucket": BUCKET,
+        "buckets": extra_peak_bytes(lambda: consume(BUCKET)),
+        "at once": extra_peak_bytes(lambda: consume(4 * whole)),
+    }
+
+
+def randomly_changed(weights: Any, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor moved by half its own spread, norms and biases by a little."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(weights.names):
+        tensor = weights[name]
+        spread = 0.5 * float(tensor.std()) + 0.05
+        yield name, tensor + spread * torch.randn(tensor.shape, generator=generator)
+
+
+def make_prompts(processor: ChatProcessor, unseen: int) -> list[Prompt]:
+    """Text, an image, text longer than vLLM's cache blocks, and an image that only this ``unseen`` has."""
+    scenes = sample_scenes(1 + unseen, ShapesConfig())
+    question = "How many objects are red?"
+    texts = {"text": question, "seen image": f"<image>{question}", "seen long prefix": f"{question} " * 40}
+    shown = {"seen image": scenes[0], "unseen image": scenes[unseen]}
+    texts["unseen image"] = texts["seen image"]
+    prompts = []
+    for label, text in texts.items():
+        images = (png(shown[label]),) if label in shown else ()
+        row = Example(label, (Message("user", text),), images, "test")
+        request = RolloutRequest(processor.prompt_ids(row.messages), images, seed=1)
+        prompts.append(Prompt(label, request, processor.encode_prompts([row])[0]))
+    assert len(prompts[2].request.prompt_token_ids) > 256
+    return prompts
+
+
+def png(image: Any) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
+def hf_model(exported: dict[str, Tensor], checkpoint: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    from prism_megatron.convert.hf_io import save_hf
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(Path(folder) / "hf", exported.items(), checkpoint)
+        return AutoModelForImageTextToText.from_pretrained(Path(folder) / "hf", dtype=torch.float32)
+
+
+@torch.no_grad()
+def compare(hf: Any, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], engine: Any) -> list[tuple[bool, float]]:
+    """Per prompt: whether HF's greedy choice is the engine's at every token, and the largest log-prob difference."""
+    found = []
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        visuals = prompt.encoded.visuals
+        ids = torch.tensor([prompt.encoded.token_ids + rollout.token_ids])
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if visuals:
+            inputs["pixel_values"] = torch.cat([visual.patches for visual in visuals])
+            inputs["image_grid_thw"] = torch.tensor([visual.grid for visual in visuals])
+            inputs["mm_token_type_ids"] = (ids == hf.config.image_token_id).int()
+        logits = hf(**inputs).logits[0, len(prompt.encoded.token_ids) - 1 : -1]
+        chosen = torch.tensor(rollout.token_ids)
+        wanted = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        allowed = logits.index_fill(1, torch.tensor(engine.banned_token_ids), -torch.inf)
+        found.append(
+            (torch.equal(allowed.argmax(-1), chosen), float((wanted - torch.tensor(rollout.logprobs)).abs().max()))
+        )
+    return found
+
+
+def tokens(answers: Sequence[Sequence[Rollout]]) -> list[tuple[int, ...]]:
+    return [rollout.token_ids for rollouts in answers for rollout in rollouts]
+
+
+if __name__ == "__main__":
+    main()

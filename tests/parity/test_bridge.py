@@ -1,0 +1,79 @@
+"""From any training layout to any engine layout: after random changes of the weights, vLLM computes what HF does.
+
+One launch per degree of the engine: its engines, a dense and a mixture-of-experts one, live on while the training side
+is built anew in one layout after the other. HF runs on the tensors that were exported, which are those put in, bit by
+bit. The prompts: text, an image and a prefix (longer than a cache block) that the engine saw with the weights before,
+and an image that it did not see.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prism_megatron.convert.hf_io import HFWeights, save_hf
+from tools.make_tiny_model import make_tiny_model
+
+WORKER = Path(__file__).with_name("bridge_worker.py")
+LAYOUTS = ("tp2", "pp2", "pp2-vpp2", "ep2", "tp2-sp", "tp2-sp-ep2")
+PROMPTS = ("text", "seen image", "seen long prefix", "unseen image")
+CASES = [
+    (kind, tp, name)
+    for kind in ("dense", "moe")
+    for tp in (1, 2)
+    for name in LAYOUTS
+    if kind == "moe" or "ep" not in name
+]
+
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def found_at(launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Found]:
+    """What the worker found with engines of some tensor-parallel size, run when first asked for."""
+    root = tmp_path_factory.mktemp("bridge")
+    make_tiny_model(root / "dense", seed=1)
+    saved = make_tiny_model(root / "saved", seed=1, moe=True, overrides={"text_config": {"tie_word_embeddings": False}})
+    with HFWeights(saved) as weights:  # vLLM reads experts only as they are released
+        save_hf(root / "moe", ((name, weights[name]) for name in sorted(weights.names)), saved)
+
+    @functools.cache
+    def run(tp: int, ranks: int = 2, layouts: tuple[str, ...] = LAYOUTS) -> Found:
+        out = root / f"{ranks}-{tp}.json"
+        launch(ranks, [str(WORKER), str(tp), str(out), *layouts, f"moe={root}/moe", f"dense={root}/dense"])
+        found: Found = json.loads(out.read_text())
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(("kind", "tp", "name"), CASES)
+def test_layout(kind: str, tp: int, name: str, found_at: Callable[..., Found]) -> None:
+    check(found_at(tp)[kind][name])
+    assert found_at(tp)[kind][name]["versions"] == [1 + list(found_at(tp)[kind]).index(name)]
+
+
+@pytest.mark.skipif("PRISM_SLOW_TESTS" not in os.environ, reason="four engines on two cores: set PRISM_SLOW_TESTS=1")
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_four_ranks(kind: str, tp: int, found_at: Callable[..., Found]) -> None:
+    check(found_at(tp, 4, ("tp2-pp2",))[kind]["tp2-pp2"])
+
+
+def check(found: Found) -> None:
+    assert found["changed"], "the new weights answer as the old ones did: nothing is proved"
+    for prompt in PROMPTS:
+        assert found[prompt]["greedy"], f"{prompt}: another token than HF's greedy one"
+        assert found[prompt]["logprobs"] < 1e-4, prompt
+
+
+def test_an_export_holds_two_buckets_at_most(found_at: Callable[..., Found]) -> None:
+    memory = found_at(1)["memory"]
+    assert memory["buckets"] < 2 * memory["bucket"] < memory["whole"] / 2
+    assert memory["at once"] > memory["whole"], "what gathers the whole model is not seen to"
