@@ -119,6 +119,8 @@ class RolloutConfig:
     max_logprob_abs_diff: float = 0.0  # stop where trainer and engine differ by more nats than this; 0: only log it
     sync_bucket_mib: int = 256  # weights gathered at a time on their way to the engine; a larger tensor goes alone
     sync_checksums: bool = False  # after each sync, compare on all ranks what every one of them was given
+    guard_interval: int = 100  # syncs from one comparison of engine and trainer to the next; 0: never
+    guard_max_logprob_diff: float = 0.0  # nats that the comparison lets pass; 0: what the precision needs
 
     def __post_init__(self) -> None:
         _one_of("rollout.engine", self.engine, "colocated", "child")
@@ -128,6 +130,9 @@ class RolloutConfig:
             raise ValueError(f"rollout.timeout_seconds must be at least 0 (none), got {self.timeout_seconds}")
         if self.sync_bucket_mib < 1:
             raise ValueError(f"rollout.sync_bucket_mib must be at least 1, got {self.sync_bucket_mib}")
+        for name in ("guard_interval", "guard_max_logprob_diff"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"rollout.{name} must be 0 or more, got {getattr(self, name)}")
         if self.tensor_model_parallel_size < 0:
             raise ValueError(
                 f"rollout.tensor_model_parallel_size must be 0 (the trainer's) or more, got "

@@ -69,6 +69,10 @@ class ChildEngine:
         self._pushed: tuple[Iterable[tuple[str, Tensor]], WeightSync] | None = None
         self._was_restarted = self._has_weights = False
         _on_all_ranks(self._start)
+        facts = [self._processes.facts if self._processes else None]
+        dist.broadcast_object_list(facts, src=self._owner, group=self._group)
+        assert facts[0] is not None
+        self.banned_token_ids, self.cache_block_tokens = facts[0]
 
     def generate(
         self,
@@ -105,6 +109,10 @@ class ChildEngine:
             processes = [sums for rank in everybody for sums in rank[1:]]
             sync.check_agreement([rank[0] for rank in everybody] + processes)
         self._has_weights = True
+
+    def reset_caches(self) -> None:
+        """As :meth:`RolloutEngine.reset_caches`."""
+        self._surviving(lambda: self._processes.tell_to("reset_caches") if self._processes else None)
 
     def sleep(self) -> None:
         """As :meth:`RolloutEngine.sleep`."""
@@ -167,6 +175,7 @@ class _Processes:
     def __init__(self, checkpoint: Path, config: EngineConfig, log: Path) -> None:
         self._checkpoint, self._config, self._log = checkpoint, config, log
         self._memory = SharedHalves.create(config.bucket_bytes)
+        self.facts: tuple[list[int], int] | None = None  # the engine's banned_token_ids and cache_block_tokens
         self._children: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
 
@@ -197,9 +206,9 @@ class _Processes:
             self._connections.append(ours)
         # Time is taken on this side, where an engine that hangs is seen, too.
         self._tell(self._checkpoint, replace(self._config, timeout_seconds=0.0))
-        self._answers("done", "starting")
+        self.facts = self._answers("done", "starting")[0]
 
-    def tell_to(self, command: Literal["sleep", "wake"], *arguments: str) -> None:
+    def tell_to(self, command: Literal["reset_caches", "sleep", "wake"], *arguments: str) -> None:
         self._tell(command, arguments)
         self._answers("done", f"told to {command}")
 
@@ -299,13 +308,14 @@ def _serve(connection: Connection, memory: SharedHalves) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     engine = RolloutEngine(checkpoint, config)
-    connection.send(("done", None))
+    connection.send(("done", (engine.banned_token_ids, engine.cache_block_tokens)))
     is_first = dist.get_rank() == 0
     commands: dict[str, Callable[..., Any]] = {
         "generate": lambda requests, sampling: engine.generate(
             requests, sampling, lambda count: connection.send(("answered", count)) if is_first else None
         ),
         "update": lambda sync: _update(engine, connection, memory, sync),
+        "reset_caches": engine.reset_caches,
         "sleep": engine.sleep,
         "wake": engine.wake,
     }

@@ -26,9 +26,10 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, discriminator_step, score
 from prism_megatron.stages.evaluate import conclude, judge, response_metrics
+from prism_megatron.stages.guard import Guard
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
 from prism_megatron.stages.replay import Replay
-from prism_megatron.stages.rollouts import Sample, gallery_row, push_weights, sample_responses, start_engine
+from prism_megatron.stages.rollouts import Sample, gallery_row, sample_responses, start_engine
 from prism_megatron.stages.setup import (
     Trained,
     load_discriminator,
@@ -55,10 +56,11 @@ def run_align(config: AlignConfig) -> None:
         replay = Replay(rows, config.replay, run.seed, stage.resume(parts))
 
         engine = start_engine(config, policy.source)
+        guard = Guard(engine, policy, processor, rows, config)
         for iteration in range(stage.start, run.train_iters):
             mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
             with stage.timers("sync"):
-                push_weights(engine, policy, iteration, config.rollout)
+                guard.push(iteration)
             with stage.timers("rollout"):
                 samples = sample_responses(engine, processor, mine, iteration, config, config.compat)
                 engine.sleep()

@@ -21,8 +21,9 @@ from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_o
 from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
 from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.evaluate import conclude, judge, response_metrics
+from prism_megatron.stages.guard import Guard
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
-from prism_megatron.stages.rollouts import Sample, as_sample, gallery_row, push_weights, sample_responses, start_engine
+from prism_megatron.stages.rollouts import Sample, as_sample, gallery_row, sample_responses, start_engine
 from prism_megatron.stages.setup import load_policy, load_processor, load_reference, open_stage
 from prism_megatron.types import Example, Rollout
 
@@ -41,9 +42,10 @@ def run_rlvr(config: RLVRConfig) -> None:
         surplus: list[Group] = stage.resume(parts) or []
 
         engine = start_engine(config, policy.source)
+        guard = Guard(engine, policy, processor, rows, config)
         for iteration in range(stage.start, run.train_iters):
             with stage.timers("sync"):
-                push_weights(engine, policy, iteration, config.rollout)
+                guard.push(iteration)
             with stage.timers("rollout"):
                 sampled = sample_groups(engine, processor, rows, iteration, config, surplus)
                 engine.sleep()

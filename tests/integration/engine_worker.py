@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -19,7 +20,7 @@ from prism_megatron.config import ParallelConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
 from prism_megatron.parallel import groups
-from prism_megatron.types import EncodedPrompt, Rollout, RolloutRequest
+from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
 
 RESPONSE_TOKENS = 24
 VISUAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -117,9 +118,75 @@ def main() -> None:
     engine._config = replace(engine._config, timeout_seconds=0.0)
     measured["goes_on_after_timeout"] = tokens(engine.generate(requests, sampling)) == tokens(updated)
 
+    half = len(named) // 2
+    for label, tensors in (("dropped", named[half:]), ("doubled", [*named[:half], *named[half - 3 :]])):
+        try:
+            engine.update_weights(tensors, WeightSync(4, manifest))
+        except ValueError as error:
+            measured[label] = str(error)
+    engine.update_weights(named, WeightSync(5, manifest))
+    measured["recovers_midway"] = tokens(engine.generate(requests, sampling)) == tokens(updated)
+
+    measured["guard"] = guard_findings(engine, first, processor, rows, tp)
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[5]).write_text(json.dumps(measured))
     groups.shutdown()
+
+
+def guard_findings(
+    engine: Any, checkpoint: Path, processor: ChatProcessor, rows: Sequence[Example], tp: int
+) -> dict[str, str]:
+    """What the guard says of a sync in which one thing was left out."""
+    from prism_megatron.config import apply_overrides
+    from prism_megatron.rollout import transfer_backend
+    from prism_megatron.stages.guard import Guard
+    from prism_megatron.stages.setup import load_policy
+    from recipes import STAGE_RECIPES
+
+    degree = f"parallel.tensor_model_parallel_size={tp}"
+    config = apply_overrides(
+        STAGE_RECIPES["tiny_rlvr"](), [f"model.hf_checkpoint={checkpoint}", degree, "rollout.guard_interval=1"]
+    )
+    guard = Guard(engine, load_policy(config), processor, rows, config)
+    found = {}
+
+    def push(label: str) -> None:
+        try:
+            guard.push(7)
+        except (RuntimeError, AttributeError) as error:
+            found[label] = str(error)
+
+    push("nothing")
+    for name in engine._resets():
+
+        def update(named: Any, sync: Any, name: str = name) -> None:
+            with patch.object(engine, "reset_caches", lambda: reset_all_but(engine, name)):
+                type(engine).update_weights(engine, named, sync)
+
+        with patch.object(engine, "update_weights", update):
+            push(name)
+    with patch.object(transfer_backend, "pack_tied_output", lambda model: None):
+        push("tied output")
+    with patch.object(transfer_backend, "initialize_layerwise_reload", lambda model: None):
+        push("layerwise reload")
+    load = transfer_backend.SameProcessTransfer.receive_weights
+    for lost in ("layers.1.self_attn.v_proj.weight", "blocks.1.norm1.weight", "embed_tokens.weight"):
+
+        def receive(self: Any, info: Any, lost: str = lost) -> None:
+            # Damaged behind the check of what is sent.
+            damaged = ((name, tensor / 2 if name.endswith(lost) else tensor) for name, tensor in info.named)
+            load(self, transfer_backend.NamedTensors(damaged))
+
+        with patch.object(transfer_backend.SameProcessTransfer, "receive_weights", receive):
+            push(lost)
+    push("nothing again")
+    return found
+
+
+def reset_all_but(engine: Any, kept: str) -> None:
+    for name, reset in engine._resets().items():
+        if name != kept:
+            reset()
 
 
 def logprob_difference(hf: Any, prompt: EncodedPrompt, rollout: Rollout, temperature: float) -> float:

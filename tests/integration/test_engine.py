@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,3 +48,21 @@ def test_engine_equals_hf(
     assert measured["nothing_asked"] == []
     assert "0 of 6 prompts were answered within rollout.timeout_seconds (0.001)" in measured["timeout"]
     assert measured["goes_on_after_timeout"]
+    assert "parameters did not arrive, first" in measured["dropped"]
+    assert measured["doubled"].endswith("arrived twice")
+    assert measured["recovers_midway"], "modules half filled by a refused update kept what they had"
+    check_guard(measured["guard"])
+
+
+def check_guard(found: dict[str, str]) -> None:
+    """What is left out of a sync is found and named; a whole sync passes before and after."""
+    assert "nothing" not in found
+    assert "nothing again" not in found
+    assert "its prefix cache still held results of other weights" in found["prefix cache"]
+    assert "its encoder cache still held results of other weights" in found["encoder cache"]
+    # It holds prepared pixels, no result of a weight: left in place it changes no answer.
+    assert "multimodal cache" not in found
+    assert "first model.language_model.embed_tokens.weight" in found["tied output"]
+    assert "weight_loader" in found["layerwise reload"], "vLLM cannot load into what it has packed"
+    for lost in ("layers.1.self_attn.v_proj.weight", "blocks.1.norm1.weight", "embed_tokens.weight"):
+        assert re.search(rf"1 of the engine's parameters .* first \S*{re.escape(lost)}$", found[lost])

@@ -41,7 +41,7 @@ LAYOUTS = {
     "tp2-pp2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
 }
 RESPONSE_TOKENS = 16
-BUCKET = 16 << 20
+BUCKET = 20 << 20
 
 
 @dataclass(frozen=True)

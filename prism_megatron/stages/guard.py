@@ -1,0 +1,164 @@
+"""Does the engine compute what the trainer does, also about images and prefixes that it has seen before?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from prism_megatron.config import StageConfig
+from prism_megatron.convert.transfer import export_manifest, export_plan, export_weights
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.optim.step import evaluate_step
+from prism_megatron.parallel import groups
+from prism_megatron.parallel.collectives import gather_over_ranks, max_over_ranks
+from prism_megatron.rollout.child import Engine
+from prism_megatron.rollout.engine import RolloutEngine, Sampling
+from prism_megatron.rollout.weight_sync import WeightSync
+from prism_megatron.stages.microbatch import equal_over_ranks, pack_microbatch
+from prism_megatron.stages.rollouts import push_weights
+from prism_megatron.stages.setup import Trained
+from prism_megatron.types import EncodedPrompt, Example, Message, Rollout, RolloutRequest
+
+_TOKENS = 8
+_GREEDY = Sampling(1, 0.0, 1.0, _TOKENS)
+_TOLERANCE = {"fp32": 1e-3, "bf16": 0.3, "fp8": 1.0}  # nats
+
+
+class Guard:
+    """Syncs the policy to the engine and, every ``rollout.guard_interval`` syncs, compares the two.
+
+    A checked sync is two. For the first the policy's weights are halved, and trainer and engine compared on two
+    prompts, one with an image and one longer than a block of the engine's prefix cache. Then the weights are doubled
+    again, and the two compared on the same prompts, which the engine has now seen. So whatever it did not take, or
+    kept, is far from the truth, however small the steps of training are.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Trained,
+        processor: ChatProcessor,
+        rows: Sequence[Example],
+        config: StageConfig,
+    ) -> None:
+        self._engine, self._policy, self._processor, self._config = engine, policy, processor, config
+        self._limit = config.rollout.guard_max_logprob_diff or _TOLERANCE[config.model.precision]
+        self._syncs = 0
+        if config.rollout.guard_interval:
+            probes = [_with_image(rows), _longer_than(engine.cache_block_tokens, rows, processor, config)]
+            self._encoded = processor.encode_prompts(probes)
+            self._requests = [RolloutRequest(processor.prompt_ids(p.messages), p.images, seed=0) for p in probes]
+
+    def push(self, version: int) -> None:
+        """Give the engine the policy's current weights. Collective.
+
+        Raises RuntimeError, naming the first parameter that differs or the cache that is stale, if engine and trainer
+        disagree.
+        """
+        rollout = self._config.rollout
+        due = rollout.guard_interval and self._syncs % rollout.guard_interval == 0
+        if not self._syncs:
+            plan = export_plan(self._policy.chunks, self._policy.table, rollout.sync_bucket_mib << 20)
+            if groups.is_main_rank():
+                print(plan, flush=True)
+        self._syncs += 1
+        if due:
+            with _halved(self._policy):
+                push_weights(self._engine, self._policy, version, rollout)
+                self._engine.reset_caches()
+                self._check(version)
+        push_weights(self._engine, self._policy, version, rollout)
+        if due:
+            self._check(version)
+            self._engine.reset_caches()  # the iteration must not depend on whether its sync was checked
+
+    def _check(self, version: int) -> None:
+        if not (difference := self._difference()) <= self._limit:
+            raise RuntimeError(
+                f"sync {version}: engine and trainer differ by {difference:.2g} nats on a greedy token, more than "
+                f"{self._limit:g}: {self._diagnosis(version)}"
+            )
+
+    def _difference(self) -> float:
+        """The largest over all ranks: of log-probabilities, and of how much the trainer likes another token more."""
+        answers = [rollouts[0] for rollouts in self._engine.generate(self._requests, _GREEDY)]
+        sequences = [
+            TrainingSequence(prompt, answer.token_ids) for prompt, answer in zip(self._encoded, answers, strict=True)
+        ]
+        parallel = self._config.parallel
+        batches = [
+            pack_microbatch(members, self._processor, self._config)
+            for members in equal_over_ranks([[sequence] for sequence in sequences], parallel)
+        ]
+        logits = evaluate_step(self._policy.chunks, batches, lambda chunk, batch: chunk(batch, whole_logits=True))
+        found = [
+            self._differences(prompt, answer, values)
+            for prompt, answer, values in zip(self._encoded, answers, logits, strict=False)
+        ]
+        return max_over_ranks(max(found))
+
+    def _differences(self, prompt: EncodedPrompt, answer: Rollout, logits: Tensor) -> float:
+        first = len(prompt.token_ids) - 1
+        logprobs = logits[first : first + len(answer.token_ids)].log_softmax(-1)
+        chosen = torch.tensor(answer.token_ids, device=logprobs.device)[:, None]
+        ours = logprobs.gather(1, chosen)[:, 0]
+        best = logprobs.index_fill(1, torch.tensor(self._engine.banned_token_ids).to(chosen), -torch.inf).amax(-1)
+        theirs = torch.tensor(answer.logprobs, device=ours.device)
+        return float(torch.maximum((ours - theirs).abs(), best - ours).max())
+
+    def _diagnosis(self, version: int) -> str:
+        """Collective."""
+        policy, engine = self._policy, self._engine
+        if not isinstance(engine, RolloutEngine):
+            return "rollout.engine=colocated, whose parameters can be looked at, names the first that differs"
+        exported = export_weights(policy.chunks, policy.table, self._config.rollout.sync_bucket_mib << 20)
+        if wrong := engine.differing_parameters(exported):
+            return f"{len(wrong)} of the engine's parameters are not those that were sent to it, first {wrong[0]}"
+        for name in engine.reset_caches_in_turn():
+            if self._difference() <= self._limit:
+                return f"its parameters are right, but its {name} still held results of other weights"
+        sync = WeightSync(version, export_manifest(policy.chunks, policy.table), with_checksums=True)
+        for _ in sync.checked(export_weights(policy.chunks, policy.table)):
+            pass
+        sync.check_agreement(gather_over_ranks(sync.checksums))
+        return "every parameter is as it was sent, no cache is stale: the two run different models"
+
+
+@contextmanager
+def _halved(policy: Trained) -> Iterator[None]:
+    """Half the policy's weights, and exactly the same again afterwards: only the exponents of numbers change."""
+    parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(0.5)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(2.0)
+
+
+def _with_image(rows: Sequence[Example]) -> Example:
+    return next((row for row in rows if row.images), rows[0])
+
+
+def _longer_than(tokens: int, rows: Sequence[Example], processor: ChatProcessor, config: StageConfig) -> Example:
+    """Text of more than ``tokens`` tokens, or as long as the engine takes."""
+    room = config.rollout.max_model_len - _TOKENS
+    text = rows[0].messages[-1].content.replace("<image>", "").strip()
+
+    def repeated(times: int) -> Example:
+        return Example("guard", (Message("user", " ".join([text] * times)),), (), "the guard's own")
+
+    row, times = repeated(1), 1
+    while len(processor.prompt_ids(row.messages)) <= tokens + 1:
+        longer = repeated(times := 2 * times)
+        if len(processor.prompt_ids(longer.messages)) > room:
+            break
+        row = longer
+    return row
