@@ -2,7 +2,7 @@
 
     python tools/bench_memory.py --ranks 2 [--out NEW.json] [model.recompute=true ...]
 
-Each case is a layout or a setting. Weights, gradients and optimizer are the tensors there are; ``transient`` is what
+Each case is a layout or a setting. Weights, gradients and optimizer are the tensors there are; ``activations`` is what
 the allocator hands out on top, at most, in a step after the first: torch's profiler sees every byte of it on a CPU.
 """
 
@@ -30,7 +30,7 @@ from recipes.memory import stage_estimates
 from tools import bench
 from tools.bench_inputs import Settings, make_model, model_sizes, training_sequences
 
-PARTS = ("weights", "gradients", "optimizer", "transient")
+PARTS = ("weights", "gradients", "optimizer", "activations")
 CASES: dict[str, tuple[str, ...]] = {
     "plain": (),
     "recompute": ("model.recompute=true",),
@@ -121,7 +121,7 @@ def measure_case(settings: Settings, folder: Path) -> tuple[int, dict[str, int],
         step(rows)
         with record_function(_MARK):
             step(rows)
-    found = resident(policy) | {"transient": _peak_over_mark(profiler)}
+    found = resident(policy) | {"activations": _peak_over_mark(profiler)}
     stage = parallel_state.get_pipeline_model_parallel_rank()
     sizes = model_sizes(settings.size)
     mine = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
