@@ -80,7 +80,7 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
             samples = again
         measured["versions"].append(sorted({sample.rollout.policy_version for sample in samples}))
         advantages = [float((-1) ** number) for number in range(len(samples))]
-        step = policy_gradient_step(policy, None, samples, advantages, processor, objective, config, 1e-2)
+        step = policy_gradient_step(policy, None, samples, advantages, processor, objective, config, 1e-2, iteration)
         measured["differences"].append(step[names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF])
     return measured
 
