@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import resource
+import socket
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -53,10 +55,34 @@ def provenance() -> dict[str, Any]:
         "commit": commit.stdout.strip() or None,
         "uncommitted_changes": bool(changed.stdout.strip()),
         "versions": {name: metadata.version(name) for name in ("torch", "megatron-core", "transformers")},
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
+        "hardware": hardware(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
+
+
+def start_ranks(ranks: int, command: Sequence[str]) -> int:
+    """Run a tool in ``ranks`` processes here; returns the exit status.
+
+    Raises ValueError with the first error that a rank reports in one line.
+    """
+    cores = len(os.sched_getaffinity(0))
+    environment = {"OMP_NUM_THREADS": str(max(cores // ranks, 1)), "PYTHONWARNINGS": "ignore", **os.environ}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    done = subprocess.run([*torchrun, *command], env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    if done.returncode and refusals:
+        raise ValueError(refusals[0].removeprefix("error: "))
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+    return done.returncode
 
 
 def read_baseline(path: Path) -> dict[str, Any]:
@@ -78,7 +104,7 @@ def regressions(
     Figures are named by their path, such as "ours.tokens_per_second". Raises ValueError if the two were not measured
     on the same thing, or have no such figure in common.
     """
-    for key in ("benchmark", "config", "hardware", "threads"):
+    for key in ("benchmark", "config", "hardware", "threads", "ranks"):
         then, now = baseline.get(key), result.get(key)
         if then != now:
             raise ValueError(f"the baseline's {key} is {then!r}, this run's is {now!r}; compare like with like")

@@ -23,7 +23,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tools import bench
-from tools.bench_train import Settings, prepare
+from tools.bench_inputs import Settings
+from tools.bench_train import prepare
 
 _SHOWN = 10
 
@@ -37,13 +38,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="of the recipe")
     arguments = parser.parse_args()
     settings = Settings(
-        f"{arguments.recipe}_sft",
-        arguments.images,
-        ((64, 64), (128, 96)),
-        tuple(arguments.overrides),
-        arguments.steps,
-        arguments.steps,
-        False,
+        arguments.recipe,
+        images=arguments.images,
+        overrides=tuple(arguments.overrides),
+        steps=arguments.steps,
+        warmup=arguments.steps,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:

@@ -20,21 +20,32 @@ def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_a_slower_run_than_the_baseline_fails(tmp_path: Path) -> None:
+def test_one_process_and_two_pipeline_stages_beside_hf(tmp_path: Path) -> None:
     mock = ("--steps", "2", "--warmup", "1", "--images", "mock", "--resolutions", "64x64,96x32", *SMALL)
-    first = run("bench_train", "--out", str(tmp_path / "first.json"), *mock)
-    assert first.returncode == 0, first.stderr
-    result = json.loads((tmp_path / "first.json").read_text())
-    # 32 tokens of text, 96 of answer; 64x64 merges to 4 tokens, 96x32 to 3.
-    assert result["tokens_per_step"] == 2 * (32 + 96 + 4) + 2 * (32 + 96 + 3)
-    assert result["ours"]["tflops"] > 0
-    assert result["peak_bytes_of_all_sides"] > 0
+    wanted = ("--vs", "hf", "--sweep", "ranks:parallel.pipeline_model_parallel_size=1:1,2:2")
+    done = run("bench_train", "--out", str(tmp_path), *wanted, *mock)
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads((tmp_path / "table.json").read_text())["rows"]
+    for result in (one["result"], two["result"]):
+        # 32 tokens of text, 96 of answer; 64x64 merges to 4 tokens, 96x32 to 3.
+        assert result["tokens_per_step"] == 2 * (32 + 96 + 4) + 2 * (32 + 96 + 3)
+        assert result["ours"]["tflops_per_rank"] > 0
+        assert len(result["peak_bytes_of_all_sides"]) == result["ranks"]
+        # Two ranks of HF train under FSDP2, each its own rows.
+        for side in ("ours", "hf"):
+            assert result[side]["first_loss"] == pytest.approx(one["result"]["ours"]["first_loss"], rel=1e-5)
+        split = result["ours"]["split"]
+        assert split["step"] == pytest.approx(sum(value for name, value in split.items() if name != "step"))
+        assert min(split["forward"], split["backward"], split["optimizer"], split["layout"]) > 0
+    assert two["result"]["ours"]["split"]["pipeline"] > 0
+    assert (tmp_path / "plot.svg").stat().st_size > 0
 
-    result["ours"]["tokens_per_second"] *= 100
-    (tmp_path / "faster.json").write_text(json.dumps(result))
-    second = run("bench_train", "--compare", str(tmp_path / "faster.json"), *mock)
-    assert second.returncode == 1, second.stderr
-    assert "ours.tokens_per_second is" in second.stderr
+    one["result"]["ours"]["tokens_per_second"] *= 100
+    (tmp_path / "faster.json").write_text(json.dumps(one["result"]))
+    same = ("--ranks", "1", "--vs", "hf", *mock, "parallel.pipeline_model_parallel_size=1")
+    slower = run("bench_train", "--compare", str(tmp_path / "faster.json"), *same)
+    assert slower.returncode == 1, slower.stderr
+    assert "ours.tokens_per_second is" in slower.stderr
 
 
 def test_the_ten_largest_costs_of_a_step(tmp_path: Path) -> None:
