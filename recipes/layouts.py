@@ -63,7 +63,7 @@ LAYOUTS: dict[tuple[str, str], Layout] = {
     ("align", "8b"): Layout(2, tp=4, ep=4, engine=(4, 0.25)),
     ("align", "32b"): Layout(4, tp=8, ep=4, engine=(8, 0.25)),
     ("align", "30b_a3b"): Layout(4, tp=4, pp=2, ep=4, etp=2, engine=(4, 0.3)),
-    ("align", "235b_a22b"): Layout(32, tp=4, pp=2, cp=8, ep=4, etp=16, engine=(16, 0.43), freeze=VISION),
+    ("align", "235b_a22b"): Layout(32, tp=4, pp=2, cp=8, ep=4, etp=32, engine=(16, 0.43), freeze=VISION),
     ("rlvr", "2b"): Layout(1, tp=1, engine=(1, 0.4)),
     ("rlvr", "4b"): Layout(1, tp=2, engine=(2, 0.4)),
     ("rlvr", "8b"): Layout(1, tp=4, engine=(4, 0.3)),

@@ -1,11 +1,13 @@
 """What a stage needs of a GPU's memory, by arithmetic: ``python -m recipes.launch RECIPE --estimate``.
 
-Parameters are counted from the conversion table, so they are exact. Assumed, and in no place measured on a GPU:
+Parameters are counted from the conversion table, so they are exact. Measured on CPU ranks by ``tools/bench_memory.py``,
+never on a GPU. Assumed:
 
-- bfloat16 weights, gradients summed in float32, AdamW's three float32 copies cut over data-parallel ranks; of a frozen
-  parameter the weight only;
-- a full micro-batch, ``_VISUAL_FRACTION`` of it image tokens, each of four patches; one-forward-one-backward keeps as
-  many micro-batches as there are pipeline stages; flash attention; experts take 1.5 times their even share;
+- bfloat16 weights, gradients summed in float32, AdamW's three float32 copies cut over data-parallel ranks (float32
+  weights need no copy of their own); of a frozen parameter the weight only;
+- a full micro-batch, half of it image tokens, each of four patches; one-forward-one-backward keeps as many
+  micro-batches as there are pipeline stages; flash attention; experts take 1.5 times their even share
+  (``recipes/activations.py``);
 - layers are recomputed one at a time where ``model.recompute`` says so, the vision tower never;
 - the rollout engine keeps its share of the GPU for good; weights are pushed when no activations are held;
 - ``_RESERVED`` for the CUDA context, NCCL's buffers and what the allocator cannot use.
@@ -33,12 +35,10 @@ from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
 from prism_megatron.model.build import HFSizes, read_sizes
 from prism_megatron.parallel.groups import check_degrees
+from recipes.activations import Load, activation_bytes, full_load
 
 GPU_BYTES = 80e9
-_VISUAL_FRACTION = 0.5
 _RESERVED = 4e9
-_IMBALANCE = 1.5
-_LOGITS = 4 * (1 << 27)  # four float32 buffers of a chunk (model/logprobs.py)
 _ENGINE_OVERHEAD = 3e9  # vLLM's activations
 _ENGINE_SEQUENCES = 4  # of full length, that the key-value cache should hold at least
 _PART = re.compile(r"(?:decoder|vision)\.layers\.(\d+)\.")
@@ -65,13 +65,26 @@ class Memory:
         return "\n".join(f"{name:10s} {value / 1e9:6.1f} GB" for name, value in rows)
 
 
-def estimate(config: StageConfig, world_size: int, policy: HFSizes, dense_discriminator: HFSizes) -> Memory:
-    """Of the fullest pipeline stage. Raises ValueError for degrees that do not fit, or an engine that cannot."""
+def estimate(
+    config: StageConfig, world_size: int, policy: HFSizes, dense_discriminator: HFSizes, load: Load | None = None
+) -> Memory:
+    """Of the fullest pipeline stage, for a full micro-batch where ``load`` is not given.
+
+    Raises ValueError for degrees that do not fit, or an engine that cannot.
+    """
+    stages = stage_estimates(config, world_size, policy, dense_discriminator, load)
+    return max(stages, key=lambda memory: memory.total)
+
+
+def stage_estimates(
+    config: StageConfig, world_size: int, policy: HFSizes, dense_discriminator: HFSizes, load: Load | None = None
+) -> list[Memory]:
+    """Of each pipeline stage."""
     parallel = config.parallel
     check_layout(config, world_size, policy, dense_discriminator)
     engine = _engine_bytes(config, policy)
     if isinstance(config, CollectConfig):
-        return Memory(engine=engine)
+        return [Memory(engine=engine)]
     parts: list[_Part] = []
     if not isinstance(config, WarmupConfig):
         parts.append(_Part(policy_table(policy), policy, config.model.freeze, config.optimizer))
@@ -85,12 +98,12 @@ def estimate(config: StageConfig, world_size: int, policy: HFSizes, dense_discri
     stages = []
     for stage in range(parallel.pipeline_model_parallel_size):
         resident = [_resident(part, config, stage, world_size) for part in parts]
-        transient = max(_activations(part, config, stage) for part in parts)
+        transient = max(_activations(part, config, stage, load) for part in parts)
         if isinstance(config, PolicyGradientConfig):
             transient = max(transient, _push(policy))
         weights, gradients, optimizer = (sum(column) for column in zip(*resident, strict=True))
         stages.append(Memory(weights, gradients, optimizer, transient, engine))
-    return max(stages, key=lambda memory: memory.total)
+    return stages
 
 
 def check_layout(config: StageConfig, world_size: int, policy: HFSizes, dense_discriminator: HFSizes) -> None:
@@ -143,16 +156,17 @@ def _resident(part: _Part, config: StageConfig, stage: int, world_size: int) -> 
     experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     replicas = {False: world_size // (tp * pp), True: world_size // (experts * pp)}
     weights = gradients = optimizer = 0.0
+    of_weight, of_state = (4, 8) if config.model.precision == "fp32" else (2, 12)
     for rule in part.table:
         if stage not in _stages_of(rule, part.sizes, parallel):
             continue
         is_expert = rule.expert is not None
         count = rule.numel / (experts if is_expert else tp if rule.layout.axis is not None else 1)
-        weights += 2 * count
+        weights += of_weight * count
         if _is_frozen(rule, part.freeze):
             continue
         gradients += 4 * count
-        optimizer += 12 * count / (replicas[is_expert] if part.optimizer.use_distributed_optimizer else 1)
+        optimizer += of_state * count / (replicas[is_expert] if part.optimizer.use_distributed_optimizer else 1)
     return weights, gradients, optimizer
 
 
@@ -164,11 +178,11 @@ def _stages_of(rule: Rule, sizes: HFSizes, parallel: ParallelConfig) -> set[int]
     if found is None:
         # The head of the model; a tied one is the embedding itself where there is but one stage.
         return {last} if last or not rule.tied else set()
-    bounds = [sum(_layers(sizes, parallel)[: stage + 1]) for stage in range(last + 1)]
+    bounds = [sum(decoder_layers(sizes, parallel)[: stage + 1]) for stage in range(last + 1)]
     return {next(stage for stage, bound in enumerate(bounds) if int(found[1]) < bound)}
 
 
-def _layers(sizes: HFSizes, parallel: ParallelConfig) -> list[int]:
+def decoder_layers(sizes: HFSizes, parallel: ParallelConfig) -> list[int]:
     """Decoder layers of each pipeline stage."""
     stages, layers = parallel.pipeline_model_parallel_size, sizes.text["num_hidden_layers"]
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
@@ -183,46 +197,9 @@ def _is_frozen(rule: Rule, freeze: Sequence[str]) -> bool:
     return ("merger" if "merger" in rule.megatron else "vision") in freeze
 
 
-def _activations(part: _Part, config: StageConfig, stage: int) -> float:
-    """Bytes of a forward and backward pass at its fullest, logits included on the last stage."""
-    parallel, text = config.parallel, part.sizes.text
-    pp, tp = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
-    held = pp - stage
-    hidden: int = text["hidden_size"]
-    tokens = config.max_tokens_per_microbatch / parallel.context_parallel_size
-    layers, layer = _layers(part.sizes, parallel)[stage], tokens * _layer_bytes(part.sizes, parallel)
-    boundary = tokens * 2 * hidden / tp
-    # What is kept of every layer, then one layer and the gradients of all its parts.
-    total: float = held * layers * (boundary if config.model.recompute else layer) + 2 * layer
-    if stage == 0:
-        total += _vision_activations(part, config, held)
-    if stage == pp - 1:
-        total += _LOGITS + 4 * text["vocab_size"] / tp * hidden
-    return total
-
-
-def _layer_bytes(sizes: HFSizes, parallel: ParallelConfig) -> float:
-    """Kept per token by one decoder layer that is not recomputed."""
-    text, tp = sizes.text, parallel.tensor_model_parallel_size
-    hidden, heads, groups = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
-    queries, keys = heads * text["head_dim"], groups * text["head_dim"]
-    # Two norms and residuals, the gathered inputs; q, k, v, normed and turned; the output.
-    attention: float = 8 * hidden / tp + 4 * hidden + 2 * (4 * queries + 5 * keys) / tp
-    mlp: float = 2 * 3 * text["intermediate_size"] / tp
-    if sizes.num_experts is not None:
-        routed = text["num_experts_per_tok"] * _IMBALANCE / tp
-        mlp = routed * 2 * (2 * hidden + 3 * text["moe_intermediate_size"])
-    return attention + mlp
-
-
-def _vision_activations(part: _Part, config: StageConfig, held: int) -> float:
-    """The tower is cut by tensor parallelism only, and sees the images of the whole micro-batch."""
-    vision, tp = part.sizes.vision, config.parallel.tensor_model_parallel_size
-    hidden, width = vision["hidden_size"], vision["intermediate_size"]
-    patches = config.max_tokens_per_microbatch * _VISUAL_FRACTION * vision["spatial_merge_size"] ** 2
-    layer: float = patches * (8 * hidden + (8 * hidden + 4 * width) / tp)
-    is_trained = not {"vision", "merger"} <= set(part.freeze)
-    return held * vision["depth"] * layer if is_trained else 2 * layer
+def _activations(part: _Part, config: StageConfig, stage: int, load: Load | None) -> float:
+    layers = decoder_layers(part.sizes, config.parallel)[stage]
+    return activation_bytes(config, part.sizes, part.freeze, stage, layers, load or full_load(config, part.sizes))
 
 
 def _push(policy: HFSizes) -> float:
