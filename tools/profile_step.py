@@ -79,6 +79,7 @@ def costs(settings: Settings, folder: Path, trace: Path) -> dict[str, Any]:
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, attribute))
     total = sum(getattr(event, attribute) for event in events) if on_gpu else seconds * 1e6
     return {
+        "benchmark": "profile",
         "steps": settings.steps,
         "step_seconds": seconds / settings.steps,
         "costs": [

@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from prism_megatron.model.packed import PackedContext
+from prism_megatron.model.rms_norm import rms_norm
 from prism_megatron.model.rotary import rotate
 from prism_megatron.model.router import BranchRouter, RoutedLayer
 from prism_megatron.parallel.context import gather_sequence
@@ -134,7 +135,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.eps)
+        return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class CPUSpecProvider(LocalSpecProvider):
