@@ -20,6 +20,7 @@ from recipes import STAGE_RECIPES, stage_recipe
 from recipes.memory import PUBLISHED
 from tools.make_tiny_model import MOE_CONFIG, PATCH, TEXT_CONFIG, VISION_CONFIG, VOCAB_SIZE, make_tiny_model
 
+_SIZES = Path(__file__).parent / "sizes"
 _MOCK_TEXT = 32  # tokens around an image that is made up
 
 
@@ -27,7 +28,8 @@ _MOCK_TEXT = 32  # tokens around an image that is made up
 class Settings:
     """What is measured. ``images`` is shapes, mock or a directory; ``resolutions`` are mock images' (width, height).
 
-    ``size`` is tiny, tiny_moe, a published size, or a JSON file as ``tools/make_tiny_model.py --config`` takes it.
+    ``size`` is tiny, tiny_moe, a published size, a name in tools/sizes, or a JSON file as ``tools/make_tiny_model.py``
+    takes it.
     """
 
     recipe: str = "tiny_sft"
@@ -88,11 +90,11 @@ def model_overrides(size: str) -> dict[str, dict[str, Any]]:
     """Sizes of the random model that are not the tiny one's. Raises ValueError for what is no size."""
     if size in ("tiny", "tiny_moe"):
         return {"text_config": dict(MOE_CONFIG) if size == "tiny_moe" else {}, "vision_config": {}}
-    published = PUBLISHED / f"{size}.json"
-    path = published if published.is_file() else Path(size)
+    named = {path.stem: path for folder in (PUBLISHED, _SIZES) for path in folder.glob("*.json")}
+    path = named.get(size, Path(size))
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PUBLISHED.glob("*.json")))
-        raise ValueError(f"--size {size} is neither tiny nor tiny_moe, {known}, nor a JSON file of sizes")
+        known = ", ".join(("tiny", "tiny_moe", *sorted(named)))
+        raise ValueError(f"--size {size} is neither one of {known}, nor a JSON file of sizes")
     found = json.loads(path.read_text())
     overrides = {part: dict(found.get(part, {})) for part in ("text_config", "vision_config")}
     text = overrides["text_config"]

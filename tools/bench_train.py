@@ -42,7 +42,7 @@ Step = Callable[[Sequence[TrainingSequence]], float]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="tiny", help="an SFT recipe, or the family of one")
-    parser.add_argument("--size", default="tiny", help="of the random model: tiny, a published size, or a JSON file")
+    parser.add_argument("--size", default="tiny", help="of the random model: tiny, mid, 8b, or a JSON file")
     parser.add_argument("--images", default="shapes", help="shapes, mock, or a directory of images")
     parser.add_argument("--resolutions", default="64x64,128x96", help="of mock images, WIDTHxHEIGHT, taken in turn")
     parser.add_argument("--response-tokens", type=int, default=96, help="of a mock row")
