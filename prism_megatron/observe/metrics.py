@@ -6,6 +6,8 @@ LOSS = "loss"  # mean cross-entropy of response tokens, nats
 GRAD_NORM = "grad_norm"  # policy, before clipping
 LEARNING_RATE = "learning_rate"
 TOKENS_PER_SECOND = "tokens_per_second"
+TFLOPS_PER_RANK = "tflops_per_rank"  # model operations (observe/flops.py) of a rank in a second, in 1e12
+MFU = "mfu"  # these as a part of the GPU's dense BF16 peak, where that is known
 
 REWARD = "reward"  # mean over responses
 ACCURACY = "accuracy"  # fraction of sampled responses whose answer is right

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from prism_megatron.config import SFTConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_sft
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.observe import metrics as names
+from prism_megatron.observe.flops import peak_flops, training_flops
 from prism_megatron.parallel.collectives import sum_over_data_parallel
 from prism_megatron.stages.evaluate import conclude
+from prism_megatron.stages.microbatch import workload
 from prism_megatron.stages.policy import sft_step
-from prism_megatron.stages.setup import load_policy, load_processor, open_stage, rows_of_iteration
+from prism_megatron.stages.setup import Trained, load_policy, load_processor, open_stage, rows_of_iteration
 from prism_megatron.types import Example
 
 
@@ -34,12 +40,30 @@ def run_sft(config: SFTConfig) -> None:
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
                 measured = sft_step(policy, sequences, [row.id for row in mine], processor, config, lr)
-            (tokens,) = sum_over_data_parallel(sum(map(len, sequences)))
-            measured[names.TOKENS_PER_SECOND] = tokens / (time.monotonic() - began)
+            measured |= throughput(policy, sequences, config.model.freeze, began)
             stage.log.log(iteration + 1, measured | stage.timers.pop())
             stage.save_if_due(iteration + 1, parts)
 
         conclude(stage, policy, processor)
+
+
+def throughput(
+    policy: Trained, sequences: Sequence[TrainingSequence], freeze: Sequence[str], began: float
+) -> dict[str, float | None]:
+    """Tokens and operations a second of all ranks' ``sequences`` since ``began``. Collective."""
+    mine = training_flops(policy.sizes.text, policy.sizes.vision, workload(sequences), freeze).model
+    tokens, flops = sum_over_data_parallel(sum(map(len, sequences)), mine)
+    seconds = time.monotonic() - began
+    rate, peak = flops / dist.get_world_size() / seconds, _peak()
+    return {
+        names.TOKENS_PER_SECOND: tokens / seconds,
+        names.TFLOPS_PER_RANK: rate / 1e12,
+        names.MFU: rate / peak if peak else None,
+    }
+
+
+def _peak() -> float | None:
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def demonstrations(rows: list[Example], processor: ChatProcessor) -> list[TrainingSequence]:

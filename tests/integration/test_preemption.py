@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prism_megatron.observe.metrics import LOSS
+from prism_megatron.observe.metrics import LOSS, MFU, TFLOPS_PER_RANK, TOKENS_PER_SECOND
 from prism_megatron.stages.preemption import EXIT_STATUS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,10 @@ def test_told_to_stop(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) ->
     assert not (tmp_path / "stopped" / "finished.json").exists()
     assert start([*shared, "run.name=stopped"]).wait(240) == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    last = rows(tmp_path / "straight")[-1]
+    # Six operations for each of the decoder's 786,432 weights, and some for attention, head and tower.
+    assert 4.7e6 < 1e12 * last[TFLOPS_PER_RANK] / last[TOKENS_PER_SECOND] < 7e6
+    assert MFU not in last  # of a CPU no peak is known
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -62,4 +66,8 @@ def wait_for(log: Path, process: subprocess.Popen[str]) -> None:
 
 
 def losses(stage: Path) -> list[float]:
-    return [json.loads(line)[LOSS] for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [row[LOSS] for row in rows(stage)]
+
+
+def rows(stage: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
