@@ -1,0 +1,28 @@
+"""The memory estimate of recipes beside what ranks really hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.bench_memory import CASES, PARTS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_estimates_are_near_what_is_held(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/bench_memory.py", "--out", str(tmp_path / "memory.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads((tmp_path / "memory.json").read_text())["cases"]
+    assert cases.keys() == CASES.keys()
+    for case, ranks in cases.items():
+        for rank in ranks:
+            measured, estimated = rank["measured"], rank["estimated"]
+            for part in PARTS[:-1]:
+                assert estimated[part] == pytest.approx(measured[part], rel=0.01), (case, part, rank)
+            assert 0.9 < estimated["transient"] / measured["transient"] < 1.25, (case, rank)
