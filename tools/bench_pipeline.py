@@ -67,6 +67,10 @@ def measure(run: Path) -> dict[str, Any]:
         "benchmark": "pipeline",
         "config": {name: times.pop("config") for name, times in stages.items()},
         **bench.provenance(),
+        "commit": ", ".join(
+            sorted({str(times.pop("commit")) for times in stages.values()})
+        ),  # of the run, not of this tool
+        "uncommitted_changes": None,
         "seconds": total,
         "share_of_stages": {name: times["seconds"] / total for name, times in stages.items()},
         "share_of_engine": engine / total,
@@ -75,11 +79,15 @@ def measure(run: Path) -> dict[str, Any]:
 
 
 def stage_times(directory: Path) -> dict[str, Any] | None:
-    """Where one stage's time went; None where it has logged no iteration."""
+    """Where one stage's time went; None where it has neither logged an iteration nor finished."""
     rows = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
-    if not rows:
-        return None
-    config = OmegaConf.load(directory / "config.yaml")
+    config, finished = OmegaConf.load(directory / "config.yaml"), directory / FINISHED
+    found: dict[str, Any] = {"config": {"train_iters": config.run.train_iters}, "commit": _commit(directory)}
+    if not rows:  # a stage without iterations, such as collect
+        if not finished.is_file():
+            return None
+        whole = finished.stat().st_mtime - (directory / "config.yaml").stat().st_mtime
+        return found | {"seconds": whole, "parts": {"whole": whole}}
     parts: dict[str, float] = {}
     for row in rows:
         for name, value in _timers(row).items():
@@ -87,14 +95,12 @@ def stage_times(directory: Path) -> dict[str, Any] | None:
     of_iteration = [sum(_timers(row).values()) for row in rows]
     ends = _ends(directory, rows, of_iteration[0])
     median = statistics.median(of_iteration)
-    found: dict[str, Any] = {
-        "config": {"train_iters": config.run.train_iters, "ran": directory.name},
-        "commit": _commit(directory),
+    found |= {
         "seconds": sum((parts | ends).values()),
         "parts": parts | ends,
         "iterations": len(rows),
         "iteration_seconds": {"median": median, "p90": _p90(of_iteration)},
-        "iterations_per_second": 1 / median if median else None,
+        "iterations_per_second": 1 / median,
     }
     if sampled := [row for row in rows if names.RESPONSE_TOKENS in row and f"seconds_{_ENGINE}" in row]:
         responses = config.prompts_per_iteration * config.rollout.samples_per_prompt
@@ -108,7 +114,8 @@ def stage_times(directory: Path) -> dict[str, Any] | None:
 
 def rates(result: Mapping[str, Any]) -> list[str]:
     """The figures to compare with a baseline's."""
-    return [f"stages.{name}.iterations_per_second" for name in result["stages"]]
+    stages = result["stages"].items()
+    return [f"stages.{name}.iterations_per_second" for name, times in stages if "iterations_per_second" in times]
 
 
 def _timers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prism_megatron.config import to_yaml
-from recipes.tiny import tiny_rlvr, tiny_sft
+from recipes.tiny import tiny_collect, tiny_rlvr, tiny_sft
 from tools.bench import regressions
 from tools.bench_pipeline import measure, rates
 
@@ -35,6 +35,7 @@ def run(tmp_path: Path) -> Path:
     write_stage(tmp_path / "sft", sft, rows, began=100.0, ended=120.0)
     rows = [{"iteration": 1, "time": 210.0, "response_tokens": 30.0, "seconds_rollout": 6.0, "seconds_train": 2.0}]
     write_stage(tmp_path / "rlvr", rlvr, rows, began=201.0, ended=211.0)
+    write_stage(tmp_path / "collect", tiny_collect(), [], began=130.0, ended=150.0)
     return tmp_path
 
 
@@ -46,7 +47,8 @@ def test_every_second_is_some_stages(run: Path) -> None:
     assert sft["tokens_per_second"] == 200.0
     assert rlvr["parts"] == {"rollout": 6.0, "train": 2.0, "setup": 1.0, "finish": 1.0}
     assert rlvr["engine_tokens_per_second"] == 8 * 30 / 6
-    assert result["seconds"] == pytest.approx(sft["seconds"] + 10)
+    assert result["seconds"] == pytest.approx(sft["seconds"] + 10 + 20)
+    assert result["stages"]["collect"]["parts"] == {"whole": 20.0}
     assert result["share_of_engine"] == pytest.approx(6 / result["seconds"])
     assert sum(result["share_of_stages"].values()) == pytest.approx(1)
 
