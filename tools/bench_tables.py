@@ -1,0 +1,124 @@
+"""Write the README's tables of figures from ``tools/baselines/*.json``; with --check only say whether they are those.
+
+python tools/bench_tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import bench
+from tools.bench_memory import PARTS
+from tools.plan_check import check
+
+BASELINES = Path(__file__).parent / "baselines"
+README = bench.ROOT / "README.md"
+BEGIN, END = "<!-- figures: tools/bench_tables.py writes what is between -->\n", "<!-- end of figures -->\n"
+Row = Sequence[str]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README is old")
+    arguments = parser.parse_args()
+    text = README.read_text()
+    wanted = with_tables(text, tables(BASELINES))
+    if arguments.check:
+        return int(text != wanted)
+    README.write_text(wanted)
+    return 0
+
+
+def with_tables(text: str, made: str) -> str:
+    """``text`` with what is between the marks replaced. Raises ValueError where they are not there once each."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{README} must hold the lines {BEGIN.strip()!r} and {END.strip()!r} once each")
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + made + END + rest.partition(END)[2]
+
+
+def tables(folder: Path) -> str:
+    """All tables of the results in ``folder``, as Markdown."""
+    paths = sorted(folder.glob("*.json"))
+    results = {path.stem: bench.read_baseline(path) for path in paths}
+    of: Callable[[str], dict[str, Any]] = lambda kind: {n: r for n, r in results.items() if r["benchmark"] == kind}  # noqa: E731
+    parts = [_trained(of("train"))]
+    parts += [_split(results["train"])]
+    parts += [_profile(result) for result in of("profile").values()]
+    parts += [_memory(result) for result in of("memory").values()]
+    parts += [_pipeline(result) for result in of("pipeline").values()]
+    parts += ["\n" + "".join(f"    {line}\n" for line in check(paths).splitlines())]
+    commits = sorted({result["commit"][:7] for result in results.values()})
+    hardware = sorted({f"{result['hardware']}, {result['cores']} cores" for result in results.values()})
+    return "\n" + "\n".join(parts) + f"\nOn {', '.join(hardware)}; commits {', '.join(commits)}.\n"
+
+
+def _trained(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [["training step", "ranks", "tokens a step", "tokens/s/rank", "p90", "GFLOP/s/rank", "over HF"]]
+    for name, run in runs.items():
+        ours = run["ours"]
+        slowest = ours["tokens_per_second_p90_slowest"] / run["ranks"]
+        over = f"{run['ours_over_hf']:.2f}" if "ours_over_hf" in run else "–"
+        figures = [
+            f"{ours['tokens_per_second_per_rank']:.0f}",
+            f"{slowest:.0f}",
+            f"{1e3 * ours['tflops_per_rank']:.0f}",
+        ]
+        rows.append([_named(name, "train"), str(run["ranks"]), f"{run['tokens_per_step']:.0f}", *figures, over])
+    return _markdown(rows)
+
+
+def _split(run: Mapping[str, Any]) -> str:
+    split = run["ours"]["split"]
+    parts = sorted((name for name in split if name != "step"), key=lambda name: -split[name])
+    return _markdown([["of a step", *parts], ["one rank", *(f"{split[name] / split['step']:.1%}" for name in parts)]])
+
+
+def _profile(result: Mapping[str, Any]) -> str:
+    costs = result["costs"]
+    names = [f"`{cost['operator'].removeprefix('aten::').strip('_')}`" for cost in costs]
+    return _markdown([["largest costs", *names], ["of a step", *(f"{cost['share']:.1%}" for cost in costs)]])
+
+
+def _memory(result: Mapping[str, Any]) -> str:
+    """Measured MB, and the estimate over it."""
+    rows: list[Row] = [["memory, MB and estimate / measured", *PARTS]]
+    for case, stages in result["cases"].items():
+        for found in {each["stage"]: each for each in stages}.values():
+            stage = f", stage {found['stage']}" if len({each["stage"] for each in stages}) > 1 else ""
+            pairs = [(found["measured"][part], found["estimated"][part]) for part in PARTS]
+            rows.append([f"{case}{stage}", *(f"{m / 1e6:.1f} × {e / m:.2f}" if m else "0" for m, e in pairs)])
+    return _markdown(rows)
+
+
+def _pipeline(result: Mapping[str, Any]) -> str:
+    rows: list[Row] = [
+        ["whole pipeline", "seconds", "share", "of it the engine", "engine tokens/s", "where the time goes"]
+    ]
+    for name, stage in result["stages"].items():
+        parts = sorted(stage["parts"].items(), key=lambda part: -part[1])
+        shown = ", ".join(f"{part} {seconds / stage['seconds']:.0%}" for part, seconds in parts)
+        engine = f"{stage['share_of_engine']:.0%}" if "share_of_engine" in stage else "–"
+        rate = f"{stage['engine_tokens_per_second']:.0f}" if "engine_tokens_per_second" in stage else "–"
+        share = f"{result['share_of_stages'][name]:.0%}"
+        rows.append([name, f"{stage['seconds']:.0f}", share, engine, rate, shown])
+    return _markdown(rows)
+
+
+def _named(stem: str, kind: str) -> str:
+    return stem.removeprefix(f"{kind}_").replace("_", " ")
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    head, *body = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *body])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
