@@ -18,16 +18,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
+from prism_megatron.checkpoint.optimizer_state import restore, saved_state, wanted_state
 from prism_megatron.checkpoint.writer import results_in, take_digests
 from prism_megatron.convert.hf_io import replace_directory
 from prism_megatron.convert.manifest import digest_file, fsync, write_durably, write_manifest
-from prism_megatron.convert.native import content_metadata, first_common_fault, load_weights_of, sharded_weights
+from prism_megatron.convert.native import first_common_fault, load_weights_of, sharded_weights
 from prism_megatron.parallel import groups
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -85,7 +85,7 @@ class Checkpointer:
         dist.barrier()
         with results_in(partial, dist.get_rank()):
             request = dist_checkpointing.save(
-                _state(parts, iteration, self.seed, loading=False),
+                _state(parts, iteration, self.seed),
                 str(partial),
                 async_sharded_save=True,
                 async_strategy="mcore",
@@ -104,14 +104,17 @@ class Checkpointer:
     def load(self, iteration: int, parts: Mapping[str, tuple[Any, Any]]) -> None:
         """Restore weights and optimizer state, at any parallel layout. Collective."""
         folder = self._folder(iteration)
-        for _, optimizer in parts.values():
-            _prefill_state(optimizer)
+        wanted: dict[str, Any] = {}
+        own = {}
+        for name, (model, optimizer) in parts.items():
+            wanted[name] = sharded_weights(model, f"{name}.")
+            wanted[f"{name}_optimizer"], own[name] = wanted_state(optimizer, wanted[name])
         try:
-            loaded = dist_checkpointing.load(_state(parts, iteration, self.seed, loading=True), str(folder))
+            loaded = dist_checkpointing.load(wanted, str(folder))
         except _MISFITS as error:
             raise ValueError(
-                f"{folder} does not fit this configuration ({_last_line(error)}); it is of "
-                "another model. Give the run another run.name, or remove the checkpoint"
+                f"{folder} does not fit this configuration ({_last_line(error)}); it is of another model, "
+                "or of another optimizer.use_distributed_optimizer. Give the run another run.name, or remove it"
             ) from error
         if loaded["seed"] != self.seed:
             raise ValueError(
@@ -119,9 +122,7 @@ class Checkpointer:
             )
         for name, (model, optimizer) in parts.items():
             load_weights_of(model, loaded[name])
-            state = loaded[f"{name}_optimizer"]
-            check_parts(folder, optimizer, state)
-            optimizer.load_state_dict(state)
+            restore(optimizer, own[name], loaded[f"{name}_optimizer"])
 
     def _finalize(self, blocking: bool) -> None:
         try:
@@ -169,40 +170,12 @@ class Checkpointer:
             print(f"checkpoint: {text}", flush=True)
 
 
-def _state(parts: Mapping[str, tuple[Any, Any]], iteration: int, seed: int, loading: bool) -> dict[str, Any]:
+def _state(parts: Mapping[str, tuple[Any, Any]], iteration: int, seed: int) -> dict[str, Any]:
     state: dict[str, Any] = {"iteration": iteration, "policy_version": iteration, "seed": seed}
     for name, (model, optimizer) in parts.items():
         state[name] = sharded_weights(model, f"{name}.")
-        state[f"{name}_optimizer"] = optimizer.sharded_state_dict(
-            state[name], is_loading=loading, metadata=content_metadata()
-        )
+        state[f"{name}_optimizer"] = saved_state(optimizer, state[name])
     return state
-
-
-def _prefill_state(optimizer: Any) -> None:
-    """Give torch's AdamW the state entries that Megatron expects to find before it loads into them."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                inner.state[parameter].setdefault("step", torch.tensor(0.0))
-                inner.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
-                inner.state[parameter].setdefault("exp_avg_sq", torch.zeros_like(parameter))
-
-
-def check_parts(folder: Path, optimizer: Any, state: Mapping[Any, Any]) -> None:
-    """Refuse optimizer state of another number of optimizers. Raises ValueError.
-
-    Megatron keeps experts that are cut over ranks in an optimizer of their own, and saves several under their numbers.
-    """
-    parts = len(getattr(optimizer, "chained_optimizers", [optimizer]))
-    expected = set(range(parts)) if parts > 1 else set()
-    numbers = {key for key in state if isinstance(key, int)}
-    if numbers != expected or (parts > 1 and len(state) != parts):
-        raise ValueError(
-            f"{folder} was saved with experts cut over ranks in another way; go on with the "
-            "parallel.expert_model_parallel_size it was saved with"
-        )
 
 
 def _last_line(error: BaseException) -> str:

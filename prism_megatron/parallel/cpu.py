@@ -151,18 +151,13 @@ def _patch_megatron() -> None:
 
 
 def _keep_steps(optimizer: Any) -> None:
-    """Let the distributed optimizer restore torch's AdamW, which keeps a step for each parameter; TE's keeps one."""
-    set_states, load = optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict
+    """Let the distributed optimizer restore torch's AdamW, whose step of each parameter is not among what it saves."""
+    set_states = optimizer._set_main_param_and_optimizer_states
 
     def set_states_but_step(self: Any, parameter: Any, states: dict[str, Any]) -> None:
         set_states(self, parameter, {"step": None, **states})
 
-    def load_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
-        load(self, state_dict)
-        for state in self.optimizer.state.values():  # upstream hands one tensor to all, which each would count up
-            state["step"] = state["step"].clone()
-
-    optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict = set_states_but_step, load_own_steps
+    optimizer._set_main_param_and_optimizer_states = set_states_but_step
 
 
 def _uneven(even: Callable[..., Any], uneven: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from prism_megatron.observe.metrics import LOSS
 from prism_megatron.parallel.groups import free_port
 from prism_megatron.types import PreferencePair
 from tools.convert import main as convert
+from tools.make_tiny_model import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 5
@@ -104,24 +105,39 @@ def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Ca
 
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+EXPERT = "parallel.expert_model_parallel_size=2"
 SHARDED = "optimizer.use_distributed_optimizer=true"
 
 
+@pytest.fixture(scope="module")
+def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("moe") / "base"
+    make_tiny_model(directory, seed=1, moe=True)
+    return directory
+
+
 @pytest.mark.parametrize(
-    ("ranks", "before", "after", "ranks_after"),
-    [(2, [TENSOR], [PIPELINE], 2), (2, [SHARDED], [SHARDED], 1)],
-    ids=["tp2 to pp2", "dp2 to dp1, distributed optimizer"],
+    ("model", "ranks", "before", "after", "ranks_after"),
+    [
+        ("tiny_checkpoint", 2, [TENSOR], [PIPELINE], 2),
+        ("moe_checkpoint", 1, [], [EXPERT], 2),
+        ("moe_checkpoint", 2, [EXPERT, SHARDED], [SHARDED], 1),
+    ],
+    ids=["tp2 to pp2", "ep1 to ep2", "ep2 dp2 to one rank, distributed optimizer"],
 )
 def test_resumed_at_another_layout(
+    model: str,
     ranks: int,
     before: list[str],
     after: list[str],
     ranks_after: int,
     stages: dict[str, list[str]],
     launch: Callable[..., str],
+    request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
-    command = [*stages["sft"], f"run.dir={tmp_path}"]
+    start = [f"model.hf_checkpoint={request.getfixturevalue(model)}", "model.moe_aux_loss_coeff=0.01"]
+    command = [*stages["sft"], f"run.dir={tmp_path}", *start]
     straight = [*command, "run.name=straight", *before]
     launch(ranks, ["-m", "prism_megatron.train", *straight])
     moved = [*command, "run.name=moved"]

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +17,7 @@ from prism_megatron.parallel import cpu
 
 cpu.install()  # before anything imports megatron
 
-from prism_megatron.checkpoint.checkpointer import Checkpointer, check_parts  # noqa: E402
+from prism_megatron.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from prism_megatron.convert.manifest import first_fault  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -122,17 +121,6 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert Checkpointer(tmp_path / "none", keep=2).latest() == 0
     (tmp_path / ".iter_0000005.1234abcd.partial").mkdir()
     assert Checkpointer(tmp_path, keep=2).latest() == 0
-
-
-def test_experts_cut_in_another_way_are_refused() -> None:
-    """Keys as Megatron 0.19 leaves them after loading: the saved ones, and those asked for."""
-    together = SimpleNamespace(chained_optimizers=[None])
-    apart = SimpleNamespace(chained_optimizers=[None, None])
-    check_parts(Path("iter_0000002"), together, {"optimizer": {}})
-    check_parts(Path("iter_0000002"), apart, {0: {}, 1: {}})
-    for optimizer, state in ((together, {0: {}, 1: {}, "optimizer": {}}), (apart, {0: {}, 1: {}, "optimizer": {}})):
-        with pytest.raises(ValueError, match="iter_0000002 was saved with experts cut over ranks in another way"):
-            check_parts(Path("iter_0000002"), optimizer, state)
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
