@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,10 @@ def tables(folder: Path) -> str:
     """All tables of the results in ``folder``, as Markdown."""
     paths = sorted(folder.glob("*.json"))
     results = {path.stem: bench.read_baseline(path) for path in paths}
-    of: Callable[[str], dict[str, Any]] = lambda kind: {n: r for n, r in results.items() if r["benchmark"] == kind}  # noqa: E731
+
+    def of(kind: str) -> dict[str, dict[str, Any]]:
+        return {name: result for name, result in results.items() if result["benchmark"] == kind}
+
     parts = [_trained(of("train"))]
     parts += [_split(results["train"])]
     parts += [_profile(result) for result in of("profile").values()]
@@ -82,7 +85,8 @@ def _split(run: Mapping[str, Any]) -> str:
 
 def _profile(result: Mapping[str, Any]) -> str:
     costs = result["costs"]
-    names = [f"`{cost['operator'].removeprefix('aten::').strip('_')}`" for cost in costs]
+    names = [cost["operator"].removeprefix("aten::").strip("_") for cost in costs]
+    names = [name.replace("scaled_dot_product_flash_attention_for_cpu", "attention") for name in names]
     return _markdown([["largest costs", *names], ["of a step", *(f"{cost['share']:.1%}" for cost in costs)]])
 
 
@@ -112,7 +116,7 @@ def _pipeline(result: Mapping[str, Any]) -> str:
 
 
 def _named(stem: str, kind: str) -> str:
-    return stem.removeprefix(f"{kind}_").replace("_", " ")
+    return stem.removeprefix(f"{kind}_").replace("_", " ") if stem != kind else "the tiny recipe's"
 
 
 def _markdown(rows: Sequence[Row]) -> str:

@@ -1,0 +1,18 @@
+"""README's figures are those of the baselines."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.bench_tables import BASELINES, BEGIN, END, README, tables, with_tables
+
+
+def test_readme_shows_what_the_baselines_say() -> None:
+    text = README.read_text()
+    assert with_tables(text, tables(BASELINES)) == text, "run python tools/bench_tables.py"
+
+
+def test_only_what_is_between_the_marks_changes() -> None:
+    assert with_tables(f"a\n{BEGIN}old\n{END}b\n", "new\n") == f"a\n{BEGIN}new\n{END}b\n"
+    with pytest.raises(ValueError, match="once each"):
+        with_tables("a\n", "new\n")
