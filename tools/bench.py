@@ -9,7 +9,6 @@ import platform
 import re
 import resource
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from prism_megatron.parallel.groups import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,10 +103,8 @@ def start_ranks(ranks: int, command: Sequence[str]) -> int:
     """
     cores = len(os.sched_getaffinity(0))
     environment = {"OMP_NUM_THREADS": str(max(cores // ranks, 1)), "PYTHONWARNINGS": "ignore", **os.environ}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    where = [f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where]
     done = subprocess.run([*torchrun, *command], env=environment, stderr=subprocess.PIPE, text=True, check=False)
     refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     if done.returncode and refusals:

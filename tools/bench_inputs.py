@@ -113,7 +113,7 @@ def training_sequences(settings: Settings, config: SFTConfig, processor: Any, co
     from prism_megatron.stages.sft import demonstrations
 
     if settings.images == "mock":
-        return [_mock(processor.input_spec, settings, number) for number in range(count)]
+        return [mock_row(processor.input_spec, settings, number) for number in range(count)]
     if settings.images == "shapes":
         return demonstrations(read_sft(Path(config.data)), processor)
     kinds = (".png", ".jpg", ".jpeg")
@@ -145,7 +145,7 @@ def mock_shape(settings: Settings, sizes: HFSizes, number: int) -> tuple[int, in
     return _MOCK_TEXT + shown + settings.response_tokens, height * width
 
 
-def _mock(spec: InputSpec, settings: Settings, number: int) -> TrainingSequence:
+def mock_row(spec: InputSpec, settings: Settings, number: int) -> TrainingSequence:
     """A made-up row with one image of random pixels, the same on every rank."""
     height, width = _grid(settings, spec.merge_size, number)
     generator = torch.Generator().manual_seed(number)

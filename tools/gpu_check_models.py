@@ -15,14 +15,12 @@ from prism_megatron.config import FP8Config, ModelConfig, OptimizerConfig, SFTCo
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.stages.setup import Trained
-from prism_megatron.types import EncodedPrompt, InputSpec, Visual
 from recipes.tiny import tiny_sft
+from tools.bench_inputs import Settings, mock_row, model_overrides
 from tools.make_tiny_model import make_tiny_model
 
 Variants = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
-_PUBLISHED = Path(__file__).resolve().parents[1] / "recipes" / "published" / "4b.json"
-_TEXT_TOKENS = 32  # around an image that is made up
 _INIT_STD = 0.02
 
 
@@ -43,23 +41,16 @@ class Scale:
         """4B's widths at a depth and vocabulary that are soon written, as ``make_tiny_model`` takes them."""
         if self.dry:
             return {"text_config": {"num_hidden_layers": layers}}
-        text, vision = published()
-        vision |= {"depth": 2, "deepstack_visual_indexes": [0, 1]}
-        return {"text_config": text | {"num_hidden_layers": layers, "vocab_size": 8192}, "vision_config": vision}
+        sizes = model_overrides("4b")
+        sizes["text_config"] |= {"num_hidden_layers": layers, "vocab_size": 8192}
+        sizes["vision_config"] |= {"depth": 2, "deepstack_visual_indexes": [0, 1]}
+        return sizes
 
     def rivals(self) -> list[ModelConfig]:
         """What is compared with ``precision``: every FP8 recipe this GPU has, BF16 on a dry run."""
         if self.dry:
             return [ModelConfig("", "bf16")]
         return [ModelConfig("", "fp8", FP8Config(recipe)) for recipe in RECIPES]
-
-
-def published() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two halves of 4B's configuration, in transformers 5's terms."""
-    config = json.loads(_PUBLISHED.read_text())
-    text, vision = config["text_config"], config["vision_config"]
-    text["rope_parameters"] = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
-    return text, vision
 
 
 def label(model: ModelConfig) -> str:
@@ -91,9 +82,9 @@ def full_size(scale: Scale) -> Path:
     directory = make_tiny_model(scale.folder / "full", seed=1)
     if not scale.dry:
         path = directory / "config.json"
-        config, (text, vision) = json.loads(path.read_text()), published()
-        config["text_config"] |= text | {"num_hidden_layers": scale.layers}
-        config["vision_config"] |= vision
+        config, sizes = json.loads(path.read_text()), model_overrides("4b")
+        config["text_config"] |= sizes["text_config"] | {"num_hidden_layers": scale.layers}
+        config["vision_config"] |= sizes["vision_config"]
         path.write_text(json.dumps(config))
     return directory
 
@@ -122,18 +113,8 @@ def random_policy(config: SFTConfig) -> Trained:
 def rows_with_images(processor: ChatProcessor, scale: Scale, count: int) -> list[TrainingSequence]:
     """Rows of made-up text and an image of a size that photographs and screenshots have."""
     sizes = ((64, 64), (96, 64)) if scale.dry else ((448, 448), (640, 480), (1024, 768), (1280, 720))
-    answer = 16 if scale.dry else 256
-    return [_row(processor.input_spec, sizes[i % len(sizes)], answer, seed=i) for i in range(count)]
-
-
-def _row(spec: InputSpec, size: tuple[int, int], answer: int, seed: int) -> TrainingSequence:
-    unit = 16 * spec.merge_size
-    width, height = (max(round(side / unit), 1) * spec.merge_size for side in size)
-    draw = torch.Generator().manual_seed(seed)
-    visual = Visual(torch.randn(width * height, spec.patch_dim, generator=draw), (1, height, width))
-    shown = (spec.image_token_id,) * (width * height // spec.merge_size**2)
-    prompt = EncodedPrompt((*range(_TEXT_TOKENS), *shown), (visual,))
-    return TrainingSequence(prompt, tuple(torch.randint(0, 256, (answer,), generator=draw).tolist()))
+    shown = Settings(images="mock", resolutions=sizes, response_tokens=16 if scale.dry else 256)
+    return [mock_row(processor.input_spec, shown, number) for number in range(count)]
 
 
 def owners(rows: Sequence[Any]) -> list[str]:

@@ -55,7 +55,7 @@ def round_trip(kind: str, scale: Scale) -> dict[str, Any]:
         else:
             table, chunks = policy_table(sizes), build_policy(model, ParallelConfig(), sizes)
         load_weights(chunks, table, source)
-        exported = dict(export_weights(chunks, table))
+        exported = {name: tensor.clone() for name, tensor in export_weights(chunks, table)}
         wrong = [n for n, tensor in exported.items() if not torch.equal(tensor.cpu(), source[n].to(tensor.dtype))]
         held = {name: parameter.detach().clone() for name, parameter in named_parameters(chunks).items()}
         for parameter in named_parameters(chunks).values():

@@ -162,7 +162,8 @@ def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_B
     ]
     for kind, size in sizes.items():
         if size:
-            lines.append(f"  {size / 1e6:.1f} MB {_REASONS[kind]}".format(ranks=len(_route(kind).places)))
+            ranks = len(_route(kind).places)
+            lines.append(f"  {size / 1e6:.1f} MB {_REASONS[kind if ranks > 1 else 'whole']}".format(ranks=ranks))
     if stages > 1:
         lines.append(f"  all of it goes down {stages} pipeline stages, each of which has layers that all engines need")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The rollout engine: vLLM in this very process, laid over the training ranks. The only file that knows vLLM.
+"""The rollout engine: vLLM in this very process, laid over the training ranks.
 
 Run on CPU, tensor parallelism 1 and 2. On GPU the same calls apply with NCCL; that is not verified. ``child.py`` runs
 the same engine in processes of its own.

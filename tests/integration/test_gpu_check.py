@@ -23,10 +23,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_dry_run_measures_what_a_cpu_can(tmp_path: Path) -> None:
-    done = run("--dry", "--only", "fp8", "--out", str(tmp_path / "out.json"))
+    done = run("--dry", "--only", "names,fp8", "--out", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["faults"] == []
+    assert {kind: found["hf_tensors"] for kind, found in result["parts"]["names"]["variants"].items()} == {
+        "dense": 103,
+        "experts": 103,
+        "discriminator": 104,
+    }
     fp8 = result["parts"]["fp8"]["variants"]
     assert fp8["bf16"]["kl_nats_per_token"].keys() == {"0", "2", "4"}
     assert 0 < fp8["bf16"]["kl_nats_per_token"]["0"] < 1e-2, "rounding shows, and is small"
