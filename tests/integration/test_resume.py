@@ -154,14 +154,15 @@ def test_resumed_at_another_layout(
     tmp_path: Path,
 ) -> None:
     start = [f"model.hf_checkpoint={request.getfixturevalue(model)}", "model.moe_aux_loss_coeff=0.01"]
-    command = [*stages["sft"], f"run.dir={tmp_path}", *start]
+    # Small steps: the recipe's own, from random weights, enlarge tenfold in each what rounding makes differ.
+    command = [*stages["sft"], f"run.dir={tmp_path}", *start, "optimizer.lr=2e-4"]
     straight = [*command, "run.name=straight", *before]
     launch(ranks, ["-m", "prism_megatron.train", *straight])
     moved = [*command, "run.name=moved"]
     start_and_kill([*moved, *before], 2, delay=0.05, ranks=ranks)
     launch(ranks_after, ["-m", "prism_megatron.train", *moved, *after])
     losses, expected = ([row[LOSS] for row in measured(run)] for run in (moved, straight))
-    assert losses == pytest.approx(expected, rel=1e-5)  # steps of training enlarge what rounding makes differ
+    assert losses == pytest.approx(expected, abs=1e-5)
 
 
 def test_started_from_a_converted_directory(stages: dict[str, list[str]], launch: Callable[..., str]) -> None:
