@@ -159,7 +159,7 @@ def test_resumed_at_another_layout(
     straight = [*command, "run.name=straight", *before]
     launch(ranks, ["-m", "prism_megatron.train", *straight])
     moved = [*command, "run.name=moved"]
-    start_and_kill([*moved, *before], 2, delay=0.05, ranks=ranks)
+    start_and_kill([*moved, *before], 3, delay=0.05, ranks=ranks)
     launch(ranks_after, ["-m", "prism_megatron.train", *moved, *after])
     losses, expected = ([row[LOSS] for row in measured(run)] for run in (moved, straight))
     assert losses == pytest.approx(expected, abs=1e-5)
