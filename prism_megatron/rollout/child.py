@@ -29,6 +29,7 @@ from torch import Tensor
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks
 from prism_megatron.rollout.engine import (
+    CACHES,
     NO_WEIGHTS,
     EngineConfig,
     NoWeights,
@@ -110,9 +111,9 @@ class ChildEngine:
             sync.check_agreement([rank[0] for rank in everybody] + processes)
         self._has_weights = True
 
-    def reset_caches(self) -> None:
+    def reset_caches(self, first: int = len(CACHES)) -> None:
         """As :meth:`RolloutEngine.reset_caches`."""
-        self._surviving(lambda: self._processes.tell_to("reset_caches") if self._processes else None)
+        self._surviving(lambda: self._processes.tell_to("reset_caches", first) if self._processes else None)
 
     def sleep(self) -> None:
         """As :meth:`RolloutEngine.sleep`."""
@@ -123,18 +124,26 @@ class ChildEngine:
         torch.cuda.empty_cache()
         self._surviving(lambda: self._processes.tell_to("wake", part) if self._processes else None)
 
+    def differing_parameters(self, named: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """As :meth:`RolloutEngine.differing_parameters`, one engine after another."""
+        found = gather_over_ranks(self._surviving(lambda: self._send("differing_parameters", named)))
+        return list(dict.fromkeys(name for answers in found for names in answers for name in names))
+
     def _push(self) -> list[Mapping[str, int]]:
         """Checksums of what this rank sent and of what each of its processes got."""
         assert self._pushed is not None
         named, sync = self._pushed
         sync.checksums.clear()
-        tensors = sync.checked(named)
+        return [sync.checksums, *self._send("update", sync.checked(named), replace(sync, checksums={}))]
+
+    def _send(self, command: str, named: Iterable[tuple[str, Tensor]], *arguments: Any) -> list[Any]:
+        """What each of this rank's processes answers to ``command`` with ``named``."""
+        tensors = iter(named)
         try:
-            received = [] if self._processes is None else self._processes.update(tensors, sync)
+            return [] if self._processes is None else self._processes.send(command, tensors, *arguments)
         finally:
             for _ in tensors:  # gathering them is collective, whatever became of the processes
                 pass
-        return [sync.checksums, *received]
 
     def _surviving[Result](self, attempt: Callable[[], Result]) -> Result:
         try:
@@ -208,7 +217,7 @@ class _Processes:
         self._tell(self._checkpoint, replace(self._config, timeout_seconds=0.0))
         self.facts = self._answers("done", "starting")[0]
 
-    def tell_to(self, command: Literal["reset_caches", "sleep", "wake"], *arguments: str) -> None:
+    def tell_to(self, command: Literal["reset_caches", "sleep", "wake"], *arguments: str | int) -> None:
         self._tell(command, arguments)
         self._answers("done", f"told to {command}")
 
@@ -219,9 +228,9 @@ class _Processes:
         answer: list[list[Rollout]] = self._answers("done", "generating", self._config.timeout_seconds, report)[0]
         return answer
 
-    def update(self, named: Iterable[tuple[str, Tensor]], sync: WeightSync) -> list[Mapping[str, int]]:
-        """Checksums of what each process got."""
-        self._tell("update", (replace(sync, checksums={}),))
+    def send(self, command: str, named: Iterable[tuple[str, Tensor]], *arguments: Any) -> list[Any]:
+        """What each process answers to ``command`` with tensors."""
+        self._tell(command, arguments)
         refusal: ValueError | None = None
         try:
             for number, pieces in enumerate(self._memory.fill(named)):
@@ -314,7 +323,8 @@ def _serve(connection: Connection, memory: SharedHalves) -> None:
         "generate": lambda requests, sampling: engine.generate(
             requests, sampling, lambda count: connection.send(("answered", count)) if is_first else None
         ),
-        "update": lambda sync: _update(engine, connection, memory, sync),
+        "update": lambda sync: _received(connection, memory, lambda tensors: _update(engine, tensors, sync)),
+        "differing_parameters": lambda: _received(connection, memory, engine.differing_parameters),
         "reset_caches": engine.reset_caches,
         "sleep": engine.sleep,
         "wake": engine.wake,
@@ -329,14 +339,20 @@ def _serve(connection: Connection, memory: SharedHalves) -> None:
             connection.send(("done", answer))
 
 
-def _update(engine: RolloutEngine, connection: Connection, memory: SharedHalves, sync: WeightSync) -> Mapping[str, int]:
+def _update(engine: RolloutEngine, tensors: Iterable[tuple[str, Tensor]], sync: WeightSync) -> Mapping[str, int]:
+    engine.update_weights(tensors, sync)
+    return sync.checksums
+
+
+def _received[Answer](
+    connection: Connection, memory: SharedHalves, use: Callable[[Iterable[tuple[str, Tensor]]], Answer]
+) -> Answer:
     tensors = memory.read(_filled(connection))
     try:
-        engine.update_weights(tensors, sync)
+        return use(tensors)
     finally:
         for _ in tensors:  # of a refused update the rest is still sent
             pass
-    return sync.checksums
 
 
 def _filled(connection: Connection) -> Iterator[list[Piece]]:

@@ -33,6 +33,8 @@ _CUT_BY_ENGINE = {
     "vision_config": ("num_heads", "intermediate_size"),
 }
 NO_WEIGHTS = "the rollout engine has no whole set of weights: none were pushed yet, or the last update was refused"
+# What is kept of earlier requests: the first two are results of weights, the last is prepared pixels.
+CACHES = ("prefix cache", "encoder cache", "multimodal cache")
 _alive: list[Any] = []
 _set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts one that does nothing in its place
 
@@ -203,26 +205,15 @@ class RolloutEngine:
         everybody = {place: name for rank in gather_over_ranks(found) for place, name in rank.items()}
         return [name for _, name in sorted(everybody.items())]
 
-    def reset_caches_in_turn(self) -> Iterator[str]:
-        """Forget what is kept of earlier requests, one kind after another, each with those before; yields its name."""
-        resets = self._resets()
-        for number, name in enumerate(resets, start=1):
-            for reset in list(resets.values())[:number]:
-                reset()
-            yield name
-
-    def reset_caches(self) -> None:
-        """Forget what is kept of earlier requests."""
-        for reset in self._resets().values():
+    def reset_caches(self, first: int = len(CACHES)) -> None:
+        """Forget what is kept of earlier requests: the ``first`` so many of ``CACHES``."""
+        for reset in list(self._resets().values())[:first]:
             reset()
 
     def _resets(self) -> dict[str, Callable[[], Any]]:
-        """Prefixes and encodings of images are results of weights; the last holds prepared pixels, which are not."""
-        return {
-            "prefix cache": self._llm.reset_prefix_cache,
-            "encoder cache": self._llm.llm_engine.reset_encoder_cache,
-            "multimodal cache": self._llm.reset_mm_cache,
-        }
+        llm = self._llm
+        resets = llm.reset_prefix_cache, llm.llm_engine.reset_encoder_cache, llm.reset_mm_cache
+        return dict(zip(CACHES, resets, strict=True))
 
 
 def _set_temperature(worker: Any, temperature: float) -> None:

@@ -16,7 +16,7 @@ from prism_megatron.optim.step import evaluate_step
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks, max_over_ranks
 from prism_megatron.rollout.child import Engine
-from prism_megatron.rollout.engine import RolloutEngine, Sampling
+from prism_megatron.rollout.engine import CACHES, Sampling
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.microbatch import equal_over_ranks, pack_microbatch
 from prism_megatron.stages.rollouts import push_weights
@@ -113,12 +113,11 @@ class Guard:
     def _diagnosis(self, version: int) -> str:
         """Collective."""
         policy, engine = self._policy, self._engine
-        if not isinstance(engine, RolloutEngine):
-            return "rollout.engine=colocated, whose parameters can be looked at, names the first that differs"
         exported = export_weights(policy.chunks, policy.table, self._config.rollout.sync_bucket_mib << 20)
         if wrong := engine.differing_parameters(exported):
             return f"{len(wrong)} of the engine's parameters are not those that were sent to it, first {wrong[0]}"
-        for name in engine.reset_caches_in_turn():
+        for number, name in enumerate(CACHES, start=1):
+            engine.reset_caches(number)
             if self._difference() <= self._limit:
                 return f"its parameters are right, but its {name} still held results of other weights"
         sync = WeightSync(version, export_manifest(policy.chunks, policy.table), with_checksums=True)

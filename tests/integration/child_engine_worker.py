@@ -25,6 +25,7 @@ from prism_megatron.parallel import groups
 from recipes import STAGE_RECIPES
 
 PROMPTS = 4
+DAMAGED = "layers.1.self_attn.v_proj.weight"
 
 
 def main() -> None:
@@ -44,6 +45,7 @@ def main() -> None:
     engine = start_engine(config, Path(checkpoint))
     assert isinstance(engine, ChildEngine)
     measured: dict[str, Any] = train(config, engine, processor, rows)
+    measured["damaged"] = said_of_damage(config, engine, processor, rows)
     measured["no_rows"] = sample_responses(engine, processor, [], 0, config)
 
     if engine._processes is not None:  # how long a machine takes for its first batches, nobody can say
@@ -83,6 +85,33 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
         step = policy_gradient_step(policy, None, samples, advantages, processor, objective, config, 1e-2, iteration)
         measured["differences"].append(step[names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF])
     return measured
+
+
+def said_of_damage(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> str:
+    """What the guard says where each update loses half of a tensor's size between the two sides."""
+    from prism_megatron.stages.guard import Guard
+    from prism_megatron.stages.setup import load_policy
+
+    rollout = replace(config.rollout, guard_interval=1, sync_checksums=False)
+    guard = Guard(engine, load_policy(config), processor, rows, replace(config, rollout=rollout))
+    guard.push(2)
+    if engine._processes is not None:
+        send = engine._processes.send
+
+        def damaging(command: str, named: Any, *arguments: Any) -> Any:
+            if command == "update":
+                named = ((name, tensor / 2 if name.endswith(DAMAGED) else tensor) for name, tensor in named)
+            return send(command, named, *arguments)
+
+        engine._processes.send = damaging
+    try:
+        guard.push(3)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        if engine._processes is not None:
+            engine._processes.send = send
+    return ""
 
 
 @contextmanager

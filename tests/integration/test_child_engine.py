@@ -1,8 +1,12 @@
-"""An engine in processes of its own: killed at work it costs time and nothing else, the second time it ends the run."""
+"""An engine in processes of its own: killed at work it costs time and nothing else, the second time it ends the run.
+
+What it computes with is looked at, too: a parameter that was damaged on its way is named.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +28,7 @@ def test_killed_while_generating(
         assert measured["versions"] == [[0], [1]]
         assert max(measured["differences"]) < 1e-4, "trainer and engine are not the same policy"
         assert measured["no_rows"] == []
+        assert re.search(r"1 of the engine's .* first \S*layers\.1\.self_attn\.v_proj\.weight$", measured["damaged"])
         death = measured["second_death"]
         assert "was generating for longer than rollout.timeout_seconds (1)" in death
         assert death.endswith("It had been started again once before")

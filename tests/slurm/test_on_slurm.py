@@ -1,4 +1,4 @@
-"""``recipes.launch --executor slurm`` on a real SLURM: two nodes, a rank on each (two cores have no room for more)."""
+"""``recipes.launch --executor slurm`` on a real SLURM of two nodes: a rank on each, two for the whole pipeline."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from prism_megatron.checkpoint.checkpointer import Checkpointer
+from recipes.pipeline import tiny_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,6 +77,48 @@ def test_preempted_in_alignment_and_in_rlvr_and_resumed(
     times_and_ranks = [line.split()[:3] for line in merged]
     assert times_and_ranks == sorted(times_and_ranks, key=lambda words: words[:2])
     assert {words[2] for words in times_and_ranks} == {"[0]", "[1]"}
+
+
+@pytest.mark.skipif("PRISM_SLOW_TESTS" not in os.environ, reason="five stages on four ranks: set PRISM_SLOW_TESTS=1")
+@pytest.mark.timeout(3600)
+def test_the_whole_pipeline_preempted_in_two_of_its_stages(
+    slurm: dict[str, str], cluster: Path, speaking_checkpoint: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Two nodes of two ranks. Alignment and RLVR then run again from the same checkpoints, undisturbed."""
+    pairs = tmp_path / "cluster.yaml"
+    pairs.write_text(cluster.read_text().replace("ranks_per_node: 1", "ranks_per_node: 2").replace("4G", "10G"))
+    small = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prompts_per_iteration=8"]
+    own = {
+        "sft": [f"model.hf_checkpoint={speaking_checkpoint}", "run.train_iters=4", "optimizer.lr=1e-5"],
+        "collect": [f"alignment_data={tiny_data}/alignment.parquet", "num_candidates=32", "band_low=0", "band_high=1"],
+        "warmup": ["run.train_iters=4", "global_batch_size=8"],
+        "align": [*small, f"run.train_iters={ITERATIONS}", f"data={tiny_data}/alignment.parquet"],
+        "rlvr": [*small, f"run.train_iters={ITERATIONS}"],
+    }
+    for stage in ("sft", "align", "rlvr"):
+        own[stage].append("eval.num_questions=0")
+    on_slurm = ["--executor", "slurm", "--cluster", str(pairs)]
+    overrides = [f"{stage}.{override}" for stage, values in own.items() for override in values]
+    environment = slurm | {"PYTHONPATH": str(ROOT)}
+    process = start(environment, "tiny_pipeline", "--name", "whole", *on_slurm, *overrides, cwd=tmp_path)
+    whole = tmp_path / "runs" / "whole"
+    for stage in ("align", "rlvr"):
+        wait_for(lambda stage=stage: iterations(whole / stage) >= 1 or process.poll() is not None, 1200)
+        assert process.poll() is None, process.communicate()[0]
+        job = ask(slurm, "squeue", "-h", "-n", f"prism.{stage}", "-o", "%i").strip()
+        ask(slurm, "scancel", "--signal=TERM", job)
+        wait_for(lambda stage=stage, job=job: "told to stop" in report(whole / stage / f"logs/job{job}/start0"))
+    said, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, said
+    assert [stage for stage in own if (whole / stage / "finished.json").exists()] == list(own)
+    undisturbed = [step for step in tiny_steps("whole", overrides) if step.name in ("align", "rlvr")]
+    for step in undisturbed:
+        again = f"whole/{step.name}_again"
+        process = start(environment, step.recipe, *step.overrides, f"run.name={again}", *on_slurm, cwd=tmp_path)
+        said, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, said
+        assert measured(whole / step.name) == measured(tmp_path / "runs" / again)
+        assert len(measured(whole / step.name)) == ITERATIONS
 
 
 def test_a_stage_that_crashes_too_often_cancels_those_after_it(
