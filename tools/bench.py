@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -148,12 +149,43 @@ def regressions(
     ]
 
 
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What :func:`finish` reads. A baseline that cannot be read is refused before anything is measured."""
+    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    parser.add_argument(
+        "--compare", type=_baseline, metavar="OLD.json", help="an earlier run's; exit status 1 where this one is worse"
+    )
+    parser.add_argument("--tolerance", type=float, default=0.1, help="how much worse is still as good, of the baseline")
+
+
+def finish(result: Mapping[str, Any], arguments: argparse.Namespace, higher_is_better: Sequence[str]) -> int:
+    """Write the result and hold it to the baseline, if there is one; returns the exit status."""
+    write(result, arguments.out)
+    if arguments.compare is None:
+        return 0
+    try:
+        worse = regressions(result, arguments.compare, higher_is_better, arguments.tolerance)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for line in worse:
+        print(line, file=sys.stderr)
+    return int(bool(worse))
+
+
 def write(result: Mapping[str, Any], out: Path | None) -> None:
     """Print the result as one JSON line, and write it to ``out``."""
     print(json.dumps(result))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _baseline(path: str) -> dict[str, Any]:
+    try:
+        return read_baseline(Path(path))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _figure(result: Mapping[str, Any], name: str) -> float | None:

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from prism_megatron.config import AlignConfig
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from recipes import STAGE_RECIPES
-from tools.bench import provenance
+from tools import bench
 
 _AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}  # of both sides' scores, relative to the largest
 
@@ -49,7 +48,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
     parser.add_argument("--image-scale", type=int, default=3, help="enlarges images to so many times their side")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each side")
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    bench.add_output_options(parser)
     arguments = parser.parse_args()
     recipe = f"{arguments.recipe}_align"
     if recipe not in STAGE_RECIPES:
@@ -64,11 +63,7 @@ def main() -> int:
             arguments.rounds,
             scale=arguments.image_scale,
         )
-    print(json.dumps(result))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+    return bench.finish(result, arguments, ["ratio"])
 
 
 def measure(
@@ -99,30 +94,31 @@ def measure(
     config.model.precision = precision
     groups.initialize(config.parallel, seed=1)
     sides, sequences, mean_tokens = _sides(config, folder / "data" / "alignment.parquet", samples, prompts, scale)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
     scores: dict[str, Tensor] = {}
-    for number in range(1 + rounds):
-        for name, way in sides.items():
-            began = time.perf_counter()
-            scores[name] = way()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
+
+    def turn(name: str, _number: int) -> None:
+        scores[name] = sides[name]()
+
+    seconds = bench.interleaved({name: partial(turn, name) for name in sides}, rounds, warmup=1)
     groups.shutdown()
     difference = float((scores["packed"] - scores["one_at_a_time"]).abs().max() / scores["packed"].abs().max())
     if difference > _AGREEMENT[precision]:
         raise RuntimeError(f"both ways must score alike, and differ by {difference:.2g} of the largest score")
     return {
         "benchmark": "discriminator",
-        "recipe": recipe,
-        "precision": precision,
-        "sizes": sizes,
-        "samples": samples,
-        "prompts": prompts,
-        "image_scale": scale,
+        "config": {
+            "recipe": recipe,
+            "precision": precision,
+            "sizes": sizes,
+            "samples": samples,
+            "prompts": prompts,
+            "image_scale": scale,
+            "rounds": rounds,
+        },
+        "ranks": 1,
         "sequences": sequences,
         "mean_tokens": mean_tokens,
-        "rounds": rounds,
-        **provenance(),
+        **bench.provenance(),
         "scores_relative_difference": difference,
         **{name: {"sequences_per_second": sequences / statistics.median(values)} for name, values in seconds.items()},
         "ratio": statistics.median(seconds["one_at_a_time"]) / statistics.median(seconds["packed"]),

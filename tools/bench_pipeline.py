@@ -35,24 +35,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder, runs/NAME")
     parser.add_argument("--launch", action="store_true", help="run the tiny pipeline there first")
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
-    parser.add_argument("--compare", type=Path, help="JSON of an earlier run; exit status 1 where this one is slower")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="how much slower is still as fast")
+    bench.add_output_options(parser)
     parser.add_argument("overrides", nargs="*", help="with --launch: stage.key=value")
     arguments = parser.parse_intermixed_args()
     try:
-        baseline = bench.read_baseline(arguments.compare) if arguments.compare else None
         if arguments.launch:
             _launch(arguments.run, arguments.overrides)
         result = measure(arguments.run)
-        worse = bench.regressions(result, baseline, rates(result), arguments.tolerance) if baseline else []
+        return bench.finish(result, arguments, rates(result))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    bench.write(result, arguments.out)
-    for line in worse:
-        print(line, file=sys.stderr)
-    return int(bool(worse))
 
 
 def measure(run: Path) -> dict[str, Any]:

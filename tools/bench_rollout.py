@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, default=3, help="measured batches of each size, and RLVR steps; at least 2"
     )
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    bench.add_output_options(parser)
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.prompts.split(",") if size.strip().isdigit()]
     if arguments.steps < 2 or not sizes or min(sizes) < 1:
@@ -66,8 +66,7 @@ def main() -> int:
     wanted = (arguments.samples, arguments.tokens, arguments.hidden, arguments.layers, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Settings(tuple(sorted(sizes)), *wanted), Path(folder))
-    bench.write(result, arguments.out)
-    return 0
+    return bench.finish(result, arguments, [f"colocated.{size}.tokens_per_second" for size in sizes])
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--bucket-mib", type=int, default=128, help="rollout.sync_bucket_mib")
     parser.add_argument("--checksums", action="store_true", help="with rollout.sync_checksums")
     parser.add_argument("--steps", type=int, default=5, help="measured syncs of each way, at least 2")
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    bench.add_output_options(parser)
     arguments = parser.parse_args()
     if arguments.steps < 2:
         print(f"error: --steps must be at least 2 for a median and a p90, got {arguments.steps}", file=sys.stderr)
@@ -57,9 +57,7 @@ def main() -> int:
     settings = Settings(arguments.hidden, arguments.layers, arguments.bucket_mib, arguments.checksums, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(settings, Path(folder))
-    if os.environ.get("RANK", "0") == "0":
-        bench.write(result, arguments.out)
-    return 0
+    return bench.finish(result, arguments, ["disk_over_push"]) if os.environ.get("RANK", "0") == "0" else 0
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:

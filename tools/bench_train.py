@@ -50,10 +50,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, help="processes to start here")
     parser.add_argument("--steps", type=int, default=12, help="measured steps, at least 2")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--sweep", action="append", metavar="KEY=V,W", help="several runs; see tools/bench_sweep.py")
-    parser.add_argument("--out", type=Path, help="write the JSON there too; of a sweep, the folder")
-    parser.add_argument("--compare", type=Path, help="JSON of an earlier run; exit status 1 where this one is slower")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="how much slower is still as fast")
+    parser.add_argument("--sweep", action="append", metavar="KEY=V,W", help="several runs into the folder --out")
+    bench.add_output_options(parser)
     parser.add_argument("overrides", nargs="*", help="of the recipe, for example global_batch_size=8")
     arguments = parser.parse_intermixed_args()
     try:
@@ -72,7 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--steps must be at least 2 for a median and a p90, got {arguments.steps}")
     if arguments.ranks is not None and "RANK" not in os.environ:
         return bench.start_ranks(arguments.ranks, ["tools/bench_train.py", *sys.argv[1:]])
-    baseline = bench.read_baseline(arguments.compare) if arguments.compare else None
     settings = Settings(
         arguments.recipe,
         arguments.size,
@@ -88,13 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = measure(settings, Path(folder))
     if result is None:
         return 0
-    bench.write(result, arguments.out)
-    if baseline is None:
-        return 0
-    worse = bench.regressions(result, baseline, ["ours.tokens_per_second", "ours_over_hf"], arguments.tolerance)
-    for line in worse:
-        print(line, file=sys.stderr)
-    return int(bool(worse))
+    return bench.finish(result, arguments, ["ours.tokens_per_second", "ours_over_hf"])
 
 
 @dataclass(frozen=True)
