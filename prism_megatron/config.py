@@ -111,7 +111,8 @@ class RolloutConfig:
     max_response_tokens: int = MISSING
     max_model_len: int = MISSING
     max_num_seqs: int = 256
-    kv_cache_gib: float = 1.0
+    images_per_prompt: int = 8  # at most
+    kv_cache_gib: float = 1.0  # on a CPU
     gpu_memory_utilization: float = 0.5  # the engine's part of each GPU; recipes/memory.py says if the rest is enough
     sleep_level: int = 0  # while the policy trains, on a GPU: 1 moves weights to the host, 2 drops them; 0: stay
     enforce_eager: bool = True
@@ -128,8 +129,9 @@ class RolloutConfig:
             raise ValueError(f"rollout.sleep_level must be 0, 1 or 2, got {self.sleep_level}")
         if self.timeout_seconds < 0:
             raise ValueError(f"rollout.timeout_seconds must be at least 0 (none), got {self.timeout_seconds}")
-        if self.sync_bucket_mib < 1:
-            raise ValueError(f"rollout.sync_bucket_mib must be at least 1, got {self.sync_bucket_mib}")
+        for name in ("sync_bucket_mib", "images_per_prompt"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("guard_interval", "guard_max_logprob_diff"):
             if getattr(self, name) < 0:
                 raise ValueError(f"rollout.{name} must be 0 or more, got {getattr(self, name)}")

@@ -1,13 +1,18 @@
 """Run one stage: ``torchrun --nproc-per-node N -m prism_megatron.train RECIPE [key=value ...]``.
 
-Exit status: 0 finished, 2 a mistake of the user's, 75 told to stop by TERM and saved (start it again), else a crash.
+Exit status: 0 finished, 2 a mistake of the user's, told in one line, 75 told to stop by TERM and saved (start it
+again), else a crash.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
 
 from prism_megatron import config as cfg
 
@@ -41,12 +46,22 @@ def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
         groups.shutdown()
         return EXIT_STATUS
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if os.environ.get("PRISM_DEBUG"):
+        if not _is_a_refusal(error):
             raise
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif torch.distributed.is_initialized():  # before, all ranks see the same: the command line and its files
+            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _is_a_refusal(error: ValueError) -> bool:
+    """Whether a ``raise`` of ours refuses what a user gave: not torch's own errors, whose traceback is needed."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = {Path(__file__).resolve().parent, Path(__file__).resolve().parents[1] / "recipes"}
+    return bool(ours & set(Path(last.filename).parents)) and (last.line or "").startswith("raise ")
 
 
 def load(recipe: str, overrides: Sequence[str]) -> cfg.StageConfig:

@@ -14,7 +14,7 @@ if [ "$what" = stopped ]; then
 fi
 echo "prism: $stage failed; rank $rank on $host, GPU $gpu, was the first to end, with status $code; log: $log"
 [ "$code" -lt 128 ] || echo "prism: status $code is signal $((code - 128)): $(kill -l $((code - 128))); 9 is often memory"
-# A mistake of the user's is told by rank 0 only.
-[ "$code" -ne 2 ] || log=$logs/rank_0000.log
+# A mistake that all ranks see is told by rank 0 only.
+[ "$code" -ne 2 ] || grep -q "error on rank" "$log" || log=$logs/rank_0000.log
 awk '/Traceback \(most recent call last\)/ { n = 0; found = 1 } { line[n++ % 60] = $0 }
      END { for (i = (n > 60 ? n - 60 : 0); i < n; i++) print line[i % 60] }' "$log"

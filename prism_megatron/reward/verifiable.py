@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from prism_megatron.data.response import first_answer, parse_response
+from prism_megatron.data.response import Response, first_answer, parse_response
 from prism_megatron.reward.answer import is_correct
 from prism_megatron.reward.reference_answer import is_correct_by_reference
 
-VERIFIERS = {"fixed": is_correct, "reference": is_correct_by_reference}
-_MAX_ANSWER_CHARS = 1024  # spec 5.3
+_REFERENCE_MAX_CHARS = 1024  # spec 5.3; is_correct has a limit of its own
 
 
-@dataclass(frozen=True)
-class VerifiableReward:
-    """``score`` is what the policy is paid; ``accuracy`` and ``format`` are 0 or 1."""
-
-    score: float
-    accuracy: float
-    format: float
-
-
-def verifiable_reward(
-    text: str,
-    truth: str,
-    equivalents: Sequence[str] = (),
-    *,
-    accuracy_weight: float,
-    format_weight: float,
-    compat: str = "fixed",
-) -> VerifiableReward:
-    """accuracy_weight * accuracy + format_weight * format. Outside the grammar everything is 0."""
+def judge(
+    text: str, truth: str, equivalents: Sequence[str] = (), *, compat: str = "fixed"
+) -> tuple[Response | None, bool]:
+    """What a response says, None outside the grammar, and whether it is inside and its answer right."""
     response = parse_response(text, compat=compat)
     if response is None:
-        return VerifiableReward(0.0, 0.0, 0.0)
-    answer = (response.answer if compat == "fixed" else first_answer(text)).strip()
-    right = bool(answer) and len(answer) < _MAX_ANSWER_CHARS and VERIFIERS[compat](answer, truth, equivalents)
-    return VerifiableReward(accuracy_weight * right + format_weight, float(right), 1.0)
+        return None, False
+    if compat == "fixed":
+        return response, is_correct(response.answer, truth, equivalents)
+    answer = first_answer(text).strip()
+    short = 0 < len(answer) < _REFERENCE_MAX_CHARS
+    return response, short and is_correct_by_reference(answer, truth, equivalents)
+
+
+def verifiable_reward(*, correct: bool, valid: bool, accuracy_weight: float, format_weight: float) -> float:
+    """accuracy_weight * correct + format_weight * valid."""
+    return accuracy_weight * correct + format_weight * valid
 
 
 def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer_tokens: int, factor: float) -> float:

@@ -57,6 +57,7 @@ class EngineConfig:
     timeout_seconds: float = 0.0
     bucket_bytes: int = 256 << 20
     sleep_level: int = 0
+    images_per_prompt: int = 8
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,11 @@ class RolloutEngine:
                 raise ValueError(
                     f"a prompt of {len(request.prompt_token_ids)} tokens and {sampling.max_tokens} response tokens do "
                     f"not fit max_model_len ({self._config.max_model_len}); raise rollout.max_model_len"
+                )
+            if len(request.images) > self._config.images_per_prompt:
+                raise ValueError(
+                    f"a prompt has {len(request.images)} images, rollout.images_per_prompt is "
+                    f"{self._config.images_per_prompt}; raise it"
                 )
             images = [decode_image(data) for data in request.images]
             prompts.append({"prompt_token_ids": list(request.prompt_token_ids), "multi_modal_data": {"image": images}})
@@ -256,7 +262,7 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
             enforce_eager=config.enforce_eager,
             tensor_parallel_size=config.tensor_parallel_size,
             distributed_executor_backend="external_launcher",
-            limit_mm_per_prompt={"image": 8, "video": 0},
+            limit_mm_per_prompt={"image": config.images_per_prompt, "video": 0},
             use_tqdm_on_load=False,
             logprobs_mode="raw_logprobs",
             weight_transfer_config={"backend": register()},

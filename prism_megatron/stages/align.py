@@ -25,7 +25,7 @@ from prism_megatron.loss.discriminator import REFERENCE_SCORE_CLIP
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, discriminator_step, score
-from prism_megatron.stages.evaluate import conclude, judge, response_metrics
+from prism_megatron.stages.evaluate import conclude, response_metrics
 from prism_megatron.stages.guard import Guard
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
 from prism_megatron.stages.replay import Replay
@@ -127,7 +127,7 @@ class ScoredBranches:
             combine=config.combine,
             eps=config.advantage_eps,
             compat=config.compat,
-            correct=torch.tensor([judge(s, config.compat) for s in samples]),
+            correct=torch.tensor([s.correct for s in samples]),
             gating=Gating(**vars(config.gating)),
         ).tolist()
         return advantages
@@ -155,9 +155,7 @@ class ScoredBranches:
         for i in range(min(config.run.log_rollouts_per_iteration, len(samples))):
             valid = samples[i].response is not None
             scores = (float(self.perception[i]), float(self.reasoning[i])) if valid else None
-            rows.append(
-                gallery_row(samples[i], "align", iteration, judge(samples[i], config.compat), advantages[i], scores)
-            )
+            rows.append(gallery_row(samples[i], "align", iteration, advantages[i], scores))
         return rows
 
 

@@ -20,7 +20,6 @@ from prism_megatron.data.loader import rank_share
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.rollout.child import Engine
-from prism_megatron.stages.evaluate import judge
 from prism_megatron.stages.rollouts import Sample, sample_responses, start_engine
 from prism_megatron.stages.setup import finish, load_processor, open_stage
 from prism_megatron.types import Example, PreferencePair
@@ -103,5 +102,5 @@ def _pair(sample: Sample, number: int) -> PreferencePair | None:
 def _pass_rates(samples: Sequence[Sample]) -> dict[str, float]:
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
-        verdicts[sample.example.id].append(judge(sample))
+        verdicts[sample.example.id].append(sample.correct)
     return {row_id: sum(passed) / len(passed) for row_id, passed in verdicts.items()}

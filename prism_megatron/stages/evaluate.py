@@ -16,7 +16,6 @@ from prism_megatron.data.loader import rank_share
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
-from prism_megatron.reward.verifiable import VERIFIERS
 from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.rollouts import Sample, greedy_responses, push_weights, start_engine
 from prism_megatron.stages.setup import Stage, Trained, finish
@@ -77,18 +76,10 @@ def evaluate(engine: Engine, processor: ChatProcessor, stage: Stage) -> dict[str
     return result
 
 
-def judge(sample: Sample, compat: str = "fixed") -> bool:
-    """Whether the response is in the grammar and its answer is right."""
-    row = sample.example
-    assert row.answer is not None, "the readers refuse prompts without an answer"
-    right = VERIFIERS[compat]
-    return sample.response is not None and right(sample.response.answer, row.answer, row.equivalent_answers)
-
-
 def response_metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
     """Means over all ranks' samples: accuracy, format validity, length."""
     correct, valid, tokens, count = sum_over_data_parallel(
-        sum(judge(s) for s in samples),
+        sum(s.correct for s in samples),
         sum(s.response is not None for s in samples),
         sum(len(s.rollout.token_ids) for s in samples),
         len(samples),
@@ -117,7 +108,7 @@ def _outcome(sample: Sample) -> dict[str, Any]:
         caption_recall = shapes.caption_recall(scene, response.caption) if response else 0.0
         step_correct = shapes.step_correct(scene, question, response.think) if response else 0.0
     return {
-        "correct": judge(sample),
+        "correct": sample.correct,
         "valid": sample.response is not None,
         "tokens": len(sample.rollout.token_ids),
         "caption_recall": caption_recall,

@@ -20,7 +20,7 @@ from prism_megatron.parallel import groups as ranks
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
 from prism_megatron.rollout.child import Engine
-from prism_megatron.stages.evaluate import conclude, judge, response_metrics
+from prism_megatron.stages.evaluate import conclude, response_metrics
 from prism_megatron.stages.guard import Guard
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
 from prism_megatron.stages.rollouts import Sample, as_sample, gallery_row, sample_responses, start_engine
@@ -61,10 +61,9 @@ def run_rlvr(config: RLVRConfig) -> None:
             measured |= sampling_metrics(sampled, config)
             stage.log.log(iteration + 1, measured | stage.timers.pop())
             shown = range(min(run.log_rollouts_per_iteration, len(samples)))
-            correct = [judge(samples[i], config.compat) for i in shown]
             stage.log.rollouts(
                 iteration + 1,
-                [gallery_row(samples[i], "rlvr", iteration + 1, correct[i], advantages[i]) for i in shown],
+                [gallery_row(samples[i], "rlvr", iteration + 1, advantages[i]) for i in shown],
             )
             stage.save_if_due(iteration + 1, parts, surplus)
 
@@ -158,7 +157,7 @@ def _informative(samples: Sequence[Sample], config: RLVRConfig) -> list[Sample]:
     """Samples of the groups in which some answers are right and some are wrong, as the reference filters (spec 5.2)."""
     if not samples:
         return []
-    correct = torch.tensor([float(judge(sample, config.compat)) for sample in samples])
+    correct = torch.tensor([float(sample.correct) for sample in samples])
     useful = informative_groups(correct, torch.tensor([sample.group for sample in samples]))
     return [sample for sample, keep in zip(samples, useful.tolist(), strict=True) if keep]
 
@@ -186,21 +185,15 @@ def reward(sample: Sample, config: RLVRConfig) -> float:
 
     DAPO takes a penalty for the last part of the room for a response.
     """
-    row, rollout = sample.example, sample.rollout
-    assert row.answer is not None
-    score = 0.0
-    if rollout.finished:
-        score = verifiable_reward(
-            rollout.text,
-            row.answer,
-            row.equivalent_answers,
-            accuracy_weight=config.accuracy_weight,
-            format_weight=config.format_weight,
-            compat=config.compat,
-        ).score
+    score = verifiable_reward(
+        correct=sample.correct,
+        valid=sample.response is not None,
+        accuracy_weight=config.accuracy_weight,
+        format_weight=config.format_weight,
+    )
     if config.algorithm == "dapo" and config.overlong_buffer_tokens:
         score += overlong_penalty(
-            len(rollout.token_ids),
+            len(sample.rollout.token_ids),
             max_tokens=config.rollout.max_response_tokens,
             buffer_tokens=config.overlong_buffer_tokens,
             factor=config.overlong_penalty,

@@ -15,7 +15,8 @@ from prism_megatron import config as cfg
 from prism_megatron.convert.transfer import export_manifest, export_weights
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
-from prism_megatron.data.response import Response, parse_response
+from prism_megatron.data.response import Response
+from prism_megatron.reward.verifiable import judge
 from prism_megatron.rollout.child import ChildEngine, Engine
 from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
 from prism_megatron.rollout.requests import sample_seed
@@ -26,12 +27,16 @@ from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
 
 @dataclass(frozen=True)
 class Sample:
-    """One rollout and the prompt it answers. ``response`` is None when the text breaks the grammar."""
+    """One rollout and the prompt it answers.
+
+    ``response`` is None where the text breaks the grammar, which is not ``correct`` then.
+    """
 
     example: Example
     prompt: EncodedPrompt
     rollout: Rollout
     response: Response | None
+    correct: bool
     group: int
 
     def sequence(self) -> TrainingSequence:
@@ -64,6 +69,7 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
         timeout_seconds=rollout.timeout_seconds,
         bucket_bytes=rollout.sync_bucket_mib << 20,
         sleep_level=rollout.sleep_level,
+        images_per_prompt=rollout.images_per_prompt,
     )
     if rollout.engine == "child":
         return ChildEngine(checkpoint, wanted, cfg.stage_dir(config) / f"engine_{dist.get_rank()}.log")
@@ -126,15 +132,17 @@ def _samples(
 
 def as_sample(example: Example, prompt: EncodedPrompt, rollout: Rollout, group: int, compat: str) -> Sample:
     """A rollout that was cut at the length limit is outside the grammar."""
-    response = parse_response(rollout.text, compat=compat) if rollout.finished else None
-    return Sample(example, prompt, rollout, response, group)
+    assert example.answer is not None, "the readers refuse prompts without an answer"
+    response, correct = None, False
+    if rollout.finished:
+        response, correct = judge(rollout.text, example.answer, example.equivalent_answers, compat=compat)
+    return Sample(example, prompt, rollout, response, correct, group)
 
 
 def gallery_row(
     sample: Sample,
     stage: str,
     iteration: int,
-    correct: bool,
     advantage: float,
     scores: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
@@ -153,7 +161,7 @@ def gallery_row(
         "think": response.think if response else None,
         "answer": response.answer if response else None,
         "ground_truth": sample.example.answer,
-        "correct": correct,
+        "correct": sample.correct,
         "format_valid": response is not None,
         "perception_score": perception_score,
         "reasoning_score": reasoning_score,

@@ -155,25 +155,26 @@ def finish(stage: Stage, summary: dict[str, Any]) -> None:
 
 def load_policy(config: cfg.StageConfig) -> Trained:
     """The policy with the weights of ``model.hf_checkpoint``, its optimizer beside it."""
-    source = Path(config.model.hf_checkpoint)
-    sizes = read_sizes(source)
-    table = policy_table(sizes)
-    chunks = build_policy(config.model, config.parallel, sizes)
-    load_checkpoint(chunks, table, source, "policy")
+    chunks, table, sizes, source = _policy_parts(config, config.model)
     return _trained("policy", chunks, config.optimizer, table, sizes, source, {})
 
 
 def load_reference(config: cfg.StageConfig) -> Trained:
     """The policy as this stage found it, with neither gradients nor an optimizer."""
-    source = Path(config.model.hf_checkpoint)
-    sizes = read_sizes(source)
-    table = policy_table(sizes)
     frozen = dataclasses.replace(config.model, freeze=["vision", "merger", "language_model"])
-    chunks = build_policy(frozen, config.parallel, sizes)
-    with HFWeights(source) as weights:
-        load_weights(chunks, table, weights)
+    chunks, table, sizes, source = _policy_parts(config, frozen)
     wrapped = wrap_for_training(chunks, use_distributed_optimizer=False)
     return Trained("reference", wrapped, None, config.optimizer, table, sizes, source, {})
+
+
+def _policy_parts(config: cfg.StageConfig, model: cfg.ModelConfig) -> tuple[list[nn.Module], list[Rule], HFSizes, Path]:
+    """Model chunks with the weights of a checkpoint, HF's or converted; its table, its sizes and where it is."""
+    source = Path(model.hf_checkpoint)
+    sizes = read_sizes(source)
+    table = policy_table(sizes)
+    chunks = list[nn.Module](build_policy(model, config.parallel, sizes))
+    load_checkpoint(chunks, table, source, "policy")
+    return chunks, table, sizes, source
 
 
 def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cfg.OptimizerConfig) -> Trained:

@@ -96,8 +96,8 @@ def replay(config: cfg.AlignConfig, processor: ChatProcessor, rows: list[Example
         assert row.response is not None
         said = Rollout((1,), (0.0,), row.response, finished=True, policy_version=None)
         response = parse_response(row.response)
-        buffer.add([Sample(row, processor.encode_prompts([row])[0], said, response, 0)] * 2)
-        buffer.add([Sample(row, processor.encode_prompts([row])[0], said, None, 0)])
+        buffer.add([Sample(row, processor.encode_prompts([row])[0], said, response, False, 0)] * 2)
+        buffer.add([Sample(row, processor.encode_prompts([row])[0], said, None, False, 0)])
     drawn, again = (b.pairs(7, processor) for b in (buffer, Replay(rows, sizes, 1, buffer.kept)))
     return {
         "replay_kept": {number: len(buffer.kept.get(rows[number].id, [])) for number in range(3)},

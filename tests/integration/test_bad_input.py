@@ -6,6 +6,7 @@ import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -55,6 +56,14 @@ def sft(checkpoint: Path, data: Path, runs: Path, *overrides: str) -> list[str]:
 def test_before_anything_is_read(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_only_a_refusal_of_ours_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """What torch finds wrong needs its traceback."""
+    broken = patch("prism_megatron.train.run_stage", lambda config: torch.tensor([[1], [1, 2]]))
+    with broken, pytest.raises(ValueError, match="expected sequence of length 1"):
+        main(["tiny_sft"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused here may be there")

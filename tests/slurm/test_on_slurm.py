@@ -121,6 +121,22 @@ def test_the_whole_pipeline_preempted_in_two_of_its_stages(
         assert len(measured(whole / step.name)) == ITERATIONS
 
 
+@pytest.mark.skipif("PRISM_SLOW_TESTS" not in os.environ, reason="a benchmark on nodes: set PRISM_SLOW_TESTS=1")
+def test_weak_scaling_over_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
+    """Two cores say nothing of the speed; what is shown is that ranks meet, and that a table comes of it."""
+    settings = slurm | {"PATH": f"{Path(sys.executable).parent}:{slurm['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
+    shape = ["--ntasks-per-node=1", "--gpus-per-node=0", "--mem=4G", f"--output={tmp_path}/%j.out", "--parsable"]
+    results, jobs = [tmp_path / f"{nodes}.json" for nodes in (1, 2)], []
+    for nodes, out in enumerate(results, start=1):
+        small = ["--steps", "2", "--warmup", "1", "--images", "mock", f"global_batch_size={4 * nodes}"]
+        jobs.append(ask(settings, "sbatch", f"--nodes={nodes}", *shape, "slurm/bench.sbatch", str(out), *small).strip())
+    wait_for(lambda: {job_state(slurm, job) for job in jobs} <= ENDED, 300)
+    assert [json.loads(out.read_text())["ranks"] for out in results] == [1, 2]
+    table = ask(settings, sys.executable, "tools/bench_sweep.py", "--out", str(tmp_path), *map(str, results))
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
+    assert rows == [["1", "4"], ["2", "8"]]
+
+
 def test_a_stage_that_crashes_too_often_cancels_those_after_it(
     slurm: dict[str, str], cluster: Path, tmp_path: Path
 ) -> None:
