@@ -1,4 +1,6 @@
-"""Write the README's tables of figures from ``tools/baselines/*.json``; with --check only say whether they are those.
+"""Write the tables of figures in README.md and tools/README.md from ``tools/baselines/*.json``.
+
+With --check only say whether they are those.
 
 python tools/bench_tables.py [--check]
 """
@@ -18,7 +20,7 @@ from tools.bench_memory import PARTS
 from tools.plan_check import check
 
 BASELINES = Path(__file__).parent / "baselines"
-README = bench.ROOT / "README.md"
+README, DETAILS = bench.ROOT / "README.md", bench.ROOT / "tools" / "README.md"
 BEGIN, END = "<!-- figures: tools/bench_tables.py writes what is between -->\n", "<!-- end of figures -->\n"
 Row = Sequence[str]
 
@@ -27,43 +29,59 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README is old")
     arguments = parser.parse_args()
-    text = README.read_text()
-    wanted = with_tables(text, tables(BASELINES))
-    if arguments.check:
-        return int(text != wanted)
-    README.write_text(wanted)
-    return 0
+    old = 0
+    for path, made in tables(BASELINES).items():
+        text = path.read_text()
+        wanted = with_tables(text, made)
+        old += text != wanted
+        if not arguments.check:
+            path.write_text(wanted)
+    return int(arguments.check and old > 0)
 
 
 def with_tables(text: str, made: str) -> str:
     """``text`` with what is between the marks replaced. Raises ValueError where they are not there once each."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{README} must hold the lines {BEGIN.strip()!r} and {END.strip()!r} once each")
+        raise ValueError(f"README must hold the lines {BEGIN.strip()!r} and {END.strip()!r} once each")
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + made + END + rest.partition(END)[2]
 
 
-def tables(folder: Path) -> str:
-    """All tables of the results in ``folder``, as Markdown."""
+def tables(folder: Path) -> dict[Path, str]:
+    """The tables of the results in ``folder``, as Markdown, by the file they belong in."""
     paths = sorted(folder.glob("*.json"))
     results = {path.stem: bench.read_baseline(path) for path in paths}
 
     def of(kind: str) -> dict[str, dict[str, Any]]:
         return {name: result for name, result in results.items() if result["benchmark"] == kind}
 
-    parts = [_trained(of("train"))]
-    parts += [_split(results["train"])]
-    parts += [_profile(result) for result in of("profile").values()]
-    parts += [_memory(result) for result in of("memory").values()]
-    parts += [_pipeline(result) for result in of("pipeline").values()]
-    parts += ["\n" + "".join(f"    {line}\n" for line in check(paths).splitlines())]
+    runs = of("train")
+    first = [_trained({name: run for name, run in runs.items() if "ours_over_hf" in run})]
+    first += [_sync(of("sync")), _scoring(of("discriminator"))]
+    rest = [_trained(runs), _split(results["train"])]
+    rest += [_profile(result) for result in of("profile").values()]
+    rest += [_memory(result) for result in of("memory").values()]
+    rest += [_pipeline(result) for result in of("pipeline").values()]
+    rest += [_rollout(result) for result in of("rollout").values()]
+    rest += ["".join(f"    {line}\n" for line in check(paths).splitlines())]
     commits = sorted({result["commit"][:7] for result in results.values()})
     hardware = sorted({f"{result['hardware']}, {result['cores']} cores" for result in results.values()})
-    return "\n" + "\n".join(parts) + f"\nOn {', '.join(hardware)}; commits {', '.join(commits)}.\n"
+    source = f"On {', '.join(hardware)}; commits {', '.join(commits)}.\n"
+    return {README: "\n" + "\n".join(first) + "\n", DETAILS: "\n" + "\n".join([*rest, source])}
 
 
 def _trained(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = [["training step", "ranks", "tokens a step", "tokens/s/rank", "p90", "GFLOP/s/rank", "over HF"]]
+    rows = [
+        [
+            "training step",
+            "ranks",
+            "tokens a step",
+            "tokens/s/rank",
+            "slowest tenth",
+            "GFLOP/s/rank",
+            "speed-up over HF",
+        ]
+    ]
     for name, run in runs.items():
         ours = run["ours"]
         slowest = ours["tokens_per_second_p90_slowest"] / run["ranks"]
@@ -113,6 +131,44 @@ def _pipeline(result: Mapping[str, Any]) -> str:
         share = f"{result['share_of_stages'][name]:.0%}"
         rows.append([name, f"{stage['seconds']:.0f}", share, engine, rate, shown])
     return _markdown(rows)
+
+
+def _rollout(result: Mapping[str, Any]) -> str:
+    """Sampling at each batch size, and the largest batch's training step."""
+    config, engines = result["config"], ("colocated", "child")
+    sizes = [str(size) for size in config["prompts"]]
+    rows: list[Row] = [
+        ["engine", *(f"{int(size) * config['samples']} responses, tokens/s" for size in sizes)],
+    ]
+    rows += [[name, *(f"{result[name][size]['tokens_per_second']:.0f}" for size in sizes)] for name in engines]
+    steps: list[Row] = [["engine", "sync, s", "rollout, s", "train, s", "engine's part of an RLVR step"]]
+    for name in engines:
+        step = result["step"][name]
+        seconds = [f"{step[f'{part}_seconds']:.2f}" for part in ("sync", "rollout", "train")]
+        steps.append([name, *seconds, f"{step['engine_share']:.0%}"])
+    return _markdown(rows) + "\n" + _markdown(steps)
+
+
+def _sync(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ["new weights, MB", "ranks", "push, s", "disk, s", "disk / push", "transfer / copy", "extra memory, buckets"]
+    rows: list[Row] = [head]
+    for run in sorted(runs.values(), key=lambda run: (run["ranks"], run["weight_bytes"])):
+        seconds = [f"{run[way]['seconds']['median']:.2f}" for way in ("push", "disk")]
+        ratios = [f"{run['disk_over_push']:.1f}", f"{run['transfer_over_copy']:.2f}"]
+        extra = f"{run['push_extra_peak_buckets']:.2f}"
+        rows.append([f"{run['weight_bytes'] / 1e6:.0f}", str(run["ranks"]), *seconds, *ratios, extra])
+    return _markdown(rows)
+
+
+def _scoring(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    ways = ("packed", "one_at_a_time")
+    rows: list[Row] = [
+        ["scoring: tokens of an image", "of a response", *(f"{way}, sequences/s" for way in ways), "ratio"]
+    ]
+    for run in sorted(runs.values(), key=lambda run: run["mean_tokens"]["image"]):
+        lengths = [f"{run['mean_tokens'][part]:.0f}" for part in ("image", "response")]
+        rows.append([*lengths, *(f"{run[way]['sequences_per_second']:.0f}" for way in ways), f"{run['ratio']:.1f}"])
+    return _markdown([[cell.replace("_", " ") for cell in row] for row in rows])
 
 
 def _named(stem: str, kind: str) -> str:
