@@ -274,13 +274,16 @@ class PolicyGradientConfig(StageConfig):
 
 @dataclass
 class GatingConfig:
-    """How verified answers come into the alignment's advantage, so that it may go on in RLVR (spec 4.5)."""
+    """How verified answers come into the alignment's advantage, so that it may go on in RLVR (spec 4.5).
 
-    mode: str = "none"  # none | acc_gating | gated | rlvr | rlvr_v2 | sign_align
-    align_coeff: float = 1.0
-    wrong_penalty: float = 1.0
-    format_penalty: float = 0.0
-    accuracy_weight: float = 1.0
+    ``advantage.alignment_advantage`` has the formula of each mode.
+    """
+
+    mode: str = "none"  # not at all | acc_gating | gated | rlvr | rlvr_v2 | sign_align
+    align_coeff: float = 1.0  # weight of the discriminator's part
+    wrong_penalty: float = 1.0  # for a response in the grammar with a wrong answer
+    format_penalty: float = 0.0  # for one outside the grammar, in place of the stage's own
+    accuracy_weight: float = 1.0  # of the verifiable reward
     format_weight: float = 1.0
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prism_megatron.advantage import Gating, alignment_advantage
+from prism_megatron.advantage import alignment_advantage
 from prism_megatron.config import AlignConfig
 from prism_megatron.data.branches import (
     BranchSequences,
@@ -128,7 +128,7 @@ class ScoredBranches:
             eps=config.advantage_eps,
             compat=config.compat,
             correct=torch.tensor([s.correct for s in samples]),
-            gating=Gating(**vars(config.gating)),
+            gating=config.gating,
         ).tolist()
         return advantages
 

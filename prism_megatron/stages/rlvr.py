@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from prism_megatron.advantage import grpo_advantage, informative_groups
+from prism_megatron.advantage import group_normalize, informative_groups
 from prism_megatron.config import RLVRConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
@@ -52,7 +52,7 @@ def run_rlvr(config: RLVRConfig) -> None:
             samples, surplus = sampled.samples, sampled.surplus
             rewards = torch.tensor([reward(sample, config) for sample in samples])
             groups = torch.tensor([sample.group for sample in samples])
-            advantages = grpo_advantage(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
+            advantages = group_normalize(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
                 measured = policy_gradient_step(
