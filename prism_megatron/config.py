@@ -203,6 +203,7 @@ class DiscriminatorConfig:
 
     ``experts`` dedicated: perception tokens route only to the perception experts, reasoning tokens only to the
     reasoning experts, one score head each. shared: one pool and one head, as in the paper's released code.
+    ``load_balance_coeff`` weighs the load-balancing loss; 0: it is only measured.
     """
 
     hf_checkpoint: str = MISSING  # the dense model that is upcycled, or an already upcycled directory
@@ -219,6 +220,14 @@ class DiscriminatorConfig:
             raise ValueError(
                 f"discriminator.topk must be at least 2, got {self.topk}: a single expert's weight is always 1, "
                 "from which the router learns nothing; raise it, and discriminator.num_experts if need be"
+            )
+        known = MISSING not in (self.num_experts, self.topk, self.load_balance_coeff)
+        if known and self.experts == "dedicated" and 2 * self.topk == self.num_experts and self.load_balance_coeff > 0:
+            raise ValueError(
+                f"discriminator.load_balance_coeff must be 0, got {self.load_balance_coeff:g}: with dedicated experts "
+                f"and discriminator.topk ({self.topk}) half of discriminator.num_experts ({self.num_experts}) a token "
+                "takes every expert of its branch, and there is nothing to balance; set it to 0, or raise "
+                "discriminator.num_experts"
             )
 
 
