@@ -326,7 +326,7 @@ class AlignConfig(PolicyGradientConfig):
 
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    discriminator_steps: int = 1  # per policy step, on the same pairs
+    discriminator_steps: int = 1  # per policy step, on the same pairs; the first one's metrics are logged
     perception_weight: float = MISSING  # alpha of Eq. 1
     format_penalty: float = MISSING
     score_regularizer: float = MISSING

@@ -71,8 +71,12 @@ def run_align(config: AlignConfig) -> None:
             with stage.timers("discriminator"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
                 pairs = branches.pairs + replay.pairs(iteration, processor)
-                for step in range(config.discriminator_steps * iteration, config.discriminator_steps * (iteration + 1)):
-                    measured |= discriminator_step(discriminator, pairs, processor, config, adversary, lr, step)
+                count = config.discriminator_steps
+                steps = [
+                    discriminator_step(discriminator, pairs, processor, config, adversary, lr, step)
+                    for step in range(count * iteration, count * (iteration + 1))
+                ]
+                measured |= steps[0]  # the others measure on pairs that were just trained on
                 replay.add(samples)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)

@@ -69,8 +69,12 @@ def test_on_policy_nothing_is_clipped(run: Callable[..., list[dict[str, Any]]]) 
 
 
 def test_a_shared_pool_trained_twice_per_step(run: Callable[..., list[dict[str, Any]]]) -> None:
-    adversary = ["discriminator.experts=shared", "discriminator_steps=2", "label_smoothing=0.1"]
-    rows = run("shared", "tiny_align", *adversary, "gating.mode=rlvr_v2", "combine=weighted_sum")
+    pool = ["discriminator.experts=shared", "discriminator.load_balance_coeff=0.01"]
+    adversary = ["discriminator_steps=2", "label_smoothing=0.1"]
+    rows = run("shared", "tiny_align", *pool, *adversary, "gating.mode=rlvr_v2", "combine=weighted_sum")
+    assert rows[0][names.PERCEPTION_PAIR_ACCURACY] == rows[0][names.REASONING_PAIR_ACCURACY] == 0.5, (
+        "score heads start at zero: what is measured is from before the first step"
+    )
     for row in rows:
         valid = row[names.FORMAT_VALID] * 16
         assert row[names.PERCEPTION_PAIRS] == row[names.REASONING_PAIRS] == pytest.approx(valid)
