@@ -247,10 +247,13 @@ class PolicyGradientConfig(StageConfig):
     An iteration's samples are used ``epochs_per_iteration`` times, in ``mini_batches_per_iteration`` updates each. With
     one of either the policy is the one that sampled, every ratio is 1 and no clip acts. ``compat`` reference repeats
     what the paper's code does, mistakes included (prism_megatron/README.md lists them).
+
+    ``algorithm`` is the loss: grpo and dapo average over tokens, gspo over sequences, with a ratio per sequence.
     """
 
     data: str = MISSING
     prompts_per_iteration: int = MISSING
+    algorithm: str = "grpo"  # grpo | dapo | gspo
     mini_batches_per_iteration: int = 1  # each has its part of every prompt's responses
     epochs_per_iteration: int = 1
     advantage_eps: float = 1e-6
@@ -263,6 +266,7 @@ class PolicyGradientConfig(StageConfig):
     compat: str = "fixed"  # fixed | reference
 
     def __post_init__(self) -> None:
+        _one_of("algorithm", self.algorithm, "grpo", "dapo", "gspo")
         _one_of("kl_estimator", self.kl_estimator, "k1", "k2", "k3")
         _one_of("compat", self.compat, "fixed", "reference")
         if self.epochs_per_iteration < 1:
@@ -320,6 +324,8 @@ class ReplayConfig:
 class AlignConfig(PolicyGradientConfig):
     """Adversarial alignment (spec 4).
 
+    ``algorithm`` is the loss and nothing else: dapo's dynamic sampling and overlong penalty are for verifiable rewards,
+    and RLVR's, so that dapo here is grpo.
     ``gradient_penalty`` weighs an R1-style penalty on the demonstrations' embedded responses, measured with noise of
     ``gradient_penalty_std``.
     """
@@ -360,16 +366,15 @@ class AlignConfig(PolicyGradientConfig):
 class RLVRConfig(PolicyGradientConfig):
     """Reinforcement learning with verifiable rewards (spec 5).
 
-    grpo and dapo average over tokens, gspo over sequences, with a ratio per sequence. dapo samples further prompts, up
-    to ``max_sampling_rounds`` times, until every group it trains on has rewards that differ, and takes
-    ``overlong_penalty`` times a response's part in the last ``overlong_buffer_tokens`` from its reward. Each round
-    samples ``oversampling`` prompts for a group still missing; the surplus is carried over to the next iterations, in
-    which it is no longer of the policy's own making, so that this needs an ``importance_cap``.
+    ``algorithm`` dapo samples further prompts, up to ``max_sampling_rounds`` times, until every group it trains on has
+    rewards that differ, and takes ``overlong_penalty`` times a response's part in the last ``overlong_buffer_tokens``
+    from its reward. Each round samples ``oversampling`` prompts for a group still missing; the surplus is carried over
+    to the next iterations, in which it is no longer of the policy's own making, so that this needs an
+    ``importance_cap``.
     """
 
     accuracy_weight: float = MISSING
     format_weight: float = MISSING
-    algorithm: str = "grpo"  # grpo | dapo | gspo
     max_sampling_rounds: int = 10
     oversampling: float = 1.0
     overlong_buffer_tokens: int = 0  # 0: no such penalty
@@ -377,7 +382,6 @@ class RLVRConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         PolicyGradientConfig.__post_init__(self)
-        _one_of("algorithm", self.algorithm, "grpo", "dapo", "gspo")
         if self.max_sampling_rounds < 1:
             raise ValueError(f"max_sampling_rounds must be at least 1, got {self.max_sampling_rounds}")
         if self.oversampling < 1 or (self.oversampling > 1 and (self.algorithm != "dapo" or not self.importance_cap)):

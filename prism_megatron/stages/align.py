@@ -45,7 +45,7 @@ from prism_megatron.types import PERCEPTION, REASONING
 def run_align(config: AlignConfig) -> None:
     rows = read_alignment(Path(config.data))
     run = config.run
-    objective = policy_objective(config, "grpo")
+    objective = policy_objective(config)
     adversary = discriminator_objective(config)
     with open_stage(config, config.discriminator.num_experts) as stage:
         processor = load_processor(config)

@@ -80,8 +80,9 @@ def sft_step(
     return {names.LOSS: measured["loss"], names.GRAD_NORM: grad_norm, names.LEARNING_RATE: lr}
 
 
-def policy_objective(config: PolicyGradientConfig, kind: Literal["grpo", "dapo", "gspo"]) -> Objective:
+def policy_objective(config: PolicyGradientConfig) -> Objective:
     """The loss that a stage's configuration asks for (spec 5.2)."""
+    kind = cast(Literal["grpo", "dapo", "gspo"], config.algorithm)
     aggregation: Aggregation = "sequence_mean" if kind == "gspo" else "token_mean"
     loss = PolicyLossConfig(
         kind,

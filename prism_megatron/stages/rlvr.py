@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 
@@ -33,7 +33,7 @@ Group = tuple[str, list[dict[str, Any]]]  # a row's id and its rollouts, as plai
 def run_rlvr(config: RLVRConfig) -> None:
     rows = read_rlvr(Path(config.data))
     run = config.run
-    objective = policy_objective(config, cast(Literal["grpo", "dapo", "gspo"], config.algorithm))
+    objective = policy_objective(config)
     with open_stage(config) as stage:
         processor = load_processor(config)
         policy = load_policy(config)

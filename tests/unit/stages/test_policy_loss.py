@@ -1,4 +1,4 @@
-"""What is not finite in a policy-gradient step is named, with its sample, before it reaches the sum."""
+"""The loss a stage asks for; what is not finite in it is named, with its sample, before it reaches the sum."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prism_megatron.config import AlignConfig, RLVRConfig
 from prism_megatron.data.pack import TrainingSequence, pack
 from prism_megatron.loss.policy import PolicyLossConfig
 from prism_megatron.loss.reduce import token_weights
 from prism_megatron.model.logprobs import TokenScores
-from prism_megatron.stages.policy import Objective, PolicyMicrobatch, policy_gradient_loss
+from prism_megatron.stages.policy import Objective, PolicyMicrobatch, policy_gradient_loss, policy_objective
+from prism_megatron.train import load
 from prism_megatron.types import EncodedPrompt, InputSpec
 
 SPEC = InputSpec(image_token_id=9, video_token_id=8, merge_size=1, patch_dim=1, max_positions=1000)
@@ -35,6 +37,17 @@ def scores(**of_token: float) -> TokenScores:
     for token, value in of_token.items():
         zeros[int(token[1:])] = value
     return TokenScores(zeros, torch.zeros(9))
+
+
+@pytest.mark.parametrize("recipe", ["tiny_align", "tiny_rlvr"])
+@pytest.mark.parametrize(
+    ("algorithm", "aggregation"), [("grpo", "token_mean"), ("dapo", "token_mean"), ("gspo", "sequence_mean")]
+)
+def test_both_stages_have_every_algorithms_loss(recipe: str, algorithm: str, aggregation: str) -> None:
+    config = load(recipe, [f"algorithm={algorithm}"])
+    assert isinstance(config, AlignConfig | RLVRConfig)
+    objective = policy_objective(config)
+    assert (objective.loss.kind, objective.aggregation) == (algorithm, aggregation)
 
 
 def test_the_loss_is_the_mean_over_tokens() -> None:
