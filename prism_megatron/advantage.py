@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from prism_megatron.config import GatingConfig
+
 
 def group_normalize(scores: Tensor, groups: Tensor, *, eps: float, compat: str = "fixed") -> Tensor:
-    """(s - mean) / (std + eps) inside each group, std unbiased, [N] float32.
+    """(s - mean) / (std + eps) inside each group, std unbiased, [N] float32 computed in float64 (spec 4.5, 5.1).
 
     A group of one has nothing to be compared with: its advantage is 0. (In the paper's code, ``compat`` reference, it
-    keeps its raw score, which is on no common scale.) A group of equal scores gives zeros.
+    keeps its raw score, which is on no common scale.) A group of equal scores gives zeros, whatever its mean rounds to.
     """
     index, size = _group_index(groups)
     counts = torch.bincount(index, minlength=size)
-    scores = scores.float()
+    scores = scores.double()
     zeros = torch.zeros(size, dtype=scores.dtype, device=scores.device)
     mean = zeros.index_add(0, index, scores) / counts
     centred = scores - mean[index]
     variance = zeros.index_add(0, index, centred.square()) / (counts - 1).clamp(min=1)
-    normalized = centred / (variance.sqrt()[index] + eps)
-    return torch.where(counts[index] == 1, scores / (1 + eps), normalized) if compat == "reference" else normalized
-
-
-def grpo_advantage(rewards: Tensor, groups: Tensor, *, eps: float, compat: str = "fixed") -> Tensor:
-    """Group-normalised rewards (GRPO, spec 5.1)."""
-    return group_normalize(rewards, groups, eps=eps, compat=compat)
-
-
-@dataclass(frozen=True)
-class Gating:
-    """How verified answers come into the alignment's advantage (spec 4.5).
-
-    mode                  none: not at all; else one of :func:`alignment_advantage`
-    align_coeff           c, the weight of the discriminator's part
-    wrong_penalty         wp, for a response in the grammar with a wrong answer
-    format_penalty        fp, for one outside the grammar
-    accuracy_weight, format_weight    of the verifiable reward
-    """
-
-    mode: str = "none"
-    align_coeff: float = 1.0
-    wrong_penalty: float = 1.0
-    format_penalty: float = 0.0
-    accuracy_weight: float = 1.0
-    format_weight: float = 1.0
+    normalized = torch.where(informative_groups(scores, groups), centred / (variance.sqrt()[index] + eps), 0.0)
+    if compat == "reference":
+        normalized = torch.where(counts[index] == 1, scores / (1 + eps), normalized)
+    return normalized.float()
 
 
 def alignment_advantage(
@@ -61,18 +40,19 @@ def alignment_advantage(
     combine: str,
     eps: float,
     compat: str = "fixed",
-    correct: Tensor | None = None,
-    gating: Gating | None = None,
+    correct: Tensor,
+    gating: GatingConfig,
 ) -> Tensor:
     """Advantage of each response in the adversarial game (spec 4.5 with the repairs of 9.1).
 
     per_branch normalises each branch's scores in its group and adds them with weights alpha and 1 - alpha, as the
     released code does; weighted_sum adds the raw scores first and normalises once, as Eq. 1 and 3 say. A response
     outside the grammar stands one below the worst valid one of its group, and pays ``format_penalty`` on top. A group
-    without any valid response has nothing to learn from: its advantages are 0 (D8); ``compat`` reference pushes all of
-    it down.
+    without any valid response has nothing to learn from: its advantages are 0, gated or not (D8); ``compat`` reference
+    pushes all of it down.
 
-    With a ``gating`` mode, GN the group normalisation, F outside the grammar, W wrong though inside it:
+    With a ``gating`` mode, which has penalties of its own; GN is group normalisation, c the ``align_coeff``, wp, fp,
+    wa and wf its penalties and weights, F outside the grammar, W wrong though inside it:
 
         acc_gating  c A - wp W - fp F
         gated       c A (1 - F)(1 - W) - wp W - fp F
@@ -92,10 +72,10 @@ def alignment_advantage(
     else:
         assert combine == "weighted_sum"
         advantage = normalized(alpha * perception + (1 - alpha) * reasoning)
-    if gating is not None and gating.mode != "none":
-        assert correct is not None
-        return _gated(advantage, format_valid, correct, normalized, gating)
-    advantage = advantage - format_penalty * (~format_valid).float()
+    if gating.mode == "none":
+        advantage = advantage - format_penalty * (~format_valid).float()
+    else:
+        advantage = _gated(advantage, format_valid, correct, normalized, gating)
     if compat == "reference":
         return advantage
     index, size = _group_index(groups)
@@ -104,7 +84,7 @@ def alignment_advantage(
 
 
 def _gated(
-    align: Tensor, format_valid: Tensor, correct: Tensor, normalized: Callable[[Tensor], Tensor], gating: Gating
+    align: Tensor, format_valid: Tensor, correct: Tensor, normalized: Callable[[Tensor], Tensor], gating: GatingConfig
 ) -> Tensor:
     valid, accuracy = format_valid.float(), (correct & format_valid).float()
     wrong, invalid = valid - accuracy, 1 - valid
@@ -126,8 +106,9 @@ def _gated(
 def informative_groups(rewards: Tensor, groups: Tensor) -> Tensor:
     """[N] bool: whether a response's group has rewards that differ, and so a gradient at all."""
     index, size = _group_index(groups)
-    low = torch.full((size,), float("inf")).scatter_reduce(0, index, rewards.float(), "amin")
-    high = torch.full((size,), float("-inf")).scatter_reduce(0, index, rewards.float(), "amax")
+    rewards = rewards.double()
+    low = torch.full((size,), float("inf"), dtype=rewards.dtype).scatter_reduce(0, index, rewards, "amin")
+    high = torch.full((size,), float("-inf"), dtype=rewards.dtype).scatter_reduce(0, index, rewards, "amax")
     return (high > low)[index]
 
 

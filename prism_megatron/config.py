@@ -203,6 +203,7 @@ class DiscriminatorConfig:
 
     ``experts`` dedicated: perception tokens route only to the perception experts, reasoning tokens only to the
     reasoning experts, one score head each. shared: one pool and one head, as in the paper's released code.
+    ``load_balance_coeff`` weighs the load-balancing loss; 0: it is only measured.
     """
 
     hf_checkpoint: str = MISSING  # the dense model that is upcycled, or an already upcycled directory
@@ -219,6 +220,14 @@ class DiscriminatorConfig:
             raise ValueError(
                 f"discriminator.topk must be at least 2, got {self.topk}: a single expert's weight is always 1, "
                 "from which the router learns nothing; raise it, and discriminator.num_experts if need be"
+            )
+        known = MISSING not in (self.num_experts, self.topk, self.load_balance_coeff)
+        if known and self.experts == "dedicated" and 2 * self.topk == self.num_experts and self.load_balance_coeff > 0:
+            raise ValueError(
+                f"discriminator.load_balance_coeff must be 0, got {self.load_balance_coeff:g}: with dedicated experts "
+                f"and discriminator.topk ({self.topk}) half of discriminator.num_experts ({self.num_experts}) a token "
+                "takes every expert of its branch, and there is nothing to balance; set it to 0, or raise "
+                "discriminator.num_experts"
             )
 
 
@@ -238,10 +247,13 @@ class PolicyGradientConfig(StageConfig):
     An iteration's samples are used ``epochs_per_iteration`` times, in ``mini_batches_per_iteration`` updates each. With
     one of either the policy is the one that sampled, every ratio is 1 and no clip acts. ``compat`` reference repeats
     what the paper's code does, mistakes included (prism_megatron/README.md lists them).
+
+    ``algorithm`` is the loss: grpo and dapo average over tokens, gspo over sequences, with a ratio per sequence.
     """
 
     data: str = MISSING
     prompts_per_iteration: int = MISSING
+    algorithm: str = "grpo"  # grpo | dapo | gspo
     mini_batches_per_iteration: int = 1  # each has its part of every prompt's responses
     epochs_per_iteration: int = 1
     advantage_eps: float = 1e-6
@@ -254,6 +266,7 @@ class PolicyGradientConfig(StageConfig):
     compat: str = "fixed"  # fixed | reference
 
     def __post_init__(self) -> None:
+        _one_of("algorithm", self.algorithm, "grpo", "dapo", "gspo")
         _one_of("kl_estimator", self.kl_estimator, "k1", "k2", "k3")
         _one_of("compat", self.compat, "fixed", "reference")
         if self.epochs_per_iteration < 1:
@@ -274,13 +287,16 @@ class PolicyGradientConfig(StageConfig):
 
 @dataclass
 class GatingConfig:
-    """How verified answers come into the alignment's advantage, so that it may go on in RLVR (spec 4.5)."""
+    """How verified answers come into the alignment's advantage, so that it may go on in RLVR (spec 4.5).
 
-    mode: str = "none"  # none | acc_gating | gated | rlvr | rlvr_v2 | sign_align
-    align_coeff: float = 1.0
-    wrong_penalty: float = 1.0
-    format_penalty: float = 0.0
-    accuracy_weight: float = 1.0
+    ``advantage.alignment_advantage`` has the formula of each mode.
+    """
+
+    mode: str = "none"  # not at all | acc_gating | gated | rlvr | rlvr_v2 | sign_align
+    align_coeff: float = 1.0  # weight of the discriminator's part
+    wrong_penalty: float = 1.0  # for a response in the grammar with a wrong answer
+    format_penalty: float = 0.0  # for one outside the grammar, in place of the stage's own
+    accuracy_weight: float = 1.0  # of the verifiable reward
     format_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -308,13 +324,15 @@ class ReplayConfig:
 class AlignConfig(PolicyGradientConfig):
     """Adversarial alignment (spec 4).
 
+    ``algorithm`` is the loss and nothing else: dapo's dynamic sampling and overlong penalty are for verifiable rewards,
+    and RLVR's, so that dapo here is grpo.
     ``gradient_penalty`` weighs an R1-style penalty on the demonstrations' embedded responses, measured with noise of
     ``gradient_penalty_std``.
     """
 
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    discriminator_steps: int = 1  # per policy step, on the same pairs
+    discriminator_steps: int = 1  # per policy step, on the same pairs; the first one's metrics are logged
     perception_weight: float = MISSING  # alpha of Eq. 1
     format_penalty: float = MISSING
     score_regularizer: float = MISSING
@@ -348,16 +366,15 @@ class AlignConfig(PolicyGradientConfig):
 class RLVRConfig(PolicyGradientConfig):
     """Reinforcement learning with verifiable rewards (spec 5).
 
-    grpo and dapo average over tokens, gspo over sequences, with a ratio per sequence. dapo samples further prompts, up
-    to ``max_sampling_rounds`` times, until every group it trains on has rewards that differ, and takes
-    ``overlong_penalty`` times a response's part in the last ``overlong_buffer_tokens`` from its reward. Each round
-    samples ``oversampling`` prompts for a group still missing; the surplus is carried over to the next iterations, in
-    which it is no longer of the policy's own making, so that this needs an ``importance_cap``.
+    ``algorithm`` dapo samples further prompts, up to ``max_sampling_rounds`` times, until every group it trains on has
+    rewards that differ, and takes ``overlong_penalty`` times a response's part in the last ``overlong_buffer_tokens``
+    from its reward. Each round samples ``oversampling`` prompts for a group still missing; the surplus is carried over
+    to the next iterations, in which it is no longer of the policy's own making, so that this needs an
+    ``importance_cap``.
     """
 
     accuracy_weight: float = MISSING
     format_weight: float = MISSING
-    algorithm: str = "grpo"  # grpo | dapo | gspo
     max_sampling_rounds: int = 10
     oversampling: float = 1.0
     overlong_buffer_tokens: int = 0  # 0: no such penalty
@@ -365,7 +382,6 @@ class RLVRConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         PolicyGradientConfig.__post_init__(self)
-        _one_of("algorithm", self.algorithm, "grpo", "dapo", "gspo")
         if self.max_sampling_rounds < 1:
             raise ValueError(f"max_sampling_rounds must be at least 1, got {self.max_sampling_rounds}")
         if self.oversampling < 1 or (self.oversampling > 1 and (self.algorithm != "dapo" or not self.importance_cap)):

@@ -154,9 +154,7 @@ def step(
     samples = sample_responses(engine, processor, rows, number, config)
     times.append(time.perf_counter())
     advantages = [float((-1) ** index) for index in range(len(samples))]
-    policy_gradient_step(
-        policy, None, samples, advantages, processor, policy_objective(config, "grpo"), config, 1e-6, number
-    )
+    policy_gradient_step(policy, None, samples, advantages, processor, policy_objective(config), config, 1e-6, number)
     times.append(time.perf_counter())
     return {part: end - start for part, start, end in zip(_PARTS, times, times[1:], strict=False)}
 

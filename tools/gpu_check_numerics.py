@@ -49,7 +49,7 @@ def round_trip(kind: str, scale: Scale) -> dict[str, Any]:
         source: TensorSource = weights
         chunks: Sequence[torch.nn.Module]
         if kind == "discriminator":
-            wanted = DiscriminatorConfig(str(base), 4, 2, upcycle_noise=0.1, load_balance_coeff=0.01)
+            wanted = DiscriminatorConfig(str(base), 4, 2, upcycle_noise=0.1, load_balance_coeff=0)
             source, table = UpcycledWeights(weights, sizes, wanted, seed=1), discriminator_table(sizes, 4, 2)
             chunks = build_discriminator(model, ParallelConfig(), wanted, sizes)
         else:

@@ -79,7 +79,7 @@ def policy_loss(
     sequence_ids: Tensor,
     config: PolicyLossConfig,
 ) -> tuple[Tensor, PolicyStats]:
-    """sum w_t (-u_t min(r_t A_t, clip(r_t) A_t) + kl_coeff KL_t); all inputs [T].
+    """w_t (-u_t min(r_t A_t, clip(r_t) A_t) + kl_coeff KL_t), whose sum is the loss; all inputs [T], and the result.
 
     ``r_t`` is exp(log p - log p_old) of the token, or for gspo of its sequence's mean, the gradient flowing through
     each token's own log-probability. ``u_t`` = min(p_old / p_engine, importance_cap) makes the expectation, taken over
@@ -109,7 +109,7 @@ def policy_loss(
         assert logprobs.reference is not None
         divergence = kl_estimate(current, torch.where(trained, logprobs.reference, 0.0), config.kl_estimator)
         per_token = per_token + config.kl_coeff * divergence
-    loss = (torch.where(trained, per_token, 0.0) * weights).sum()
+    losses = torch.where(trained, per_token, 0.0) * weights
     with torch.no_grad():
         drift = old - current
         stats = PolicyStats(
@@ -118,7 +118,7 @@ def policy_loss(
             approx_kl_sum=((-drift).exp().sub(1) + drift).sum(),
             reference_kl_sum=divergence.sum(),
         )
-    return loss, stats
+    return losses, stats
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:

@@ -38,7 +38,7 @@ class Discriminator(Qwen3VL):
         super().__init__(config, vision_config, text_sizes, vision_sizes, place, with_output_layer=False)
         groups = len(BRANCHES) if dedicated_experts else 1
         for layer in self.decoder.layers:
-            layer.mlp.router.groups = groups
+            layer.mlp.router.groups, layer.mlp.router.logged = groups, True
         # Whole sequences on this rank, nothing added behind the last layer, and no FP8 product that wants whole blocks.
         self.may_skip = not config.sequence_parallel and config.context_parallel_size == 1 and not config.fp8
         self.may_skip &= len(vision_sizes.deepstack_layers) < config.num_layers

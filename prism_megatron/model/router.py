@@ -23,11 +23,13 @@ class BranchRouter(TopKRouter):
     Probabilities are a softmax over the experts the token may use, the top k renormalised (spec 3.1). The
     load-balancing loss is the switch loss E * sum_e f_e * P_e over a micro-batch's tokens of each branch, however they
     lie over tensor- and context-parallel ranks, averaged over layers and weighted by the micro-batch's share of tokens.
-    It is attached to the forward pass, so that recomputation keeps its gradient alive (spec 3.3, defect W1).
+    It is attached to the forward pass, so that recomputation keeps its gradient alive (spec 3.3, defect W1). A
+    discriminator's router is ``logged``: in training it tells that loss and where tokens go, whatever the coefficient.
     """
 
     context: PackedContext | None = None
     groups: int = 1
+    logged: bool = False
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [T', 1, E] -> probabilities [T', E] (zero where not routed) and routing map [T', E]."""
@@ -44,11 +46,14 @@ class BranchRouter(TopKRouter):
         chosen = chosen / chosen.sum(-1, keepdim=True)
         routed = torch.zeros_like(probs).scatter(1, index, chosen)
         routing_map = torch.zeros_like(probs, dtype=torch.bool).scatter(1, index, True)
-        if self.training and torch.is_grad_enabled() and self.config.moe_aux_loss_coeff:
+        coefficient = self.config.moe_aux_loss_coeff
+        if self.training and torch.is_grad_enabled() and (self.logged or coefficient):
             loss = self._load_balance(probs, routing_map, branch)
-            self.context.load_balance.append(loss.detach())
-            self.context.routing.append(self._routing_stats(probs.detach(), routing_map, branch))
-            routed = MoEAuxLossAutoScaler.apply(routed, loss * self.config.moe_aux_loss_coeff)
+            if self.logged:
+                self.context.load_balance.append(loss.detach())
+                self.context.routing.append(self._routing_stats(probs.detach(), routing_map, branch))
+            if coefficient:
+                routed = MoEAuxLossAutoScaler.apply(routed, loss * coefficient)
         return routed, routing_map
 
     def _load_balance(self, probs: Tensor, routing_map: Tensor, branch: Tensor) -> Tensor:

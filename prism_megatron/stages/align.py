@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prism_megatron.advantage import Gating, alignment_advantage
+from prism_megatron.advantage import alignment_advantage
 from prism_megatron.config import AlignConfig
 from prism_megatron.data.branches import (
     BranchSequences,
@@ -45,7 +45,7 @@ from prism_megatron.types import PERCEPTION, REASONING
 def run_align(config: AlignConfig) -> None:
     rows = read_alignment(Path(config.data))
     run = config.run
-    objective = policy_objective(config, "grpo")
+    objective = policy_objective(config)
     adversary = discriminator_objective(config)
     with open_stage(config, config.discriminator.num_experts) as stage:
         processor = load_processor(config)
@@ -71,8 +71,12 @@ def run_align(config: AlignConfig) -> None:
             with stage.timers("discriminator"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
                 pairs = branches.pairs + replay.pairs(iteration, processor)
-                for step in range(config.discriminator_steps * iteration, config.discriminator_steps * (iteration + 1)):
-                    measured |= discriminator_step(discriminator, pairs, processor, config, adversary, lr, step)
+                count = config.discriminator_steps
+                steps = [
+                    discriminator_step(discriminator, pairs, processor, config, adversary, lr, step)
+                    for step in range(count * iteration, count * (iteration + 1))
+                ]
+                measured |= steps[0]  # the others measure on pairs that were just trained on
                 replay.add(samples)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
@@ -128,7 +132,7 @@ class ScoredBranches:
             eps=config.advantage_eps,
             compat=config.compat,
             correct=torch.tensor([s.correct for s in samples]),
-            gating=Gating(**vars(config.gating)),
+            gating=config.gating,
         ).tolist()
         return advantages
 

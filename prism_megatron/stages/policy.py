@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -79,8 +80,9 @@ def sft_step(
     return {names.LOSS: measured["loss"], names.GRAD_NORM: grad_norm, names.LEARNING_RATE: lr}
 
 
-def policy_objective(config: PolicyGradientConfig, kind: Literal["grpo", "dapo", "gspo"]) -> Objective:
+def policy_objective(config: PolicyGradientConfig) -> Objective:
     """The loss that a stage's configuration asks for (spec 5.2)."""
+    kind = cast(Literal["grpo", "dapo", "gspo"], config.algorithm)
     aggregation: Aggregation = "sequence_mean" if kind == "gspo" else "token_mean"
     loss = PolicyLossConfig(
         kind,
@@ -133,24 +135,7 @@ def policy_gradient_step(
             batches = [replace(batch, reference_logprobs=values) for batch, values in zip(batches, held, strict=True)]
         mini_batches.append(batches)
 
-    def loss(batch: PolicyMicrobatch, scores: TokenScores) -> tuple[Tensor, Stats]:
-        packed, mask = batch.packed, batch.packed.loss_mask
-        require_finite("log-probability", _per_sequence(scores.logprobs.detach(), packed), batch.owners)
-        old = scores.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        tokens = TokenLogprobs(scores.logprobs, old, batch.rollout_logprobs, batch.reference_logprobs)
-        value, stats = policy_loss(tokens, batch.advantages, batch.weights, mask, packed.sequence_ids, objective.loss)
-        require_finite("policy loss", value.detach()[None], [", ".join(batch.owners)])
-        sums = {
-            "loss": value.detach(),
-            "clipped": stats.clip_fraction_sum,
-            "truncated": stats.truncated_sum,
-            "drift": stats.approx_kl_sum,
-            "divergence": stats.reference_kl_sum,
-            "entropy": (scores.entropy * mask).sum(),
-            "tokens": mask.sum(),
-        }
-        return value, Stats(sums, {"difference": ((old - batch.rollout_logprobs).abs() * batch.fresh).max()})
-
+    loss = partial(policy_gradient_loss, objective)
     totals: dict[str, float] = defaultdict(float)
     grad_norms: list[float] = []
     for batches in mini_batches * config.epochs_per_iteration:
@@ -178,6 +163,38 @@ def policy_gradient_step(
         names.ENTROPY: totals["entropy"] / tokens,
         names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF: totals["difference"],
     }
+
+
+def policy_gradient_loss(objective: Objective, batch: PolicyMicrobatch, scores: TokenScores) -> tuple[Tensor, Stats]:
+    """A micro-batch's part of the loss, and what is logged of it.
+
+    Raises FloatingPointError naming the sample of which something is not finite, what goes in before what comes out.
+    """
+    packed, mask = batch.packed, batch.packed.loss_mask
+    old = scores.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+
+    def require(what: str, values: Tensor | None) -> None:
+        if values is not None:
+            require_finite(what, _per_sequence(values, packed), batch.owners)
+
+    require("advantage", batch.advantages)
+    require("engine's log-probability", batch.rollout_logprobs)
+    require("reference policy's log-probability", batch.reference_logprobs)
+    require("log-probability before the update", batch.old_logprobs)
+    require("log-probability", scores.logprobs.detach())
+    tokens = TokenLogprobs(scores.logprobs, old, batch.rollout_logprobs, batch.reference_logprobs)
+    losses, stats = policy_loss(tokens, batch.advantages, batch.weights, mask, packed.sequence_ids, objective.loss)
+    require("policy loss", losses.detach())
+    sums = {
+        "loss": losses.detach().sum(),
+        "clipped": stats.clip_fraction_sum,
+        "truncated": stats.truncated_sum,
+        "drift": stats.approx_kl_sum,
+        "divergence": stats.reference_kl_sum,
+        "entropy": (scores.entropy * mask).sum(),
+        "tokens": mask.sum(),
+    }
+    return losses.sum(), Stats(sums, {"difference": ((old - batch.rollout_logprobs).abs() * batch.fresh).max()})
 
 
 def _mini_batches(samples: Sequence[Sample], count: int) -> list[list[int]]:

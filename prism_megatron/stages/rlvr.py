@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 
-from prism_megatron.advantage import grpo_advantage, informative_groups
+from prism_megatron.advantage import group_normalize, informative_groups
 from prism_megatron.config import RLVRConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
@@ -33,7 +33,7 @@ Group = tuple[str, list[dict[str, Any]]]  # a row's id and its rollouts, as plai
 def run_rlvr(config: RLVRConfig) -> None:
     rows = read_rlvr(Path(config.data))
     run = config.run
-    objective = policy_objective(config, cast(Literal["grpo", "dapo", "gspo"], config.algorithm))
+    objective = policy_objective(config)
     with open_stage(config) as stage:
         processor = load_processor(config)
         policy = load_policy(config)
@@ -52,7 +52,7 @@ def run_rlvr(config: RLVRConfig) -> None:
             samples, surplus = sampled.samples, sampled.surplus
             rewards = torch.tensor([reward(sample, config) for sample in samples])
             groups = torch.tensor([sample.group for sample in samples])
-            advantages = grpo_advantage(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
+            advantages = group_normalize(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
                 measured = policy_gradient_step(

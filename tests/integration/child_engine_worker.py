@@ -70,7 +70,7 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
     from prism_megatron.stages.rollouts import push_weights, sample_responses
     from prism_megatron.stages.setup import load_policy
 
-    policy, objective = load_policy(config), policy_objective(config, "grpo")
+    policy, objective = load_policy(config), policy_objective(config)
     measured: dict[str, Any] = {"versions": [], "differences": []}
     for iteration in range(2):
         push_weights(engine, policy, iteration, config.rollout)

@@ -40,11 +40,9 @@ def discriminator(config: cfg.AlignConfig) -> Trained:
     return trained
 
 
-# Where every token takes every expert of its group, the share of each expert is constant, and so is the loss.
 BALANCED = {
-    "shared": ["discriminator.experts=shared"],
-    "dedicated": ["discriminator.experts=dedicated", "discriminator.num_experts=8"],
-    "all_chosen": ["discriminator.experts=dedicated"],
+    "shared": ["discriminator.experts=shared", "discriminator.load_balance_coeff=0.01"],
+    "dedicated": ["discriminator.num_experts=8", "discriminator.load_balance_coeff=0.01"],
 }
 
 

@@ -18,10 +18,14 @@ SMALL = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96"]
 
 
 @pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("algorithms")
+
+
+@pytest.fixture(scope="module")
 def run(
-    speaking_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+    speaking_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], root: Path
 ) -> Callable[..., list[dict[str, Any]]]:
-    root = tmp_path_factory.mktemp("algorithms")
     places = {
         "tiny_rlvr": [f"data={tiny_data}/rlvr_candidates.parquet"],
         "tiny_align": [f"data={tiny_data}/alignment.parquet", f"discriminator.hf_checkpoint={speaking_checkpoint}"],
@@ -68,13 +72,19 @@ def test_on_policy_nothing_is_clipped(run: Callable[..., list[dict[str, Any]]]) 
     assert 1e-7 < rows[1][names.REFERENCE_KL] < 0.1, "one small step away"
 
 
-def test_a_shared_pool_trained_twice_per_step(run: Callable[..., list[dict[str, Any]]]) -> None:
-    adversary = ["discriminator.experts=shared", "discriminator_steps=2", "label_smoothing=0.1"]
-    rows = run("shared", "tiny_align", *adversary, "gating.mode=rlvr_v2", "combine=weighted_sum")
+def test_a_shared_pool_trained_twice_per_step(run: Callable[..., list[dict[str, Any]]], root: Path) -> None:
+    pool = ["discriminator.experts=shared", "discriminator.load_balance_coeff=0.01"]
+    adversary = ["discriminator_steps=2", "label_smoothing=0.1", "run.log_rollouts_per_iteration=16"]
+    rows = run("shared", "tiny_align", *pool, *adversary, "gating.mode=rlvr_v2", "combine=weighted_sum")
+    scored = [json.loads(line) for line in (root / "shared" / "rollouts.jsonl").read_text().splitlines()]
     for row in rows:
         valid = row[names.FORMAT_VALID] * 16
         assert row[names.PERCEPTION_PAIRS] == row[names.REASONING_PAIRS] == pytest.approx(valid)
         assert -1 <= row[names.PERCEPTION_LENGTH_CORRELATION] <= 1
+        responses = [r["perception_score"] for r in scored if r["iteration"] == row["iteration"] and r["format_valid"]]
+        assert row[names.PERCEPTION_SCORE_LEVEL] - row[names.PERCEPTION_GAP] / 2 == pytest.approx(
+            sum(responses) / len(responses), abs=1e-4
+        ), "pairs are measured as they were scored, before any step on them"
         for branch in BRANCH_NAMES:
             loads = [row[names.expert_load(branch, expert)] for expert in range(4)]
             assert sum(loads) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Alignment, whole, on two pipeline stages: policy, discriminator and engine give the numbers of one process."""
+"""Alignment and RLVR, whole, on two ranks: policy, discriminator and engine give the numbers of one process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 
 from prism_megatron.observe import metrics as names
 
+WORKER = Path(__file__).with_name("stages_worker.py")
+
 
 def test_alignment_on_two_pipeline_stages(
     speaking_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path: Path
@@ -20,6 +22,7 @@ def test_alignment_on_two_pipeline_stages(
         *(f"discriminator.hf_checkpoint={speaking_checkpoint}", f"data={tiny_data}/alignment.parquet"),
         *("run.train_iters=2", "run.save_interval=2", "eval.num_questions=0", "prompts_per_iteration=2"),
         *("rollout.samples_per_prompt=4", "rollout.max_response_tokens=96"),
+        *("discriminator.num_experts=8", "discriminator.load_balance_coeff=0.01"),
     ]
     measured: list[list[dict[str, Any]]] = []
     for stages in (1, 2):
@@ -32,3 +35,46 @@ def test_alignment_on_two_pipeline_stages(
         assert one[names.RESPONSE_TOKENS] == two[names.RESPONSE_TOKENS], "the same seeds sample the same responses"
         for name in compared:
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_data_parallel_ranks(
+    speaking_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path: Path
+) -> None:
+    """Each rank samples and trains on half of the prompts; what is logged is of all of them."""
+    # Alignment first: on a CPU vLLM puts streams in the place of those that experts take hold of when they are built.
+    stages = {
+        "align": [
+            "tiny_align",
+            f"discriminator.hf_checkpoint={speaking_checkpoint}",
+            *("algorithm=gspo", "discriminator_steps=2", "discriminator_optimizer.lr=1e-5"),
+        ],
+        "dapo": ["tiny_rlvr", "algorithm=dapo", "oversampling=2", "importance_cap=2", "overlong_buffer_tokens=32"],
+        "gspo": ["tiny_rlvr", "algorithm=gspo", "mini_batches_per_iteration=2", "clip_low=3e-4", "clip_high=4e-4"],
+    }
+    data = {
+        "tiny_rlvr": f"data={tiny_data}/rlvr_candidates.parquet",
+        "tiny_align": f"data={tiny_data}/alignment.parquet",
+    }
+    # Steps so small that they do not enlarge the rounding of sums taken in another order.
+    small = [
+        *("run.train_iters=2", "run.save_interval=2", "eval.num_questions=0", "prompts_per_iteration=4"),
+        *("rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "optimizer.lr=1e-5"),
+    ]
+    for ranks in (1, 2):
+        place = [f"run.dir={tmp_path}/{ranks}", f"model.hf_checkpoint={speaking_checkpoint}", *small]
+        runs = [[*stage, data[stage[0]], f"run.name={name}", *place] for name, stage in stages.items()]
+        (tmp_path / "runs.json").write_text(json.dumps(runs))
+        launch(ranks, [str(WORKER), str(tmp_path / "runs.json")])
+    for name in stages:
+        one, two = (measured(tmp_path / str(ranks) / name / "metrics.jsonl") for ranks in (1, 2))
+        assert len(one) == 2
+        for iteration in range(2):
+            assert two[iteration] == pytest.approx(one[iteration], rel=1e-4, abs=1e-5), name
+
+
+def measured(log: Path) -> list[dict[str, float]]:
+    """All that is logged of each iteration, but for its stage and the time it took."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k not in ("stage", "time") and not k.startswith("seconds_")} for row in rows
+    ]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prism_megatron.advantage import Gating, alignment_advantage, group_normalize, grpo_advantage, informative_groups
+from prism_megatron.advantage import alignment_advantage, group_normalize, informative_groups
+from prism_megatron.config import GatingConfig
 
 ROOT_HALF = 1 / math.sqrt(2)  # z-score of the two ends of a pair, the deviation being unbiased
 
@@ -17,6 +18,7 @@ def align(
     perception: list[float], reasoning: list[float], valid: list[bool], groups: list[int], **changed: object
 ) -> Tensor:
     options: dict[str, object] = {"perception_weight": 0.5, "format_penalty": 1.5, "combine": "per_branch", "eps": 0.0}
+    options |= {"correct": torch.zeros(len(valid), dtype=torch.bool), "gating": GatingConfig()}
     return alignment_advantage(
         torch.tensor(perception),
         torch.tensor(reasoning),
@@ -40,7 +42,26 @@ def test_a_group_of_one_has_no_advantage() -> None:
 def test_grpo_by_hand() -> None:
     # Rewards 1.0, 0.2, 0.2, 0.2: mean 0.4, squares 0.36 + 3 * 0.04 = 0.48, deviation sqrt(0.48 / 3) = 0.4.
     rewards = torch.tensor([1.0, 0.2, 0.2, 0.2])
-    assert grpo_advantage(rewards, torch.zeros(4), eps=0.0).tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5])
+    assert group_normalize(rewards, torch.zeros(4), eps=0.0).tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5])
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("value", [0.2, 0.8, 1.0, -7.3])
+def test_equal_rewards_have_no_advantage_at_all(value: float, eps: float) -> None:
+    """In float32 the mean of sixteen rewards of 0.2 is not 0.2, and the deviation is as small as the difference."""
+    rewards, groups = torch.tensor([value] * 16 + [0.0, 1.0]), torch.tensor([0] * 16 + [1, 1])
+    advantage = group_normalize(rewards, groups, eps=eps)
+    assert advantage.dtype == torch.float32
+    assert advantage[:16].tolist() == [0.0] * 16
+    assert advantage[16:].tolist() == pytest.approx([-ROOT_HALF, ROOT_HALF], abs=1e-5)
+
+
+def test_close_scores_on_a_high_level_are_told_apart() -> None:
+    # In float32 the mean, 4096.0003, would be rounded to a multiple of 0.0005.
+    scores = torch.tensor([4096.0, 4096.0, 4096.0 + 2**-10])
+    root_third = 1 / math.sqrt(3)
+    expected = [-root_third, -root_third, 2 * root_third]
+    assert group_normalize(scores, torch.zeros(3), eps=0.0).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_informative_groups_are_those_with_different_rewards() -> None:
@@ -69,9 +90,11 @@ def test_a_broken_response_stands_below_the_worst_and_pays_the_penalty() -> None
     assert advantage.tolist() == pytest.approx(expected)
 
 
-def test_a_group_without_a_valid_response_teaches_nothing() -> None:
+@pytest.mark.parametrize("mode", ["none", "acc_gating", "gated", "rlvr", "rlvr_v2", "sign_align"])
+def test_a_group_without_a_valid_response_teaches_nothing(mode: str) -> None:
     # D8: the paper's code gives -1.5 to all of them.
-    assert align([1.0, 2.0], [3.0, 4.0], [False, False], [0, 0]).tolist() == [0, 0]
+    gating = GatingConfig(mode, format_penalty=2.0)
+    assert align([1.0, 2.0], [3.0, 4.0], [False, False], [0, 0], gating=gating).tolist() == [0, 0]
 
 
 # One group of four: right, wrong, wrong, outside the grammar. Branches agree, so A is one z-score: scores 3, 2, 1 and
@@ -96,7 +119,7 @@ PENALIZED = [value / math.sqrt(8.25 / 3) for value in (1.75, 0.25, 0.25, -2.25)]
     ],
 )
 def test_gates_by_hand(mode: str, expected: list[float]) -> None:
-    gating = Gating(mode, align_coeff=2.0, wrong_penalty=0.5, format_penalty=2.0)
+    gating = GatingConfig(mode, align_coeff=2.0, wrong_penalty=0.5, format_penalty=2.0)
     advantage = align(SCORES, SCORES, VALID, [0, 0, 0, 0], correct=torch.tensor(CORRECT), gating=gating)
     assert advantage.tolist() == pytest.approx(expected, abs=1e-6)
 

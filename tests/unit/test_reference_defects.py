@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from prism_megatron.advantage import alignment_advantage
+from prism_megatron.config import GatingConfig
 from prism_megatron.data.branches import (
     REFERENCE_TEACHER_TOKENS,
     branch_sequences,
@@ -132,6 +133,8 @@ def test_d8_a_group_of_broken_responses_teaches_nothing(compat: str, expected: l
         combine="per_branch",
         eps=1e-6,
         compat=compat,
+        correct=torch.tensor([False, False]),
+        gating=GatingConfig(),
     )
     assert advantage.tolist() == expected
 

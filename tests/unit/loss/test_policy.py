@@ -26,7 +26,8 @@ def loss_of(
     selected = torch.ones(len(ratios)) if mask is None else torch.tensor(mask)
     ids = torch.zeros(len(ratios), dtype=torch.long) if sequence_ids is None else torch.tensor(sequence_ids)
     tokens = TokenLogprobs(logprobs, torch.zeros(len(ratios)))
-    value, stats = policy_loss(tokens, torch.tensor(advantages), selected, selected, ids, config)
+    losses, stats = policy_loss(tokens, torch.tensor(advantages), selected, selected, ids, config)
+    value = losses.sum()
     value.backward()
     assert isinstance(logprobs.grad, Tensor)
     return float(value), logprobs.grad.tolist(), float(stats.clip_fraction_sum)
@@ -137,10 +138,10 @@ def test_kl_to_the_reference_is_added() -> None:
     logprobs = torch.tensor([0.0], requires_grad=True)
     one, ids = torch.ones(1), torch.zeros(1, dtype=torch.long)
     tokens = TokenLogprobs(logprobs, torch.zeros(1), reference=torch.tensor([-math.log(2)]))
-    value, stats = policy_loss(tokens, one, one, one, ids, config)
-    value.backward()
+    losses, stats = policy_loss(tokens, one, one, one, ids, config)
+    losses.sum().backward()
     assert logprobs.grad is not None
-    assert float(value) == pytest.approx(-1 + 0.05 * math.log(2) ** 2)
+    assert losses.tolist() == pytest.approx([-1 + 0.05 * math.log(2) ** 2])
     assert float(logprobs.grad) == pytest.approx(-1 + 0.1 * math.log(2))
     assert float(stats.reference_kl_sum) == pytest.approx(math.log(2) ** 2 / 2)
 
@@ -152,11 +153,11 @@ def test_importance_weights_are_truncated() -> None:
     logprobs = old.clone().requires_grad_()
     ones = torch.ones(3)
     tokens = TokenLogprobs(logprobs, old, engine=torch.zeros(3))
-    value, stats = policy_loss(tokens, ones, ones, ones, torch.zeros(3, dtype=torch.long), config)
-    value.backward()
+    losses, stats = policy_loss(tokens, ones, ones, ones, torch.zeros(3, dtype=torch.long), config)
+    losses.sum().backward()
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == pytest.approx([-0.5, -1.5, -2.0])
-    assert float(value) == pytest.approx(-4.0)
+    assert losses.tolist() == pytest.approx([-0.5, -1.5, -2.0])
     assert float(stats.truncated_sum) == 1
 
 
@@ -190,9 +191,9 @@ def test_cutting_the_batch_changes_nothing(kind: str) -> None:
                 total_sequences=4.0,
             )
             tokens = TokenLogprobs(logprobs[chosen], old[chosen])
-            value, _ = policy_loss(tokens, advantages[chosen], weights, mask[chosen], local, config)
-            value.backward()
-            total += float(value)
+            losses, _ = policy_loss(tokens, advantages[chosen], weights, mask[chosen], local, config)
+            losses.sum().backward()
+            total += float(losses.sum())
         assert logprobs.grad is not None
         return total, logprobs.grad.tolist()
 

@@ -77,7 +77,7 @@ def test_policy_as_torch_counts_it(moe: bool, freeze: list[str], recompute: bool
 def test_discriminator_as_torch_counts_it() -> None:
     from prism_megatron.model.build import HFSizes, build_discriminator
 
-    wanted = DiscriminatorConfig("", num_experts=4, topk=2, upcycle_noise=0.0, load_balance_coeff=0.01)
+    wanted = DiscriminatorConfig("", num_experts=4, topk=2, upcycle_noise=0.0, load_balance_coeff=0)
     (model,) = build_discriminator(ModelConfig(""), ParallelConfig(), wanted, HFSizes(TEXT, VISION, True))
     text = TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": TEXT["intermediate_size"]}
     work = Workload([PROMPT + RESPONSE] * 2, [PATCHES] * 2, scored_sequences=2, score_heads=2)

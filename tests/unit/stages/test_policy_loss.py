@@ -1,0 +1,86 @@
+"""The loss a stage asks for; what is not finite in it is named, with its sample, before it reaches the sum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prism_megatron.config import AlignConfig, RLVRConfig
+from prism_megatron.data.pack import TrainingSequence, pack
+from prism_megatron.loss.policy import PolicyLossConfig
+from prism_megatron.loss.reduce import token_weights
+from prism_megatron.model.logprobs import TokenScores
+from prism_megatron.stages.policy import Objective, PolicyMicrobatch, policy_gradient_loss, policy_objective
+from prism_megatron.train import load
+from prism_megatron.types import EncodedPrompt, InputSpec
+
+SPEC = InputSpec(image_token_id=9, video_token_id=8, merge_size=1, patch_dim=1, max_positions=1000)
+OBJECTIVE = Objective(PolicyLossConfig("grpo", 0.2, 0.2, kl_coeff=0.1, kl_estimator="k2"), "token_mean")
+
+
+def microbatch() -> PolicyMicrobatch:
+    """Three samples with a prompt of one token and a response of two, on-policy and at their reference."""
+    packed = pack([TrainingSequence(EncodedPrompt((1,)), (2, 3)) for _ in range(3)], SPEC)
+    mask, zeros = packed.loss_mask, torch.zeros_like(packed.loss_mask)
+    weights = token_weights(mask, packed.sequence_ids, aggregation="token_mean", total_tokens=6.0, total_sequences=3.0)
+    advantages = torch.tensor([1.0, -2.0, 4.0])[packed.sequence_ids]
+    return PolicyMicrobatch(
+        packed, 1.0, ("first", "second", "third"), weights, advantages, zeros, mask, zeros, reference_logprobs=zeros
+    )
+
+
+def scores(**of_token: float) -> TokenScores:
+    zeros = torch.zeros(9)
+    for token, value in of_token.items():
+        zeros[int(token[1:])] = value
+    return TokenScores(zeros, torch.zeros(9))
+
+
+@pytest.mark.parametrize("recipe", ["tiny_align", "tiny_rlvr"])
+@pytest.mark.parametrize(
+    ("algorithm", "aggregation"), [("grpo", "token_mean"), ("dapo", "token_mean"), ("gspo", "sequence_mean")]
+)
+def test_both_stages_have_every_algorithms_loss(recipe: str, algorithm: str, aggregation: str) -> None:
+    config = load(recipe, [f"algorithm={algorithm}"])
+    assert isinstance(config, AlignConfig | RLVRConfig)
+    objective = policy_objective(config)
+    assert (objective.loss.kind, objective.aggregation) == (algorithm, aggregation)
+
+
+def test_the_loss_is_the_mean_over_tokens() -> None:
+    loss, stats = policy_gradient_loss(OBJECTIVE, microbatch(), scores())
+    assert float(loss) == pytest.approx(-(1.0 - 2.0 + 4.0) / 3)
+    assert float(stats.sums["tokens"]) == 6
+
+
+# Tokens 3 and 4 of nine predict the second sample's response.
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        ("advantages", "advantage"),
+        ("rollout_logprobs", "engine's log-probability"),
+        ("reference_logprobs", "reference policy's log-probability"),
+        ("old_logprobs", "log-probability before the update"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_goes_in_is_named(place: str, named: str, value: float) -> None:
+    batch = microbatch()
+    broken = getattr(batch, place).clone()
+    broken[4] = value
+    with pytest.raises(FloatingPointError, match=f"^{named} of sample second is {value}; the step is refused"):
+        policy_gradient_loss(OBJECTIVE, replace(batch, **{place: broken}), scores())
+
+
+def test_the_policys_own_log_probability_is_named() -> None:
+    with pytest.raises(FloatingPointError, match=r"^log-probability of sample third is nan"):
+        policy_gradient_loss(OBJECTIVE, microbatch(), scores(t6=math.nan))
+
+
+def test_a_loss_that_overflows_is_its_samples() -> None:
+    # A = -2 and a ratio of exp(100): more than float32 holds, though all that goes in is finite.
+    with pytest.raises(FloatingPointError, match=r"^policy loss of sample second is inf"):
+        policy_gradient_loss(OBJECTIVE, microbatch(), scores(t3=100.0))
