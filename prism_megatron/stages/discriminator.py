@@ -24,7 +24,7 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
 from prism_megatron.parallel.collectives import sum_over_data_parallel, sum_over_pipeline
 from prism_megatron.rollout.requests import sample_seed
-from prism_megatron.stages.microbatch import equal_over_ranks, pack_for_scoring, pack_microbatch
+from prism_megatron.stages.microbatch import can_share_prompts, equal_over_ranks, pack_for_scoring, pack_microbatch
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import BRANCH_NAMES, PERCEPTION, REASONING, PackedBatch
 
@@ -126,7 +126,9 @@ def score(
 
     Raises FloatingPointError naming the sample whose score is not finite.
     """
-    groups = equal_over_ranks(split_by_tokens(sequences, config.max_tokens_per_microbatch), config.parallel)
+    share_prompts = can_share_prompts(config.parallel)
+    split = split_by_tokens(sequences, config.max_tokens_per_microbatch, share_prompts=share_prompts)
+    groups = equal_over_ranks(split, config.parallel)
     batches = [pack_for_scoring([sequences[i] for i in group], processor, config) for group in groups]
     scores = evaluate_step(discriminator.chunks, batches, lambda chunk, batch: chunk(batch))
     values = torch.cat([_of_whole(s, batch) for s, batch in zip(scores, batches, strict=True)]).cpu()
