@@ -1,7 +1,7 @@
 """The discriminator's two views of a response: perception (the caption) and reasoning (think and answer).
 
-Teacher and student text is tokenised the same way, whole, and ends with the same terminator, where the score is read:
-nothing but the content can tell them apart (spec 9.1, D1-D4).
+Teacher and student text is tokenised the same way, is whole or cut on both sides, and ends with the same terminator,
+where the score is read: nothing but the content can tell them apart (spec 9.1, D1-D4).
 """
 
 from __future__ import annotations
