@@ -14,6 +14,8 @@ from typing import Any
 
 MISSING: Any = "???"  # omegaconf's, which only reading overrides and writing YAML need
 FINISHED = "finished.json"  # written last into a stage's folder
+REFERENCE_TEACHER_TOKENS = 512  # of a demonstration's branch, all that the paper's code shows (spec 1.3)
+MIN_BRANCH_TOKENS = 2  # one, and the terminator
 
 
 @dataclass
@@ -213,9 +215,15 @@ class DiscriminatorConfig:
     upcycle_noise: float = MISSING  # std of expert noise relative to each weight's own std
     load_balance_coeff: float = MISSING
     freeze: list[str] = field(default_factory=list)
+    max_branch_tokens: int = 0  # of a branch's response; a pair with a longer one has both sides cut; 0: all that fits
 
     def __post_init__(self) -> None:
         _one_of("discriminator.experts", self.experts, "dedicated", "shared")
+        if self.max_branch_tokens and self.max_branch_tokens < MIN_BRANCH_TOKENS:
+            raise ValueError(
+                f"discriminator.max_branch_tokens must be 0 (all that fits) or at least {MIN_BRANCH_TOKENS}, got "
+                f"{self.max_branch_tokens}"
+            )
         if self.topk != MISSING and self.topk < 2:
             raise ValueError(
                 f"discriminator.topk must be at least 2, got {self.topk}: a single expert's weight is always 1, "
@@ -238,6 +246,9 @@ class WarmupConfig(StageConfig):
     data: str = MISSING
     global_batch_size: int = MISSING  # lines of the pair file; each gives a caption pair and a reasoning pair
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+    def __post_init__(self) -> None:
+        _check_pairs_fit(self)
 
 
 @dataclass
@@ -355,11 +366,13 @@ class AlignConfig(PolicyGradientConfig):
                 f"gradient_penalty ({self.gradient_penalty}) must not be negative, and needs a gradient_penalty_std "
                 f"above 0, got {self.gradient_penalty_std}"
             )
-        if self.compat == "reference" and (self.label_smoothing or self.gradient_penalty or self.replay.prompts):
+        knobs = (self.label_smoothing, self.gradient_penalty, self.replay.prompts, self.discriminator.max_branch_tokens)
+        if self.compat == "reference" and any(knobs):
             raise ValueError(
-                "compat=reference is the paper's code, which has no label_smoothing, gradient_penalty or replay; "
-                "turn them off, or use compat=fixed"
+                "compat=reference is the paper's code, which has no label_smoothing, gradient_penalty, replay or "
+                "discriminator.max_branch_tokens; turn them off, or use compat=fixed"
             )
+        _check_pairs_fit(self)
 
 
 @dataclass
@@ -415,6 +428,30 @@ def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[s
     resolved = OmegaConf.to_object(tree)
     assert isinstance(resolved, type(config))
     return resolved
+
+
+def sequences_per_pair(config: WarmupConfig | AlignConfig) -> int:
+    """How many sequences a pair lays down: both sides and, under a gradient penalty, the demonstration once more."""
+    return 3 if isinstance(config, AlignConfig) and config.gradient_penalty else 2
+
+
+def _check_pairs_fit(config: WarmupConfig | AlignConfig) -> None:
+    """Refuse micro-batches that could not take a pair of the longest prompt and branches at their limit."""
+    rollout, room, limit = config.rollout, config.max_tokens_per_microbatch, config.discriminator.max_branch_tokens
+    if MISSING in (room, rollout.max_model_len, rollout.max_response_tokens):
+        return
+    prompt = rollout.max_model_len - rollout.max_response_tokens
+    needed = sequences_per_pair(config) * (prompt + (limit or MIN_BRANCH_TOKENS))
+    remedy = "discriminator.max_branch_tokens"
+    if isinstance(config, AlignConfig) and config.compat == "reference":
+        needed = 2 * prompt + REFERENCE_TEACHER_TOKENS + rollout.max_response_tokens
+        remedy = "rollout.max_response_tokens and max_model_len"
+    if needed > room:
+        raise ValueError(
+            f"max_tokens_per_microbatch ({room}) must hold a demonstration beside a response, {needed} tokens with "
+            f"prompts of up to {prompt} (rollout.max_model_len - max_response_tokens) and "
+            f"discriminator.max_branch_tokens {limit}; raise it to {needed}, or lower {remedy}"
+        )
 
 
 def _one_of(key: str, value: str, *allowed: str) -> None:

@@ -86,7 +86,7 @@ def warmup(size: str, precision: str) -> WarmupConfig:
         model=_model(f"runs/{size}/sft/hf", precision),
         optimizer=_adam(1e-5, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
         rollout=_rollout(layout, 1, 6144),
-        max_tokens_per_microbatch=8192,
+        max_tokens_per_microbatch=2 * (_PROMPT_TOKENS + 6144),  # both sides of the longest pair, none cut
         data=f"runs/{size}/collect/warmup_pairs.jsonl",
         global_batch_size=64,  # lines of two pairs each
         discriminator=_discriminator(f"checkpoints/{released('2b')}"),
@@ -103,7 +103,7 @@ def align(size: str, precision: str) -> AlignConfig:
         model=_model(f"runs/{size}/sft/hf", precision, layout.freeze),
         optimizer=_adam(1e-6, weight_decay=0.01),
         rollout=_rollout(layout, 16, 6144),
-        max_tokens_per_microbatch=8192,
+        max_tokens_per_microbatch=8192,  # pairs of which a side has more than 4096, prompt included, are cut to fit
         data="data/alignment.parquet",
         prompts_per_iteration=4,
         dual_clip=3.0,

@@ -1,19 +1,19 @@
 """The discriminator's two views of a response: perception (the caption) and reasoning (think and answer).
 
-Teacher and student text is tokenised the same way, whole, and ends with the same terminator, where the score is read:
-nothing but the content can tell them apart (spec 9.1, D1-D4).
+Teacher and student text is tokenised the same way, is whole or cut on both sides, and ends with the same terminator,
+where the score is read: nothing but the content can tell them apart (spec 9.1, D1-D4).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from prism_megatron.config import REFERENCE_TEACHER_TOKENS
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.response import Response
 from prism_megatron.types import PERCEPTION, REASONING, EncodedPrompt
-
-REFERENCE_TEACHER_TOKENS = 512  # spec 1.3
 
 BranchSequences = tuple[TrainingSequence, TrainingSequence]
 
@@ -25,6 +25,19 @@ def branch_sequences(
     return _sequences(
         prompt, *((*processor.encode_text(text), processor.terminator_id) for text in (caption_block, reasoning_block))
     )
+
+
+def cut_alike(
+    teacher: TrainingSequence, student: TrainingSequence, max_tokens: int
+) -> tuple[TrainingSequence, TrainingSequence]:
+    """Both sides of a branch up to the same token, which is the end of neither, and their terminator.
+
+    At most ``max_tokens`` of a response are left. Cut on one side only, the sides are told apart by how they end (D1).
+    """
+    shorter = min(len(teacher.response_ids), len(student.response_ids))
+    kept = min(max_tokens, shorter - 1) - 1
+    cut = (replace(s, response_ids=(*s.response_ids[:kept], s.response_ids[-1])) for s in (teacher, student))
+    return next(cut), next(cut)
 
 
 def reference_teacher_sequences(

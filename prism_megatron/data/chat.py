@@ -28,6 +28,8 @@ class ChatProcessor:
         self._processor = AutoProcessor.from_pretrained(checkpoint_dir)
         self.tokenizer: Any = self._processor.tokenizer
         self.terminator_id = self._special("<|im_end|>")
+        self._special_ids = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self._num_ids = len(self.tokenizer)
         config = json.loads((checkpoint_dir / "config.json").read_text())
         vision = config["vision_config"]
         self.input_spec = InputSpec(
@@ -51,10 +53,16 @@ class ChatProcessor:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Tokens of what somebody wrote, none of them special: ``<|im_end|>`` spelled out is text, too."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text, without tokens that have none."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def has_text(self, token_ids: Sequence[int]) -> bool:
+        """Whether each of them is in its text: none is special, none beyond the tokenizer's vocabulary."""
+        return self._special_ids.isdisjoint(token_ids) and max(token_ids, default=0) < self._num_ids
 
     def encode_prompts(self, rows: Sequence[Example | PreferencePair]) -> list[EncodedPrompt]:
         """Encode prompts with their images, each distinct image once; image tokens become one per merged patch.

@@ -102,7 +102,7 @@ def pack_shared(sequences: Sequence[TrainingSequence], spec: InputSpec, padding:
     prefix: list[int] = []
     nothing = EncodedPrompt(())
     for sequence in sequences:
-        key = (id(sequence.prompt), sequence.branch)
+        key = _prompt_of(sequence)
         if key not in heads:
             heads[key] = len(segments)
             segments.append(TrainingSequence(sequence.prompt, (), sequence.branch))
@@ -123,24 +123,37 @@ def pack_shared(sequences: Sequence[TrainingSequence], spec: InputSpec, padding:
     return replace(batch, prefix=torch.tensor(prefix), position_ids=positions)
 
 
-def split_by_tokens(sequences: Sequence[TrainingSequence], max_tokens: int) -> list[list[int]]:
+def split_by_tokens(
+    sequences: Sequence[TrainingSequence], max_tokens: int, *, share_prompts: bool = False
+) -> list[list[int]]:
     """Indices of ``sequences`` in groups of at most ``max_tokens``, order kept.
 
+    With ``share_prompts`` a prompt counts once for all of a group's branch, as :func:`pack_shared` lays it down.
     Raises ValueError for a sequence longer than that on its own.
     """
     groups: list[list[int]] = []
     room = 0
+    held: set[tuple[int, int | None]] = set()
     for index, sequence in enumerate(sequences):
         if len(sequence) > max_tokens:
             raise ValueError(
                 f"a sequence of {len(sequence)} tokens does not fit max_tokens_per_microbatch ({max_tokens}); raise it"
             )
-        if not groups or len(sequence) > room:
+        prompt = _prompt_of(sequence)
+        new = len(sequence.response_ids) if share_prompts and prompt in held else len(sequence)
+        if not groups or new > room:
             groups.append([])
-            room = max_tokens
+            held.clear()
+            room, new = max_tokens, len(sequence)
         groups[-1].append(index)
-        room -= len(sequence)
+        held.add(prompt)
+        room -= new
     return groups
+
+
+def _prompt_of(sequence: TrainingSequence) -> tuple[int, int | None]:
+    """What is the same for sequences of a branch that start from the same prompt."""
+    return id(sequence.prompt), sequence.branch
 
 
 class _Images:

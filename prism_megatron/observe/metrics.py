@@ -29,6 +29,7 @@ DISCRIMINATOR_GRAD_NORM = "discriminator_grad_norm"
 DISCRIMINATOR_LEARNING_RATE = "discriminator_learning_rate"
 GRADIENT_PENALTY = "gradient_penalty"  # half the squared slope in a demonstration's embeddings, branches as weighted
 REPLAYED_PAIRS = "replayed_pairs"  # past pairs in the loss; what is measured of pairs leaves them out
+CUT_PAIRS = "cut_pairs"  # in the loss, with a side over the limit on its length, so that both were cut
 LOAD_BALANCE_LOSS = "load_balance_loss"  # mean over layers; top-k when perfectly balanced
 PERCEPTION_GAP = "perception_gap"  # mean teacher score minus student score
 REASONING_GAP = "reasoning_gap"

@@ -24,7 +24,7 @@ from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.loss.discriminator import REFERENCE_SCORE_CLIP
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel.collectives import gather_over_data_parallel
-from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, discriminator_step, score
+from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, branch_pairs, discriminator_step, score
 from prism_megatron.stages.evaluate import conclude, response_metrics
 from prism_megatron.stages.guard import Guard
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
@@ -70,7 +70,7 @@ def run_align(config: AlignConfig) -> None:
             measured = response_metrics(samples) | branches.length_correlations()
             with stage.timers("discriminator"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
-                pairs = branches.pairs + replay.pairs(iteration, processor)
+                pairs = branches.pairs + replay.pairs(iteration, processor, config)
                 count = config.discriminator_steps
                 steps = [
                     discriminator_step(discriminator, pairs, processor, config, adversary, lr, step)
@@ -111,12 +111,14 @@ class ScoredBranches:
     """The discriminator's view of an iteration's samples, before it is updated.
 
     ``perception`` and ``reasoning`` [N] hold each sample's scores, undefined (and unused) where it is not ``valid``
-    [N], outside the grammar; ``pairs`` sets every valid sample against its prompt's demonstration, per branch.
+    [N], outside the grammar; ``students`` are the valid samples' branches, as they were scored, whole; ``pairs`` sets
+    each against its prompt's demonstration.
     """
 
     perception: Tensor
     reasoning: Tensor
     valid: Tensor
+    students: list[TrainingSequence]
     pairs: list[Pair]
 
     def advantages(self, samples: Sequence[Sample], config: AlignConfig) -> list[float]:
@@ -138,13 +140,12 @@ class ScoredBranches:
 
     def length_correlations(self) -> dict[str, float | None]:
         """Of the valid responses' scores with their lengths, over all ranks: what a discriminator must not learn."""
-        pairs = [pair for pair in self.pairs if pair.valid]
         measured = {}
         for branch, scores, name in (
             (PERCEPTION, self.perception, names.PERCEPTION_LENGTH_CORRELATION),
             (REASONING, self.reasoning, names.REASONING_LENGTH_CORRELATION),
         ):
-            lengths = [len(pair.student.response_ids) for pair in pairs if pair.branch == branch]
+            lengths = [len(student.response_ids) for student in self.students if student.branch == branch]
             valid = scores[self.valid].tolist()
             points = gather_over_data_parallel(list(zip(valid, lengths, strict=True)))
             varied = len({s for s, _ in points}) > 1 and len({length for _, length in points}) > 1
@@ -182,12 +183,12 @@ def score_branches(
             teachers[sample.group] = split(processor, sample.prompt, row.teacher_caption, row.teacher_reasoning)
         if reference:
             student = reference_student_sequences(processor, sample.prompt, sample.rollout.token_ids, response)
+            sides = zip(teachers[sample.group], student, strict=True)
+            pairs += [Pair(t, s, row.id, response is not None) for t, s in sides]
         else:
             assert response is not None
             student = branch_sequences(processor, sample.prompt, response.caption_block, response.reasoning_block)
-        pairs += [
-            Pair(t, s, row.id, response is not None) for t, s in zip(teachers[sample.group], student, strict=True)
-        ]
+            pairs += branch_pairs(teachers[sample.group], student, row.id, config)
         if response is not None:
             students += student
     valid = torch.tensor([sample.response is not None for sample in samples])
@@ -196,4 +197,4 @@ def score_branches(
     scores[valid] = score(discriminator, students, owners, processor, config).view(-1, 2)
     if reference:
         scores = scores.clamp(-REFERENCE_SCORE_CLIP, REFERENCE_SCORE_CLIP)
-    return ScoredBranches(scores[:, 0], scores[:, 1], valid, pairs)
+    return ScoredBranches(scores[:, 0], scores[:, 1], valid, students, pairs)

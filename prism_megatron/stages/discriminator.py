@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism_megatron.config import StageConfig
+from prism_megatron.config import MIN_BRANCH_TOKENS, AlignConfig, StageConfig, WarmupConfig, sequences_per_pair
+from prism_megatron.data.branches import BranchSequences, cut_alike
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence, split_by_tokens
 from prism_megatron.loss.discriminator import (
@@ -23,7 +24,7 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
 from prism_megatron.parallel.collectives import sum_over_data_parallel, sum_over_pipeline
 from prism_megatron.rollout.requests import sample_seed
-from prism_megatron.stages.microbatch import equal_over_ranks, pack_for_scoring, pack_microbatch
+from prism_megatron.stages.microbatch import can_share_prompts, equal_over_ranks, pack_for_scoring, pack_microbatch
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import BRANCH_NAMES, PERCEPTION, REASONING, PackedBatch
 
@@ -33,7 +34,7 @@ class Pair:
     """Teacher and student sequences of one branch for one prompt.
 
     ``owner`` names the sample. Only the paper's own loss has pairs whose student is not ``valid``. Pairs that are not
-    ``fresh`` are trained on, and left out of what is measured.
+    ``fresh`` are trained on, and left out of what is measured. ``cut`` ones had a side that was too long.
     """
 
     teacher: TrainingSequence
@@ -41,6 +42,7 @@ class Pair:
     owner: str
     valid: bool = True
     fresh: bool = True
+    cut: bool = False
 
     @property
     def branch(self) -> int:
@@ -84,6 +86,35 @@ class DiscriminatorObjective:
     reference: bool = False
 
 
+def branch_pairs(
+    teacher: BranchSequences,
+    student: BranchSequences,
+    owner: str,
+    config: WarmupConfig | AlignConfig,
+    *,
+    fresh: bool = True,
+) -> list[Pair]:
+    """A perception and a reasoning pair that fit a micro-batch.
+
+    Where a side has more than ``discriminator.max_branch_tokens``, or than its prompt leaves room for beside the other,
+    both are cut. Raises ValueError naming the sample whose prompt leaves none.
+    """
+    prompt = len(teacher[0].prompt.token_ids)
+    limit = config.max_tokens_per_microbatch // sequences_per_pair(config) - prompt
+    if limit < MIN_BRANCH_TOKENS:
+        raise ValueError(
+            f"{owner}: a prompt of {prompt} tokens leaves no room for a demonstration beside a response in "
+            f"max_tokens_per_microbatch ({config.max_tokens_per_microbatch}); raise it, or drop the row"
+        )
+    limit = min(limit, config.discriminator.max_branch_tokens or limit)
+    pairs = []
+    for t, s in zip(teacher, student, strict=True):
+        cut = max(len(t.response_ids), len(s.response_ids)) > limit
+        sides = cut_alike(t, s, limit) if cut else (t, s)
+        pairs.append(Pair(*sides, owner, fresh=fresh, cut=cut))
+    return pairs
+
+
 def score(
     discriminator: Trained,
     sequences: Sequence[TrainingSequence],
@@ -95,7 +126,9 @@ def score(
 
     Raises FloatingPointError naming the sample whose score is not finite.
     """
-    groups = equal_over_ranks(split_by_tokens(sequences, config.max_tokens_per_microbatch), config.parallel)
+    share_prompts = can_share_prompts(config.parallel)
+    split = split_by_tokens(sequences, config.max_tokens_per_microbatch, share_prompts=share_prompts)
+    groups = equal_over_ranks(split, config.parallel)
     batches = [pack_for_scoring([sequences[i] for i in group], processor, config) for group in groups]
     scores = evaluate_step(discriminator.chunks, batches, lambda chunk, batch: chunk(batch))
     values = torch.cat([_of_whole(s, batch) for s, batch in zip(scores, batches, strict=True)]).cpu()
@@ -125,7 +158,7 @@ def discriminator_step(
     valid = [pair for pair in pairs if pair.valid]
     counts = [sum(pair.branch == branch for pair in valid) for branch in (PERCEPTION, REASONING)]
     current = [sum(pair.branch == branch for pair in valid if pair.fresh) for branch in (PERCEPTION, REASONING)]
-    *totals, rows = sum_over_data_parallel(*counts, *current, len(pairs) / 2)
+    *totals, rows, cut = sum_over_data_parallel(*counts, *current, len(pairs) / 2, sum(pair.cut for pair in pairs))
     totals, fresh = totals[:2], totals[2:]
     if rows == 0:
         return {}
@@ -185,6 +218,7 @@ def discriminator_step(
         names.PERCEPTION_PAIRS: fresh[PERCEPTION],
         names.REASONING_PAIRS: fresh[REASONING],
         names.REPLAYED_PAIRS: sum(totals) - sum(fresh),
+        names.CUT_PAIRS: cut,
         names.GRADIENT_PENALTY: total.get("penalty"),
         **_routing_metrics(contexts, config),
     }
@@ -226,7 +260,7 @@ def _pair_microbatches(
     hidden_size: int,
     step: int,
 ) -> list[PairMicrobatch]:
-    grouped = _group_pairs(pairs, config.max_tokens_per_microbatch, teachers_count=2 if objective.penalty else 1)
+    grouped = group_pairs(pairs, config.max_tokens_per_microbatch, teachers_count=2 if objective.penalty else 1)
     groups_of_pairs = equal_over_ranks(grouped, config.parallel)
     distinct = [_distinct(group) for group in groups_of_pairs]
     # A pair of each distinct teacher, which is laid down once more, behind all others.
@@ -278,7 +312,7 @@ def response_noise(packed: PackedBatch, pairs: Sequence[Pair], hidden_size: int,
     return noise.to(packed.tokens.device)
 
 
-def _group_pairs(pairs: Sequence[Pair], max_tokens: int, teachers_count: int) -> list[list[Pair]]:
+def group_pairs(pairs: Sequence[Pair], max_tokens: int, teachers_count: int) -> list[list[Pair]]:
     """Pairs in micro-batches of at most ``max_tokens`` distinct tokens: a teacher shared by pairs is laid down once.
 
     Or ``teachers_count`` times.

@@ -25,15 +25,16 @@ def pack_microbatch(
 def pack_for_scoring(
     sequences: Sequence[TrainingSequence], processor: ChatProcessor, config: StageConfig
 ) -> PackedBatch:
-    """``sequences`` as one packed batch, each prompt of a branch once where that saves anything.
-
-    Only the CPU's attention, with whole sequences, lets several responses see the same prompt.
-    """
+    """``sequences`` as one packed batch, each prompt of a branch once where that saves anything."""
     distinct = len({(id(s.prompt), s.branch) for s in sequences})
-    device = groups.device()
-    if distinct == len(sequences) or device.type != "cpu" or config.parallel.context_parallel_size > 1:
+    if distinct == len(sequences) or not can_share_prompts(config.parallel):
         return pack_microbatch(sequences, processor, config)
-    return pack_shared(sequences, processor.input_spec, padding_for(config.parallel, config.model)).to(device)
+    return pack_shared(sequences, processor.input_spec, padding_for(config.parallel, config.model)).to(groups.device())
+
+
+def can_share_prompts(parallel: ParallelConfig) -> bool:
+    """Only the CPU's attention, with whole sequences, lets several responses see the same prompt."""
+    return groups.device().type == "cpu" and parallel.context_parallel_size == 1
 
 
 def padding_for(parallel: ParallelConfig, model: ModelConfig) -> Padding:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from prism_megatron.config import ReplayConfig
+from prism_megatron.config import AlignConfig, ReplayConfig
 from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.loader import rank_share
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
-from prism_megatron.stages.discriminator import Pair
+from prism_megatron.stages.discriminator import Pair, branch_pairs
 from prism_megatron.stages.rollouts import Sample
 from prism_megatron.types import Example
 
@@ -33,7 +33,7 @@ class Replay:
         self.kept = dict(kept or {})
         self._rows = {row.id: row for row in rows} if config.prompts else {}
 
-    def pairs(self, iteration: int, processor: ChatProcessor) -> list[Pair]:
+    def pairs(self, iteration: int, processor: ChatProcessor, config: AlignConfig) -> list[Pair]:
         """This data-parallel rank's part of the responses drawn for an iteration, beside their demonstrations."""
         places = [(prompt, number) for prompt, texts in self.kept.items() for number in range(len(texts))]
         drawn = min(self.config.responses_per_iteration, len(places))
@@ -46,7 +46,7 @@ class Replay:
             assert row.teacher_reasoning is not None
             teacher = branch_sequences(processor, prompt, row.teacher_caption, row.teacher_reasoning)
             student = branch_sequences(processor, prompt, *self.kept[prompt_id][number])
-            pairs += [Pair(t, s, row.id, fresh=False) for t, s in zip(teacher, student, strict=True)]
+            pairs += branch_pairs(teacher, student, row.id, config, fresh=False)
         return pairs
 
     def add(self, samples: Sequence[Sample]) -> None:

@@ -147,7 +147,7 @@ def _restored(surplus: Sequence[Group], rows: Sequence[Example], processor: Chat
     examples = [by_id[row_id] for row_id, _ in surplus]
     prompts = processor.encode_prompts(examples)
     return [
-        as_sample(row, prompt, Rollout(**fields), number - len(surplus), compat)
+        as_sample(processor, row, prompt, Rollout(**fields), number - len(surplus), compat)
         for number, (row, prompt, (_, rollouts)) in enumerate(zip(examples, prompts, surplus, strict=True))
         for fields in rollouts
     ]

@@ -124,17 +124,23 @@ def _samples(
     answers = engine.generate(requests, sampling)
     prompts = processor.encode_prompts(rows) if rows else []
     return [
-        as_sample(row, prompt, rollout, group, compat)
+        as_sample(processor, row, prompt, rollout, group, compat)
         for group, (row, prompt, rollouts) in enumerate(zip(rows, prompts, answers, strict=True))
         for rollout in rollouts
     ]
 
 
-def as_sample(example: Example, prompt: EncodedPrompt, rollout: Rollout, group: int, compat: str) -> Sample:
-    """A rollout that was cut at the length limit is outside the grammar."""
+def as_sample(
+    processor: ChatProcessor, example: Example, prompt: EncodedPrompt, rollout: Rollout, group: int, compat: str
+) -> Sample:
+    """A rollout that was cut at the length limit is outside the grammar.
+
+    So is one with a token before its last that its text does not show, and nobody who reads the text could judge.
+    The paper's code lets that pass.
+    """
     assert example.answer is not None, "the readers refuse prompts without an answer"
     response, correct = None, False
-    if rollout.finished:
+    if rollout.finished and (compat == "reference" or processor.has_text(rollout.token_ids[:-1])):
         response, correct = judge(rollout.text, example.answer, example.equivalent_answers, compat=compat)
     return Sample(example, prompt, rollout, response, correct, group)
 

@@ -8,7 +8,7 @@ from prism_megatron.config import WarmupConfig
 from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_pairs
-from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, discriminator_step
+from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, branch_pairs, discriminator_step
 from prism_megatron.stages.setup import finish, load_discriminator, load_processor, open_stage, rows_of_iteration
 from prism_megatron.types import PreferencePair
 
@@ -28,7 +28,7 @@ def run_warmup(config: WarmupConfig) -> None:
         for iteration in range(stage.start, run.train_iters):
             with stage.timers("data"):
                 mine = rows_of_iteration(rows, config.global_batch_size, iteration, run.seed)
-                pairs = preference_pairs(mine, processor)
+                pairs = preference_pairs(mine, processor, config)
             with stage.timers("train"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
                 measured = discriminator_step(discriminator, pairs, processor, config, _OBJECTIVE, lr)
@@ -39,11 +39,11 @@ def run_warmup(config: WarmupConfig) -> None:
         finish(stage, {})
 
 
-def preference_pairs(rows: list[PreferencePair], processor: ChatProcessor) -> list[Pair]:
+def preference_pairs(rows: list[PreferencePair], processor: ChatProcessor, config: WarmupConfig) -> list[Pair]:
     """A perception and a reasoning pair from every line."""
     pairs = []
     for row, prompt in zip(rows, processor.encode_prompts(rows), strict=True):
         teacher = branch_sequences(processor, prompt, row.teacher_caption, row.teacher_reasoning)
         student = branch_sequences(processor, prompt, row.student_caption, row.student_reasoning)
-        pairs += [Pair(t, s, row.id) for t, s in zip(teacher, student, strict=True)]
+        pairs += branch_pairs(teacher, student, row.id, config)
     return pairs

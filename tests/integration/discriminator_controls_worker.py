@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prism_megatron.parallel import cpu
@@ -12,53 +14,67 @@ from prism_megatron.parallel import cpu
 cpu.install()
 
 from prism_megatron import config as cfg  # noqa: E402
-from prism_megatron.data.branches import (  # noqa: E402
-    branch_sequences,
-    reference_student_sequences,
-    reference_teacher_sequences,
-)
 from prism_megatron.data.chat import ChatProcessor  # noqa: E402
 from prism_megatron.data.dataset import read_sft  # noqa: E402
 from prism_megatron.data.response import parse_response  # noqa: E402
+from prism_megatron.observe import metrics as names  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
+from prism_megatron.stages.align import score_branches  # noqa: E402
 from prism_megatron.stages.discriminator import (  # noqa: E402
     DiscriminatorObjective,
     Pair,
     discriminator_step,
     score,
 )
-from prism_megatron.stages.setup import load_discriminator, load_processor  # noqa: E402
+from prism_megatron.stages.rollouts import Sample, as_sample  # noqa: E402
+from prism_megatron.stages.setup import Trained, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.train import load  # noqa: E402
-from prism_megatron.types import EncodedPrompt  # noqa: E402
+from prism_megatron.types import EncodedPrompt, Example, Rollout  # noqa: E402
 
 TRAINED_ROWS, ROWS_PER_STEP, STEPS = 24, 8, 24
+OBJECTIVE = DiscriminatorObjective((0.5, 0.5))
+SHORT_BRANCH = 20
 
 
-def true_pairs(processor: ChatProcessor, prompt: EncodedPrompt, text: str) -> list[Pair]:
-    """The student writes as the teacher does, but for one character, which every block has."""
-    teacher, student = parse_response(text), parse_response(text.replace(":", ";"))
-    assert teacher is not None
-    assert student is not None
-    sides = (branch_sequences(processor, prompt, r.caption_block, r.reasoning_block) for r in (teacher, student))
-    return [Pair(t, s, "row") for t, s in zip(*sides, strict=True)]
+@dataclass(frozen=True)
+class Asked:
+    """Rows and their prompts, and how to make samples of them."""
+
+    processor: ChatProcessor
+    rows: Sequence[Example]
+    prompts: Sequence[EncodedPrompt]
+
+    def demonstrating(self, texts: Sequence[str]) -> Asked:
+        """The same rows, with other demonstrations."""
+        rows = []
+        for row, text in zip(self.rows, texts, strict=True):
+            shown = parse_response(text)
+            assert shown is not None
+            blocks = {"teacher_caption": shown.caption_block, "teacher_reasoning": shown.reasoning_block}
+            rows.append(replace(row, response=text, **blocks))
+        return Asked(self.processor, rows, self.prompts)
+
+    def answered(self, texts: Sequence[str], *, by_character: bool = False) -> list[Sample]:
+        """A response to each row, sampled as it would be tokenised, or in as many tokens as can be."""
+        samples = []
+        for group, (row, prompt, text) in enumerate(zip(self.rows, self.prompts, texts, strict=True)):
+            parts = list(text) if by_character else [text]
+            ids = [token for part in parts for token in self.processor.encode_text(part)]
+            ids.append(self.processor.terminator_id)
+            rollout = Rollout(tuple(ids), (0.0,) * len(ids), text, finished=True, policy_version=None)
+            samples.append(as_sample(self.processor, row, prompt, rollout, group, "fixed"))
+        return samples
 
 
-def filler_pairs(processor: ChatProcessor, prompt: EncodedPrompt, text: str, compat: str) -> list[Pair]:
-    """Both sides say nothing, as long as the row's own blocks."""
-    real = parse_response(text)
-    assert real is not None
-    caption, think = ("x " * (len(processor.encode_text(block)) - 4) for block in (real.caption, real.think))
-    empty = f"<caption>{caption}</caption>\n<think>{think}</think>\n<answer>x</answer>"
-    response = parse_response(empty)
-    assert response is not None
-    blocks = (response.caption_block, response.reasoning_block)
-    if compat == "fixed":
-        teacher, student = (branch_sequences(processor, prompt, *blocks) for _ in range(2))
-    else:
-        teacher = reference_teacher_sequences(processor, prompt, *blocks)
-        sampled = (*processor.encode_text(empty), processor.terminator_id)
-        student = reference_student_sequences(processor, prompt, sampled, response)
-    return [Pair(t, s, "row") for t, s in zip(teacher, student, strict=True)]
+def fillers(asked: Asked, draw: random.Random) -> list[str]:
+    """A text to each row that says nothing, each block as long as that of some row."""
+    real = [parse_response(row.response or "") for row in asked.rows]
+    lengths = [
+        [len(asked.processor.encode_text(block)) for r in real if r is not None for block in (getattr(r, name),)]
+        for name in ("caption", "think")
+    ]
+    blocks = [["x " * draw.choice(of_rows) for of_rows in lengths] for _ in asked.rows]
+    return [f"<caption>{c}</caption>\n<think>{t}</think>\n<answer>x</answer>" for c, t in blocks]
 
 
 def shuffled(pairs: list[Pair], coins: random.Random) -> list[Pair]:
@@ -67,40 +83,70 @@ def shuffled(pairs: list[Pair], coins: random.Random) -> list[Pair]:
 
 
 def accuracy_after_warmup(
-    rows: list[list[Pair]], processor: ChatProcessor, config: cfg.AlignConfig
+    samples: list[Sample], processor: ChatProcessor, config: cfg.AlignConfig, coins: random.Random | None = None
 ) -> dict[str, float]:
-    """Accuracy on the rows not trained on, a tie being half a win."""
+    """Accuracy on the samples not trained on, a tie being half a win."""
     trained = load_discriminator(config, config.discriminator_optimizer)
-    objective = DiscriminatorObjective((0.5, 0.5))
+    pairs = score_branches(trained, samples, processor, config).pairs  # two of each sample
+    if coins is not None:
+        pairs = shuffled(pairs, coins)
     for step in range(STEPS):
         start = step * ROWS_PER_STEP % TRAINED_ROWS
-        pairs = [pair for row in rows[start : start + ROWS_PER_STEP] for pair in row]
-        discriminator_step(trained, pairs, processor, config, objective, 1e-3)
-    held_out = [pair for row in rows[TRAINED_ROWS:] for pair in row]
+        discriminator_step(trained, pairs[2 * start : 2 * (start + ROWS_PER_STEP)], processor, config, OBJECTIVE, 1e-3)
+    held_out = pairs[2 * TRAINED_ROWS :]
     owners = ["row"] * len(held_out)
     gap = score(trained, [p.teacher for p in held_out], owners, processor, config)
     gap -= score(trained, [p.student for p in held_out], owners, processor, config)
     wins = float((gap > 0).sum() + 0.5 * (gap == 0).sum())
-    return {"wins": wins, "ties": float((gap == 0).sum()), "pairs": len(held_out)}
+    return {"wins": wins, "pairs": len(held_out)}
+
+
+def compared(trained: Trained, samples: list[Sample], processor: ChatProcessor, config: cfg.AlignConfig) -> object:
+    """What the discriminator is shown of ``samples``, and how many pairs its step says were cut."""
+    branches = score_branches(trained, samples, processor, config)
+    step = discriminator_step(trained, branches.pairs, processor, config, OBJECTIVE, 0.0)
+    return {
+        "teachers": [pair.teacher.response_ids for pair in branches.pairs],
+        "students": [pair.student.response_ids for pair in branches.pairs],
+        "scored": [student.response_ids for student in branches.students],
+        "sampled": [sample.rollout.token_ids for sample in samples],
+        "cut": step[names.CUT_PAIRS],
+    }
 
 
 def main(checkpoint: str, data: str, out: str) -> None:
-    config = load("tiny_align", [f"model.hf_checkpoint={checkpoint}", f"discriminator.hf_checkpoint={checkpoint}"])
+    overrides = [f"model.hf_checkpoint={checkpoint}", f"discriminator.hf_checkpoint={checkpoint}"]
+    config, reference, short = (
+        load("tiny_align", [*overrides, *more])
+        for more in ([], ["compat=reference"], [f"discriminator.max_branch_tokens={SHORT_BRANCH}"])
+    )
     assert isinstance(config, cfg.AlignConfig)
+    assert isinstance(reference, cfg.AlignConfig)
+    assert isinstance(short, cfg.AlignConfig)
     groups.initialize(config.parallel, 1)
     processor = load_processor(config)
     rows = read_sft(Path(data))
+    asked = Asked(processor, rows, processor.encode_prompts(rows))
     texts = [row.response or "" for row in rows]
-    prompts = processor.encode_prompts(rows)
-    true = [true_pairs(processor, p, t) for p, t in zip(prompts, texts, strict=True)]
-    coins = random.Random(0)
-    kinds = {
-        "true": true,
-        "shuffled": [shuffled(pairs, coins) for pairs in true],
-        "filler": [filler_pairs(processor, p, t, "fixed") for p, t in zip(prompts, texts, strict=True)],
-        "filler_reference": [filler_pairs(processor, p, t, "reference") for p, t in zip(prompts, texts, strict=True)],
+    draw = random.Random(0)
+
+    # The student writes as the teacher does, but for one character, which every block has.
+    true = asked.answered([text.replace(":", ";") for text in texts])
+    empty = asked.demonstrating(fillers(asked, draw)).answered(fillers(asked, draw))
+    measured: dict[str, object] = {
+        "true": accuracy_after_warmup(true, processor, config),
+        "shuffled": accuracy_after_warmup(true, processor, config, draw),
+        "filler": accuracy_after_warmup(empty, processor, config),
+        "filler_reference": accuracy_after_warmup(empty, processor, reference),
     }
-    measured = {kind: accuracy_after_warmup(pairs, processor, config) for kind, pairs in kinds.items()}
+
+    few = Asked(processor, rows[:2], asked.prompts[:2])
+    long = [text.replace("<think>", "<think>" + 300 * "so ") for text in texts[:2]]
+    same = few.demonstrating(long).answered(long, by_character=True)
+    trained = load_discriminator(config, config.discriminator_optimizer)
+    measured["same"] = compared(trained, same, processor, config)
+    measured["same_short"] = compared(trained, same, processor, short)
+    measured["longer"] = compared(trained, few.demonstrating(long).answered(texts[:2]), processor, short)
     Path(out).write_text(json.dumps(measured))
     groups.shutdown()
 

@@ -88,7 +88,7 @@ def replay(config: cfg.AlignConfig, processor: ChatProcessor, rows: list[Example
     """What a buffer of two prompts, two responses each, holds and draws after responses to three prompts."""
     sizes = cfg.ReplayConfig(prompts=2, responses_per_prompt=2, responses_per_iteration=3)
     buffer = Replay(rows, sizes, seed=1)
-    nothing = buffer.pairs(0, processor)
+    nothing = buffer.pairs(0, processor, config)
     for number in (0, 1, 0, 2, 0):
         row = rows[number]
         assert row.response is not None
@@ -96,12 +96,15 @@ def replay(config: cfg.AlignConfig, processor: ChatProcessor, rows: list[Example
         response = parse_response(row.response)
         buffer.add([Sample(row, processor.encode_prompts([row])[0], said, response, False, 0)] * 2)
         buffer.add([Sample(row, processor.encode_prompts([row])[0], said, None, False, 0)])
-    drawn, again = (b.pairs(7, processor) for b in (buffer, Replay(rows, sizes, 1, buffer.kept)))
+    short = replace(config, discriminator=replace(config.discriminator, max_branch_tokens=10))
+    cut = buffer.pairs(7, processor, short)
+    drawn, again = (b.pairs(7, processor, config) for b in (buffer, Replay(rows, sizes, 1, buffer.kept)))
     return {
         "replay_kept": {number: len(buffer.kept.get(rows[number].id, [])) for number in range(3)},
         "replay_nothing": len(nothing),
         "replay_drawn": [(pair.owner, pair.branch, pair.fresh) for pair in drawn],
         "replay_again": [pair.student.response_ids for pair in drawn] == [pair.student.response_ids for pair in again],
+        "replay_cut": [(pair.cut, len(pair.teacher.response_ids), len(pair.student.response_ids)) for pair in cut],
         "replay_same_text": all(pair.student.response_ids == pair.teacher.response_ids for pair in drawn),
     }
 

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 WORKER = Path(__file__).with_name("discriminator_controls_worker.py")
-Measured = dict[str, dict[str, float]]
+Measured = dict[str, dict[str, Any]]
+SHORT_BRANCH = 20  # tokens, as in the worker
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,37 @@ def test_shuffled_labels_are_not(measured: Measured) -> None:
 
 
 def test_without_content_nothing_tells_the_sides_apart(measured: Measured) -> None:
-    """Neither length, nor padding, nor terminator: the scores are the same."""
-    assert measured["filler"]["ties"] == measured["filler"]["pairs"]
+    """Neither length, drawn for each side alike, nor tokenisation, padding or terminator."""
+    pairs = measured["filler"]["pairs"]
+    assert pairs == 80
+    assert abs(measured["filler"]["wins"] - pairs / 2) <= chance_margin(pairs)
 
 
 def test_d2_in_the_papers_code_the_terminator_does(measured: Measured) -> None:
     assert measured["filler_reference"]["wins"] > 0.9 * measured["filler_reference"]["pairs"]
+
+
+def test_d3_the_same_text_is_the_same_sequence_on_both_sides(measured: Measured) -> None:
+    """However long it is, and however the policy cut it into tokens; what is scored is what is compared."""
+    same = measured["same"]
+    assert same["teachers"] == same["students"] == same["scored"]
+    assert max(map(len, same["teachers"])) > 512
+    assert max(map(len, same["sampled"])) > 2 * 512
+    assert same["cut"] == 0
+
+
+def test_d3_nor_does_a_limit_on_length_change_that(measured: Measured) -> None:
+    same = measured["same_short"]
+    assert same["teachers"] == same["students"] != same["scored"]
+    assert max(map(len, same["teachers"])) == SHORT_BRANCH
+    assert same["scored"] == measured["same"]["scored"]
+    assert same["cut"] == sum(len(ids) > SHORT_BRANCH for ids in same["scored"]) > 2
+
+
+def test_d1_where_one_side_is_too_long_both_are_cut(measured: Measured) -> None:
+    """Demonstrations of over 512 tokens, responses of a few dozen: neither shows its end, but the terminator."""
+    cut = measured["longer"]
+    for whole, teacher, student in list(zip(cut["scored"], cut["teachers"], cut["students"], strict=True))[1::2]:
+        assert len(teacher) == len(student) <= SHORT_BRANCH
+        assert student[:-1] == whole[: len(student) - 1] != whole[:-1]
+        assert teacher[-1] == student[-1] == whole[-1]

@@ -55,6 +55,10 @@ def test_replay_is_bounded_by_prompt_and_drawn_by_seed_and_iteration(measured: d
     assert measured["replay_same_text"]
 
 
+def test_what_is_replayed_is_cut_on_both_sides(measured: dict[str, Any]) -> None:
+    assert measured["replay_cut"] == [[True, 10, 10]] * 6
+
+
 def test_w4_no_score_is_thinned_by_dropout(measured: dict[str, Any]) -> None:
     assert measured["dropout_differs"] == 0
 

@@ -95,6 +95,40 @@ def test_knobs_that_do_not_go_together_are_refused(recipe: str, overrides: list[
         load(recipe, overrides)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (
+            "tiny_warmup",
+            ["discriminator.max_branch_tokens=3000"],
+            r"max_tokens_per_microbatch \(6144\) .* 6192 tokens with prompts of up to 96 .* raise it to 6192, or lower "
+            r"discriminator.max_branch_tokens",
+        ),
+        ("tiny_align", ["max_tokens_per_microbatch=190"], r"\(190\) .* 196 tokens .* raise it to 196"),
+        (
+            "tiny_align",
+            ["gradient_penalty=1", "gradient_penalty_std=1", "discriminator.max_branch_tokens=2000"],
+            "raise it to 6288",
+        ),
+        (
+            "tiny_align",
+            ["compat=reference", "max_tokens_per_microbatch=800"],
+            "raise it to 864, or lower rollout.max_r",
+        ),
+        (
+            "tiny_align",
+            ["compat=reference", "discriminator.max_branch_tokens=9"],
+            "or discriminator.max_branch_tokens;",
+        ),
+        ("tiny_align", ["discriminator.max_branch_tokens=1"], r"must be 0 \(all that fits\) or at least 2, got 1"),
+    ],
+)
+def test_pairs_that_would_not_fit_are_refused(recipe: str, overrides: list[str], message: str) -> None:
+    """Two (three) sequences of 96 prompt tokens; the paper's cuts demonstrations at 512 and responses never."""
+    with pytest.raises(ValueError, match=message):
+        load(recipe, overrides)
+
+
 def test_unknown_recipe() -> None:
     with pytest.raises(ValueError, match="unknown recipe 'tiny_stf'; there are tiny_sft"):
         load("tiny_stf", [])

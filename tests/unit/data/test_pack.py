@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -103,3 +105,32 @@ def test_split_keeps_order_and_budget() -> None:
     assert split_by_tokens(sequences, 8) == [[0, 1], [2, 3]]
     with pytest.raises(ValueError, match=r"a sequence of 6 tokens does not fit max_tokens_per_microbatch \(5\)"):
         split_by_tokens(sequences, 5)
+
+
+def test_a_prompt_that_is_laid_down_once_takes_its_room_once() -> None:
+    shared, other = EncodedPrompt((1,) * 5), EncodedPrompt((1,) * 5)
+    sequences = [TrainingSequence(shared, (6,) * 2, branch) for branch in (0, 1) * 4]
+    assert split_by_tokens(sequences, 26) == [[0, 1, 2], [3, 4, 5], [6, 7]]  # three times seven
+    assert split_by_tokens(sequences, 26, share_prompts=True) == [[*range(8)]]  # twice five, eight times two
+    assert len(pack_shared(sequences, SPEC).tokens) == 26
+    assert split_by_tokens(sequences, 25, share_prompts=True) == [[*range(7)], [7]]
+    mixed = [sequences[0], TrainingSequence(other, (6,) * 2, 0), sequences[2]]
+    assert split_by_tokens(mixed, 16, share_prompts=True) == [[0, 1, 2]]
+    assert split_by_tokens(mixed, 15, share_prompts=True) == [[0, 1], [2]]
+
+
+def test_what_is_split_with_shared_prompts_is_packed_within_the_budget() -> None:
+    draw = random.Random(3)
+    for _ in range(50):
+        prompts = [EncodedPrompt((1,) * draw.randint(1, 4)) for _ in range(3)]
+        sequences = [
+            TrainingSequence(draw.choice(prompts), (6,) * draw.randint(1, 4), draw.randint(0, 1)) for _ in range(9)
+        ]
+        for group in split_by_tokens(sequences, 12, share_prompts=True):
+            assert len(pack_shared([sequences[i] for i in group], SPEC).tokens) <= 12
+
+
+def test_a_long_prompt_does_not_keep_its_answers_apart() -> None:
+    shared = EncodedPrompt((1,) * 2000)
+    sequences = [TrainingSequence(shared, (6,) * 100, 0) for _ in range(122)]
+    assert [len(group) for group in split_by_tokens(sequences, 8192, share_prompts=True)] == [61, 61]
