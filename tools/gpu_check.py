@@ -3,9 +3,9 @@
     python tools/gpu_check.py --out gpu_check.json [--only parity,fp8] [--layers 36] [--dry]
 
 Each part runs in a process of its own with its own time; one that fails or hangs is recorded with its error, the others
-go on, and the exit status is 1. Where the GPU cannot hold the 4B-shaped model whole, fewer layers are trained, and a note
-says so. ``--dry`` takes the same steps on tiny sizes in the precisions a CPU has, and says of the rest what would be run.
-Needed beside torch, transformers and their dependencies: megatron-core and, on a GPU, Transformer Engine. Parts:
+go on, and the exit status is 1. A GPU that cannot hold the whole 4B-shaped model trains fewer layers; a note says so.
+``--dry`` takes the same steps on tiny sizes in the precisions a CPU has, and says of the rest what would be run. Needed
+beside torch, transformers and their dependencies: megatron-core and, on a GPU, Transformer Engine. Parts:
 
     names          every HF tensor into Megatron's parameters (grouped experts too), out, and in again, to the bit
     parity         BF16 beside float32 HF on a tiny and a two-layer model of 4B's widths, with images and gradients
