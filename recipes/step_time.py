@@ -175,13 +175,14 @@ class _Step:
         return self.microbatches * max(self.layers) * times * once if self.cp > 1 else 0.0
 
     def _expert(self) -> float:
-        """Tokens to their experts and back, forward and backward."""
-        if self.ep == 1:
+        """Tokens to their experts and back, forward and backward; ranks that share an expert gather and sum them."""
+        etp = self.config.parallel.expert_tensor_parallel_size
+        if self.ep * etp == 1:
             return 0.0
         text = self.sizes.text
         routed = self.tokens / self.shards * text["num_experts_per_tok"] * text["hidden_size"] * self.width
-        group = self.ep * self.config.parallel.expert_tensor_parallel_size
-        once = self._moved(routed * (self.ep - 1) / self.ep, group)
+        once = self._moved(routed * (self.ep - 1) / self.ep, self.ep * etp) if self.ep > 1 else 0.0
+        once += self._moved(routed * (etp - 1), etp) if etp > 1 else 0.0
         return self.microbatches * max(self.layers) * (4 + 2 * self.config.model.recompute) * once
 
     def _pipeline(self) -> float:

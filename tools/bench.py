@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -50,6 +51,20 @@ def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_bytes_of_children() -> int:
+    """The most resident memory that each living process started by this one has held, and by those, added up."""
+    parents, peaks = {}, {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            fields = dict(re.findall(r"^(\w+):\s+(\d+)", status.read_text(), re.MULTILINE))
+            process = int(fields["Pid"])
+            parents[process], peaks[process] = int(fields["PPid"]), 1024 * int(fields.get("VmHWM", 0))
+    found, new = set[int](), {os.getpid()}
+    while new := {process for process, parent in parents.items() if parent in new}:
+        found |= new
+    return sum(peaks[process] for process in found)
 
 
 def extra_peak_bytes(work: Callable[[], Any]) -> int:

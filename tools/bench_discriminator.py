@@ -4,7 +4,8 @@
 
 A step's sequences are those of ``--samples`` responses and one demonstration to each prompt, two branches each. Both
 ways start from encoded rows and run the same network without gradient, turn by turn, so that a busy machine slows both.
-The sides' scores must agree; medians and their ratio are printed as one JSON line, and how long sequences are.
+The sides' scores must agree; medians, p90, tokens a second, memory and the medians' ratio are printed as one JSON line,
+and how long sequences are.
 
 The built-in pictures are enlarged to 192 x 288 pixels, 54 tokens, about as many as a response has; the paper's of up to
 560 pixels a side have up to 306. ``--image-scale 1`` leaves them at 6 tokens, where there is less to save.
@@ -47,9 +48,12 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=16, help="responses to a prompt")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
     parser.add_argument("--image-scale", type=int, default=3, help="enlarges images to so many times their side")
-    parser.add_argument("--rounds", type=int, default=5, help="measured turns of each side")
+    parser.add_argument("--rounds", type=int, default=5, help="measured turns of each side, at least 2")
     bench.add_output_options(parser)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        print(f"error: --rounds must be at least 2 for a median and a p90, got {arguments.rounds}", file=sys.stderr)
+        return 2
     recipe = f"{arguments.recipe}_align"
     if recipe not in STAGE_RECIPES:
         print(f"error: no recipe {recipe}; there are {', '.join(sorted(STAGE_RECIPES))}", file=sys.stderr)
@@ -76,10 +80,10 @@ def measure(
     sizes: Mapping[str, Mapping[str, Any]] | None = None,
     scale: int = 1,
 ) -> dict[str, Any]:
-    """Median sequences per second of each side, over ``rounds`` turns after one to warm up.
+    """Sequences and tokens a second of each side, over ``rounds`` turns (at least two) after one to warm up.
 
-    ``sizes`` are those of the dense model that is upcycled, as ``make_tiny_model`` takes them; ``scale`` enlarges
-    images.
+    ``extra_peak_bytes`` are a side's beyond what model and rows take. ``sizes`` are those of the dense model that is
+    upcycled, as ``make_tiny_model`` takes them; ``scale`` enlarges images.
     """
     from prism_megatron.parallel import cpu, groups
     from tools.make_tiny_model import make_tiny_model
@@ -93,14 +97,17 @@ def measure(
     config.model.hf_checkpoint = config.discriminator.hf_checkpoint = str(folder / "base")
     config.model.precision = precision
     groups.initialize(config.parallel, seed=1)
-    sides, sequences, mean_tokens = _sides(config, folder / "data" / "alignment.parquet", samples, prompts, scale)
+    sides, sequences, image_token = _sides(config, folder / "data" / "alignment.parquet", samples, prompts, scale)
     scores: dict[str, Tensor] = {}
 
     def turn(name: str, _number: int) -> None:
         scores[name] = sides[name]()
 
     seconds = bench.interleaved({name: partial(turn, name) for name in sides}, rounds, warmup=1)
+    peak = bench.peak_bytes()
+    extra = {name: bench.extra_peak_bytes(side) for name, side in sides.items()}
     groups.shutdown()
+    tokens = sum(map(len, sequences))
     difference = float((scores["packed"] - scores["one_at_a_time"]).abs().max() / scores["packed"].abs().max())
     if difference > _AGREEMENT[precision]:
         raise RuntimeError(f"both ways must score alike, and differ by {difference:.2g} of the largest score")
@@ -116,19 +123,28 @@ def measure(
             "rounds": rounds,
         },
         "ranks": 1,
-        "sequences": sequences,
-        "mean_tokens": mean_tokens,
+        "sequences": len(sequences),
+        "mean_tokens": _mean_tokens(sequences, image_token),
         **bench.provenance(),
         "scores_relative_difference": difference,
-        **{name: {"sequences_per_second": sequences / statistics.median(values)} for name, values in seconds.items()},
+        "peak_bytes_of_both_ways": peak,
+        **{
+            name: {
+                "seconds": bench.median_and_p90(values),
+                "sequences_per_second": len(sequences) / statistics.median(values),
+                "tokens_per_second": tokens / statistics.median(values),
+                "extra_peak_bytes": extra[name],
+            }
+            for name, values in seconds.items()
+        },
         "ratio": statistics.median(seconds["one_at_a_time"]) / statistics.median(seconds["packed"]),
     }
 
 
 def _sides(
     config: AlignConfig, data: Path, samples: int, prompts: int, scale: int
-) -> tuple[dict[str, Callable[[], Tensor]], int, dict[str, float]]:
-    """Both ways of scoring one step's sequences, how many these are, and how long."""
+) -> tuple[dict[str, Callable[[], Tensor]], list[TrainingSequence], int]:
+    """Both ways of scoring one step's sequences, these, and the token that stands for images in them."""
     from prism_megatron.data.branches import branch_sequences
     from prism_megatron.data.dataset import read_alignment
     from prism_megatron.stages.discriminator import score
@@ -144,7 +160,6 @@ def _sides(
         assert row.teacher_reasoning is not None
         prompt = encoded[number // (samples + 1)]
         sequences += branch_sequences(processor, prompt, row.teacher_caption, row.teacher_reasoning)
-    mean_tokens = _mean_tokens(sequences, processor.input_spec.image_token_id)
     trained = load_discriminator(config, config.discriminator_optimizer)
     head = trained.chunks[-1].module.score_heads.weight
     with torch.no_grad():  # at zero, as it starts, every score is the same
@@ -157,7 +172,7 @@ def _sides(
     def one_at_a_time() -> Tensor:
         return torch.cat([score(trained, [sequence], ["x"], processor, config) for sequence in sequences])
 
-    return {"packed": packed, "one_at_a_time": one_at_a_time}, len(sequences), mean_tokens
+    return {"packed": packed, "one_at_a_time": one_at_a_time}, sequences, processor.input_spec.image_token_id
 
 
 def _enlarged(image: bytes, scale: int) -> bytes:

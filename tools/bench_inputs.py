@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,11 @@ def make_model(settings: Settings, folder: Path, batches: int) -> SFTConfig:
 
 def model_sizes(size: str) -> HFSizes:
     """What ``make_tiny_model`` will make of ``model_overrides(size)``."""
-    overrides = model_overrides(size)
+    return sizes_of(model_overrides(size))
+
+
+def sizes_of(overrides: Mapping[str, dict[str, Any]]) -> HFSizes:
+    """What ``make_tiny_model`` will make of both of these."""
     text = TEXT_CONFIG | {"vocab_size": VOCAB_SIZE, "rms_norm_eps": 1e-6} | overrides["text_config"]
     vision = VISION_CONFIG | {"in_channels": 3} | overrides["vision_config"] | {"out_hidden_size": text["hidden_size"]}
     return HFSizes(text, vision, text["tie_word_embeddings"])

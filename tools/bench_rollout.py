@@ -4,7 +4,8 @@
 
 Both engines hold the same weights and answer the same prompts with the same seeds, turn by turn: their tokens must be
 the same. Then RLVR steps of the largest batch, each engine in turn: weights to the engine, responses, the policy's
-update. One rank; a decoder of the size asked for, untrained, the tiny model's vocabulary and vision tower.
+update. ``peak_bytes`` are the rank's, which trains and holds the colocated engine; ``peak_bytes_of_child`` are resident
+on the host. One rank; a decoder of the size asked for, untrained, the tiny model's vocabulary and vision tower.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from recipes import STAGE_RECIPES
 from tools import bench
 
 _PARTS = ("sync", "rollout", "train")
+Batch = Sequence[tuple[int, ...]]  # token ids of each response
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 
     bench.interleaved({kind: partial(train, kind) for kind in engines}, settings.steps, warmup=1)
     result["step"] = {kind: shares(steps[1:]) for kind, steps in parts.items()}
+    result |= {"peak_bytes": bench.peak_bytes(), "peak_bytes_of_child": bench.peak_bytes_of_children()}
     groups.shutdown()
     return result
 
@@ -106,21 +109,33 @@ def sampling(
     """Tokens a second and seconds of each engine on one batch of prompts."""
     from prism_megatron.stages.rollouts import sample_responses
 
-    generated: dict[str, list[int]] = {kind: [] for kind in engines}
+    generated: dict[str, list[Batch]] = {kind: [] for kind in engines}
 
     def sample(kind: str, number: int) -> None:
         samples = sample_responses(engines[kind], processor, rows, number, config)
-        generated[kind].append(sum(len(sample.rollout.token_ids) for sample in samples))
+        generated[kind].append([sample.rollout.token_ids for sample in samples])
 
     seconds = bench.interleaved({kind: partial(sample, kind) for kind in engines}, steps, warmup=1)
-    assert generated["child"] == generated["colocated"]
+    check_same(generated)
+    tokens = [sum(map(len, batch)) for batch in generated["colocated"][1:]]
     return {
         kind: {
-            "tokens_per_second": statistics.median(map(truediv, generated[kind][1:], values)),
+            "tokens_per_second": statistics.median(map(truediv, tokens, values)),
             "seconds": bench.median_and_p90(values),
         }
         for kind, values in seconds.items()
     }
+
+
+def check_same(generated: Mapping[str, Sequence[Batch]]) -> None:
+    """Raises RuntimeError where the engines' token ids of some batch differ."""
+    for number, (child, colocated) in enumerate(zip(generated["child"], generated["colocated"], strict=True)):
+        for response, (one, other) in enumerate(zip(child, colocated, strict=True)):
+            if one != other:
+                raise RuntimeError(
+                    f"both engines must give the same tokens; of batch {number}, response {response} is {one} from the "
+                    f"child process and {other} inside the rank"
+                )
 
 
 def prepare(settings: Settings, folder: Path) -> RLVRConfig:

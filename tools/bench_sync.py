@@ -64,10 +64,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     """Seconds of each way, and bytes of weights a second."""
     from tools.make_tiny_model import make_tiny_model
 
-    text = {"hidden_size": settings.hidden, "intermediate_size": 3 * settings.hidden}
-    vision = {"out_hidden_size": settings.hidden}
-    overrides = {"text_config": text | {"num_hidden_layers": settings.layers}, "vision_config": vision}
-    make_tiny_model(folder / "base", seed=1, overrides=overrides)
+    make_tiny_model(folder / "base", seed=1, overrides=model_overrides(settings.hidden, settings.layers))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = [
         f"model.hf_checkpoint={folder}/base",
@@ -109,6 +106,12 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         "push_over_copy": median["push"] / median["copy"],
         "transfer_over_copy": median["transfer"] / median["copy"],
     }
+
+
+def model_overrides(hidden: int, layers: int) -> dict[str, dict[str, Any]]:
+    """Sizes of the random model that are not the tiny one's."""
+    text = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    return {"text_config": text, "vision_config": {"out_hidden_size": hidden}}
 
 
 class Sides:

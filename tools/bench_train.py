@@ -6,9 +6,10 @@
 
 Each step starts from encoded rows: laying them out (packed here, padded there), forward, backward, optimizer. Steps of
 both sides alternate, so that a busy machine slows both; medians and their ratio are printed as one JSON line. Further
-steps are then split by Megatron's timers. Weights are random: the tiny model's, or of any ``--size``. ``--images`` says
-what the rows show: ``shapes`` the built-in task, ``mock`` random pixels of the given sizes in turn, or a directory of
-PNG and JPEG files. ``--ranks`` starts as many processes here; under torchrun or srun it is left out.
+steps are then split by Megatron's timers. MFU, and HFU (ours with what is computed twice), are null where the device's
+peak is unknown. Weights are random: the tiny model's, or of any ``--size``. ``--images`` says what the rows show:
+``shapes`` the built-in task, ``mock`` random pixels of the given sizes in turn, or a directory of PNG and JPEG files.
+``--ranks`` starts as many processes here; under torchrun or srun it is left out.
 """
 
 from __future__ import annotations
@@ -172,6 +173,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any] | None:
     result["peak_bytes_of_all_sides"] = peaks
     for name, values in slowest.items():
         result[name] = _speed(prepared, settings, values, ranks) | {"first_loss": losses[name]}
+    result["ours"] |= with_recomputed(prepared, result["ours"]["mfu"])
     keys = {key for of_rank in parts for key in of_rank}
     result["ours"]["split"] = {key: statistics.mean(of_rank.get(key, 0.0) for of_rank in parts) for key in sorted(keys)}
     if settings.vs_hf:
@@ -211,6 +213,20 @@ def _speed(prepared: Prepared, settings: Settings, seconds: list[float], ranks: 
         "tflops_per_rank": rate / ranks / 1e12,
         "mfu": rate / ranks / peak if peak else None,
     }
+
+
+def with_recomputed(prepared: Prepared, mfu: float | None) -> dict[str, Any]:
+    """Operations of our step with those done twice (logits, and layers where the recipe says so), and HFU by them."""
+    from prism_megatron.stages.microbatch import workload
+
+    sizes, model = prepared.policy.sizes, prepared.config.model
+    flops = [
+        training_flops(sizes.text, sizes.vision, workload(batch), model.freeze, model.recompute)
+        for batch in prepared.batches
+    ]
+    hardware = statistics.mean(step.hardware for step in flops)
+    hfu = None if mfu is None else mfu * hardware / statistics.mean(step.model for step in flops)
+    return {"hardware_flops_per_step": hardware, "hfu": hfu}
 
 
 def _as_json(settings: Settings) -> dict[str, Any]:

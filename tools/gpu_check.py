@@ -3,15 +3,15 @@
     python tools/gpu_check.py --out gpu_check.json [--only parity,fp8] [--layers 36] [--dry]
 
 Each part runs in a process of its own with its own time; one that fails or hangs is recorded with its error, the others
-go on, and the exit status is 1. ``--dry`` takes the same steps on tiny sizes in the precisions a CPU has, and says of
-the rest what would be run. Needed beside torch, transformers and their dependencies: megatron-core and, on a GPU,
-Transformer Engine. Parts:
+go on, and the exit status is 1. A GPU that cannot hold the whole 4B-shaped model trains fewer layers; a note says so.
+``--dry`` takes the same steps on tiny sizes in the precisions a CPU has, and says of the rest what would be run. Needed
+beside torch, transformers and their dependencies: megatron-core and, on a GPU, Transformer Engine. Parts:
 
     names          every HF tensor into Megatron's parameters (grouped experts too), out, and in again, to the bit
     parity         BF16 beside float32 HF on a tiny and a two-layer model of 4B's widths, with images and gradients
     fp8            50 steps in BF16 and in each FP8 recipe from the same start: loss, gradient norm, divergence
-    train          training steps of a 4B-shaped model on images of real sizes, BF16 and each FP8 recipe
-    train_hf       the same rows in HF transformers with torch's AdamW
+    train          steps of a 4B-shaped model on images of real sizes, BF16 and each FP8 recipe, layers recomputed
+    train_hf       the same rows in HF transformers with torch's AdamW and gradient checkpointing
     discriminator  scoring, packed beside one sequence at a time
     sync           new weights to vLLM, where it is installed
 """
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SECONDS = {"names": 45, "parity": 75, "fp8": 95, "train": 105, "train_hf": 50, "discriminator": 45, "sync": 55}
-_LAYERS = ((160, 36), (120, 24), (0, 12))  # GiB of memory: depth whose weights, optimizer and activations it holds
 _LOG_TAIL = 3000
 
 
@@ -71,10 +71,14 @@ def check(parts: list[str], arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     for part in parts:
         result["parts"][part] = run_part(part, arguments)
-        result |= {"seconds": round(time.monotonic() - began, 1), "faults": faults(result["parts"])}
+        result |= {"seconds": round(time.monotonic() - began, 1)}
+        result |= {"faults": told(result["parts"], _FAULTS), "notes": told(result["parts"], _NOTES)}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"{part}: {result['parts'][part]['seconds']} s, {len(faults({part: result['parts'][part]}))} faults")
+        of_part = {part: result["parts"][part]}
+        print(f"{part}: {result['parts'][part]['seconds']} s, {len(told(of_part, _FAULTS))} faults")
+        for note in told(of_part, _NOTES):
+            print(f"note: {note}")
     for fault in result["faults"]:
         print(f"fault: {fault}", file=sys.stderr)
     return int(bool(result["faults"]))
@@ -110,16 +114,17 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def faults(parts: dict[str, Any]) -> list[str]:
-    """A line for each part that did not end well and each variant that failed or measured what it should not."""
+def told(parts: dict[str, Any], kinds: Sequence[str]) -> list[str]:
+    """A line for each fault, of parts that did not end well too, or for each note."""
     found = []
     for part, result in parts.items():
         entries = {part: result, **{f"{part} {name}": measured for name, measured in result["variants"].items()}}
-        found += [f"{name}: {text}" for name, entry in entries.items() for text in map(entry.get, _FAULTS) if text]
+        found += [f"{name}: {text}" for name, entry in entries.items() for text in map(entry.get, kinds) if text]
     return found
 
 
-_FAULTS = ("error", "fault")
+_FAULTS = ("error", "fault")  # failed, or measured what it should not
+_NOTES = ("note",)  # measured less than the whole
 
 
 def work(part: str, folder: Path, arguments: argparse.Namespace) -> None:
@@ -134,8 +139,7 @@ def work(part: str, folder: Path, arguments: argparse.Namespace) -> None:
 
     if arguments.dry:
         torch.set_num_threads(min(torch.get_num_threads(), 2))
-    layers = arguments.layers or _fitting_layers()
-    scale = Scale(arguments.dry, layers, folder)
+    scale = Scale(arguments.dry, arguments.layers, folder)
     variants = {**gpu_check_numerics.PARTS, **gpu_check_speed.PARTS}[part](scale)
     with (folder / "variants.jsonl").open("a") as lines:
         for name, measure in variants:
@@ -151,15 +155,6 @@ def work(part: str, folder: Path, arguments: argparse.Namespace) -> None:
             gc.collect()  # a model in training holds itself; the next one needs its memory
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _fitting_layers() -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        return 0
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return next(layers for needed, layers in _LAYERS if memory >= needed)
 
 
 def _where(commit: str | None) -> dict[str, Any]:

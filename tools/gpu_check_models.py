@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,26 @@ import torch
 from prism_megatron.config import FP8Config, ModelConfig, OptimizerConfig, SFTConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.model.build import HFSizes
 from prism_megatron.stages.setup import Trained
+from recipes.activations import Load
+from recipes.memory import estimate, published_sizes
 from recipes.tiny import tiny_sft
-from tools.bench_inputs import Settings, mock_row, model_overrides
+from tools.bench_inputs import Settings, mock_row, mock_shape, model_overrides
 from tools.make_tiny_model import make_tiny_model
 
 Variants = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+ROWS = 8  # of a timed step
+_SHOWN = Settings(images="mock", resolutions=((448, 448), (640, 480), (1024, 768), (1280, 720)), response_tokens=256)
+_SHOWN_DRY = replace(_SHOWN, resolutions=((64, 64), (96, 64)), response_tokens=16)
 _INIT_STD = 0.02
+_TAKEN = 0.9  # of the GPU's memory: the estimate has never been measured on one
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is. ``layers`` is the depth of the decoder whose speed is measured."""
+    """How large everything is. ``layers`` is the depth of the decoder whose speed is measured, 0 what fits."""
 
     dry: bool
     layers: int
@@ -71,10 +79,51 @@ def _would_be(model: ModelConfig) -> dict[str, Any]:
 
 def sft_config(checkpoint: Path, model: ModelConfig, lr: float) -> SFTConfig:
     config = tiny_sft()
-    config.model = ModelConfig(str(checkpoint), model.precision, model.fp8)
+    config.model = replace(model, hf_checkpoint=str(checkpoint))
     config.optimizer = OptimizerConfig(lr=lr, adam_beta2=0.95)
     config.max_tokens_per_microbatch = 1 << 15
     return config
+
+
+def whole_model() -> HFSizes:
+    """4B's sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        return published_sizes("4b", Path(folder))
+
+
+def step_bytes(layers: int, model: ModelConfig) -> float:
+    """What a timed step of 4B, ``layers`` deep, holds at its fullest, by ``recipes/memory.py``.
+
+    36 layers, GiB: 8.3 weights (15.0 with FP8's copies), 16.5 gradients, 49.6 optimizer, 19.6 activations where layers
+    are recomputed (54 where they are not), 3.7 reserved: 98 in BF16, 105 in FP8, of an H200's 139. HF's float32
+    weights and optimizer (66), their rounded copies (8), all logits at once (19) and its activations (7) are as much.
+    """
+    whole = whole_model()
+    sizes = replace(whole, text=whole.text | {"num_hidden_layers": layers})
+    config = sft_config(Path(), model, 0.0)
+    config.eval.num_questions = 0  # no engine
+    shapes = [mock_shape(_SHOWN, sizes, number) for number in range(ROWS)]
+    tokens, patches = (sum(column) for column in zip(*shapes, strict=True))
+    return estimate(config, 1, sizes, sizes, Load(tokens, patches, ROWS * _SHOWN.response_tokens, 1)).total
+
+
+def fitting_layers(memory: float) -> int:
+    """The most decoder layers of 4B whose step, in whichever precision, fits a GPU of ``memory`` bytes."""
+    fp8 = ModelConfig("", "fp8", FP8Config(RECIPES[0]), recompute=True)
+    whole = whole_model()
+    levels = len(whole.vision["deepstack_visual_indexes"])  # of features, each added after a layer of its own
+    for layers in range(whole.text["num_hidden_layers"], levels - 1, -1):
+        if step_bytes(layers, fp8) <= _TAKEN * memory:
+            return layers
+    raise ValueError(
+        f"a GPU of {memory / 2**30:.0f} GiB is too small to train a few layers of 4B; take one of 48 or more"
+    )
+
+
+def not_whole(layers: int) -> str | None:
+    """What to tell of a model of fewer layers than 4B has."""
+    whole = whole_model().text["num_hidden_layers"]
+    return f"{layers} of 4B's {whole} decoder layers, not the whole model" if layers < whole else None
 
 
 def full_size(scale: Scale) -> Path:
@@ -83,7 +132,8 @@ def full_size(scale: Scale) -> Path:
     if not scale.dry:
         path = directory / "config.json"
         config, sizes = json.loads(path.read_text()), model_overrides("4b")
-        config["text_config"] |= sizes["text_config"] | {"num_hidden_layers": scale.layers}
+        layers = scale.layers or fitting_layers(torch.cuda.get_device_properties(0).total_memory)
+        config["text_config"] |= sizes["text_config"] | {"num_hidden_layers": layers}
         config["vision_config"] |= sizes["vision_config"]
         path.write_text(json.dumps(config))
     return directory
@@ -112,8 +162,7 @@ def random_policy(config: SFTConfig) -> Trained:
 
 def rows_with_images(processor: ChatProcessor, scale: Scale, count: int) -> list[TrainingSequence]:
     """Rows of made-up text and an image of a size that photographs and screenshots have."""
-    sizes = ((64, 64), (96, 64)) if scale.dry else ((448, 448), (640, 480), (1024, 768), (1280, 720))
-    shown = Settings(images="mock", resolutions=sizes, response_tokens=16 if scale.dry else 256)
+    shown = _SHOWN_DRY if scale.dry else _SHOWN
     return [mock_row(processor.input_spec, shown, number) for number in range(count)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def train(scale: Scale) -> Variants:
 
     groups.initialize(ParallelConfig(), seed=1)
     checkpoint = models.full_size(scale)
-    for model in (ModelConfig("", scale.precision), *scale.rivals()):
+    for precision in (ModelConfig("", scale.precision), *scale.rivals()):
+        model = replace(precision, recompute=True)
         yield models.label(model), partial(ours, checkpoint, model, scale)
     yield from models.not_on_a_cpu(scale)
     groups.shutdown()
@@ -49,7 +51,7 @@ def ours(checkpoint: Path, model: ModelConfig, scale: Scale) -> dict[str, Any]:
         assert loss is not None
         return loss
 
-    return timed(step, checkpoint, processor, scale)
+    return timed(step, checkpoint, processor, scale, with_hfu=True)
 
 
 def train_hf(scale: Scale) -> Variants:
@@ -61,7 +63,10 @@ def train_hf(scale: Scale) -> Variants:
 
 
 def theirs(checkpoint: Path, scale: Scale) -> dict[str, Any]:
-    """HF's model as its trainer runs it: float32 weights, BF16 under autocast (on a dry run not), torch's AdamW."""
+    """HF's model as its trainer runs it: float32 weights, BF16 under autocast (on a dry run not), torch's AdamW.
+
+    Layers are recomputed, as ours, and the vision tower's too.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from prism_megatron.parallel import groups
@@ -70,27 +75,34 @@ def theirs(checkpoint: Path, scale: Scale) -> dict[str, Any]:
     torch.manual_seed(1)
     with groups.device():
         hf = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
+    hf.gradient_checkpointing_enable()
     config = models.sft_config(checkpoint, ModelConfig("", scale.precision), _LR)
     step = bench_hf.hf_step(config, processor.input_spec, hf.train())
-    return timed(step, checkpoint, processor, scale)
+    return timed(step, checkpoint, processor, scale, with_hfu=False)
 
 
-def timed(step: Step, checkpoint: Path, processor: ChatProcessor, scale: Scale) -> dict[str, Any]:
-    """Tokens and operations a second of ``step``; padding is not counted."""
+def timed(step: Step, checkpoint: Path, processor: ChatProcessor, scale: Scale, *, with_hfu: bool) -> dict[str, Any]:
+    """Tokens and operations a second of ``step``; padding is not counted.
+
+    HFU is of what our step does twice, its decoder layers and logits.
+    """
     from prism_megatron.model.build import read_sizes
     from prism_megatron.stages.microbatch import workload
 
-    steps, warmup, rows = (2, 1, 2) if scale.dry else (10, 3, 8)
+    steps, warmup, rows = (2, 1, 2) if scale.dry else (10, 3, models.ROWS)
     batch, sizes = models.rows_with_images(processor, scale, rows), read_sizes(checkpoint)
     losses: list[float] = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     seconds = bench.interleaved({"step": lambda _: losses.append(step(batch))}, steps, warmup)["step"]
     median, tokens = statistics.median(seconds), sum(map(len, batch))
-    rate = training_flops(sizes.text, sizes.vision, workload(batch)).model / median
+    flops = training_flops(sizes.text, sizes.vision, workload(batch), recompute=True)
+    rate = flops.model / median
     most = peak_flops(bench.provenance()["hardware"])
+    layers = sizes.text["num_hidden_layers"]
     return {
-        "layers": sizes.text["num_hidden_layers"],
+        "layers": layers,
+        "note": None if scale.dry else models.not_whole(layers),
         "rows": rows,
         "image_patches": [len(row.prompt.visuals[0].patches) for row in batch],
         "tokens": tokens,
@@ -98,6 +110,7 @@ def timed(step: Step, checkpoint: Path, processor: ChatProcessor, scale: Scale) 
         "tokens_per_second": tokens / median,
         "tflops": rate / 1e12,
         "mfu_of_bf16_peak": rate / most if most else None,
+        "hfu_of_bf16_peak": flops.hardware / median / most if most and with_hfu else None,
         "peak_bytes": bench.peak_bytes(),
         "losses": losses,
     }

@@ -5,7 +5,8 @@
 
 Memory is ``recipes/memory.py``'s, time ``recipes/step_time.py``'s, whose texts say what they assume; each unit cost is
 printed with its source. ``--check`` fits the unit costs of this machine to the single-rank runs marked as calibration,
-and prints how far the predictions of all other runs are off.
+and prints how far the predictions of all other runs are off: steps on made-up or the built-in task's images, and new
+weights on their way to the engine, whose unit cost is fitted to the syncs of one rank.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,11 +25,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prism_megatron.config import SFTConfig, StageConfig, apply_overrides
+from prism_megatron.config import ParallelConfig, SFTConfig, StageConfig, apply_overrides
 from prism_megatron.model.build import HFSizes
 from prism_megatron.observe.flops import Workload, training_flops
 from recipes import qwen3_vl
-from recipes.layouts import LAYOUTS, SIZES
+from recipes.layouts import SIZES
 from recipes.memory import Memory, estimate, published_sizes
 from recipes.step_time import Costs, Rows, StepTime, predict, read_costs
 from tools.bench_inputs import resolutions
@@ -53,6 +55,8 @@ class Plan:
             "pp": parallel.pipeline_model_parallel_size,
             "cp": parallel.context_parallel_size,
             "ep": parallel.expert_model_parallel_size,
+            "etp": parallel.expert_tensor_parallel_size,
+            "layers": _layers(parallel),
             "recompute": self.config.model.recompute,
             "tokens/s/GPU": round(self.tokens_per_second_per_gpu),
             "MFU": round(self.mfu, 3),
@@ -159,20 +163,40 @@ def of_layout(config: StageConfig, sizes: HFSizes, rows: Rows, world_size: int, 
 
 
 def layouts(config: SFTConfig, sizes: HFSizes) -> Iterator[SFTConfig]:
-    """Every product of degrees, with and without recomputation; most are refused later."""
+    """Every product of degrees, with and without recomputation; most are refused later.
+
+    Experts are whole or cut as the rest of a layer. Pipeline stages are equal where the layers divide.
+    """
     experts = (1, 2, 4, 8, 16) if sizes.num_experts else (1,)
     for tp, pp, cp, ep, recompute in itertools.product(_DEGREES, _DEGREES, (1, 2, 4), experts, (False, True)):
-        parallel = dataclasses.replace(
-            LAYOUTS["bf16"]["sft", "2b"].parallel(),
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            context_parallel_size=cp,
-            expert_model_parallel_size=ep,
-            sequence_parallel=tp > 1,
-        )
-        yield dataclasses.replace(
-            config, parallel=parallel, model=dataclasses.replace(config.model, recompute=recompute)
-        )
+        first, last = ends(sizes.text["num_hidden_layers"], pp)
+        for etp in sorted({1, tp}) if sizes.num_experts else (1,):
+            parallel = ParallelConfig(
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                num_layers_in_first_pipeline_stage=first,
+                num_layers_in_last_pipeline_stage=last,
+                context_parallel_size=cp,
+                expert_model_parallel_size=ep,
+                expert_tensor_parallel_size=etp,
+                sequence_parallel=tp > 1,
+            )
+            yield dataclasses.replace(
+                config, parallel=parallel, model=dataclasses.replace(config.model, recompute=recompute)
+            )
+
+
+def ends(layers: int, stages: int) -> tuple[int, int]:
+    """Layers of the first and last pipeline stage, which also hold the vision tower and the head; 0: all equal."""
+    if layers % stages == 0:
+        return 0, 0
+    left = layers - math.ceil(layers / stages) * (stages - 2)
+    return left // 2, left - left // 2
+
+
+def _layers(parallel: ParallelConfig) -> str:
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    return f"{first}..{last}" if first else "even"
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

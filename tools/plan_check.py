@@ -1,8 +1,9 @@
-"""Unit costs of a machine from its benchmarks, and how far predictions of its other runs are off."""
+"""Unit costs of a machine from its benchmarks, and how far predictions of its other runs and syncs are off."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 
 import torch
 
-from prism_megatron.config import SFTConfig
+from prism_megatron.config import ParallelConfig, SFTConfig
+from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from prism_megatron.model.build import HFSizes
 from prism_megatron.observe.flops import Workload
 from recipes.memory import Memory, estimate
 from recipes.step_time import Costs, Rows, StepTime, predict
-from tools import bench
-from tools.bench_inputs import Settings, mock_shape, model_sizes, read_config
+from recipes.tiny import tiny_rlvr
+from tools import bench, bench_sync
+from tools.bench_inputs import Settings, mock_shape, model_sizes, read_config, sizes_of, training_sequences
+from tools.make_tiny_model import make_tiny_model
 
 _FREE = Costs(
     peak_flops=math.inf,
@@ -38,7 +42,7 @@ _CALIBRATION = 3  # of the unit costs of compute are fitted, so as many single-r
 def check(paths: Sequence[Path]) -> str:
     """A table of measured and predicted step times. Raises ValueError where there is too little to fit to."""
     results = {path.stem: bench.read_baseline(path) for path in paths}
-    runs = {name: r for name, r in results.items() if r["benchmark"] == "train" and r["config"]["images"] == "mock"}
+    runs = training_runs(results)
     collectives = next((r for r in results.values() if r["benchmark"] == "collectives"), None)
     fitted = [name for name in runs if name.startswith("train_calibrate")]
     if len(fitted) < _CALIBRATION or collectives is None:
@@ -47,17 +51,35 @@ def check(paths: Sequence[Path]) -> str:
             f"train_calibrate*.json, and one of bench_collectives; got {', '.join(results)}"
         )
     costs = calibrate([runs[name] for name in fitted], collectives)
+    head = f"{'measured ms':>12s} {'predicted':>10s} {'error':>7s}"
     lines = [
         f"{costs.peak_flops / 1e9:.1f} GFLOP/s, {costs.memory_bytes_per_second / 1e9:.2f} GB/s, "
         f"{1e3 * costs.layer_seconds:.2f} ms a layer; exchange {1e3 * costs.intra_latency:.2f} ms and "
         f"{costs.intra_bytes_per_second / 1e9:.2f} GB/s",
-        f"{'run':32s} {'measured ms':>12s} {'predicted':>10s} {'error':>7s}",
+        f"{'run':32s} {head}",
     ]
     for name, error in errors(runs, costs).items():
         measured = runs[name]["ours"]["step_seconds"]["median"]
-        how = " (fitted)" if name in fitted else ""
-        lines.append(f"{name:32s} {1e3 * measured:12.0f} {1e3 * measured * (1 + error):10.0f} {error:+7.0%}{how}")
+        lines.append(_line(name, measured, error, name in fitted))
+    syncs = {name: result for name, result in results.items() if result["benchmark"] == "sync"}
+    lines += [f"{'new weights to the engine':32s} {head}"] if syncs else []
+    for name, error in refit_errors(syncs, costs).items():
+        lines.append(_line(name, syncs[name]["push"]["seconds"]["median"], error, syncs[name]["ranks"] == 1))
     return "\n".join(lines)
+
+
+def training_runs(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The runs of bench_train whose rows can be made again."""
+    return {
+        name: result
+        for name, result in results.items()
+        if result["benchmark"] == "train" and result["config"]["images"] in ("mock", "shapes")
+    }
+
+
+def _line(name: str, measured: float, error: float, fitted: bool) -> str:
+    line = f"{name:32s} {1e3 * measured:12.0f} {1e3 * measured * (1 + error):10.0f} {error:+7.0%}"
+    return line + " (fitted)" * fitted
 
 
 def errors(runs: Mapping[str, Mapping[str, Any]], costs: Costs) -> dict[str, float]:
@@ -72,6 +94,31 @@ def predicted(result: Mapping[str, Any], costs: Costs) -> StepTime:
     """What a measured run should have taken."""
     config, sizes, rows, memory = _run(result)
     return predict(config, sizes, rows, result["ranks"], costs, memory)
+
+
+def refit_errors(syncs: Mapping[str, Mapping[str, Any]], costs: Costs) -> dict[str, float]:
+    """(predicted - measured) / measured of each run of bench_sync: the push of all weights.
+
+    Raises ValueError where none is of one rank, to which the cost of loading is fitted.
+    """
+    if not syncs:
+        return {}
+    alone = [result for result in syncs.values() if result["ranks"] == 1]
+    if not alone:
+        raise ValueError(
+            f"the cost of loading is fitted to a run of bench_sync on one rank; got only {', '.join(syncs)}"
+        )
+    seconds = sum(result["push"]["seconds"]["median"] for result in alone)
+    costs = replace(costs, sync_bytes_per_second=sum(result["weight_bytes"] for result in alone) / seconds)
+    return {name: _refit(result, costs) / result["push"]["seconds"]["median"] - 1 for name, result in syncs.items()}
+
+
+def _refit(result: Mapping[str, Any], costs: Costs) -> float:
+    """What a measured push should have taken."""
+    sizes = sizes_of(bench_sync.model_overrides(result["config"]["hidden"], result["config"]["layers"]))
+    config = replace(tiny_rlvr(), parallel=ParallelConfig(tensor_model_parallel_size=result["ranks"]))
+    row = Rows(1, Workload([1], [0], 1))  # a push does not depend on rows
+    return predict(config, sizes, row, result["ranks"], costs, Memory()).refit
 
 
 def calibrate(runs: Sequence[Mapping[str, Any]], collectives: Mapping[str, Any]) -> Costs:
@@ -124,8 +171,25 @@ def _run(result: Mapping[str, Any]) -> tuple[SFTConfig, HFSizes, Rows, Memory]:
     asked |= {"resolutions": tuple(map(tuple, asked["resolutions"])), "overrides": tuple(asked["overrides"])}
     settings = Settings(**asked)
     config, sizes = read_config(settings, Path("nowhere")), model_sizes(settings.size)
-    shapes = [mock_shape(settings, sizes, number) for number in range(config.global_batch_size)]
-    trained = settings.response_tokens * len(shapes)
-    work = Workload([length for length, _ in shapes], [patches for _, patches in shapes], trained)
+    count = config.global_batch_size
+    if settings.images == "shapes":
+        work = _built_in(settings, count)
+    else:
+        shapes = [mock_shape(settings, sizes, number) for number in range(count)]
+        trained = settings.response_tokens * count
+        work = Workload([length for length, _ in shapes], [patches for _, patches in shapes], trained)
     memory = estimate(config, result["ranks"], sizes, sizes)
-    return config, sizes, Rows(len(shapes), work), memory
+    return config, sizes, Rows(count, work), memory
+
+
+def _built_in(settings: Settings, count: int) -> Workload:
+    """The first global batch of the built-in task, ``count`` rows, made and encoded again."""
+    from prism_megatron.stages.microbatch import workload
+    from prism_megatron.stages.setup import load_processor
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = read_config(settings, Path(folder))
+        make_tiny_model(Path(config.model.hf_checkpoint), seed=1)  # for its processor, which all sizes share
+        data = ShapesConfig(sft_rows=count, alignment_rows=1, rlvr_rows=1, heldout_rows=1)
+        write_shapes_data(Path(config.data).parent, data)
+        return workload(training_sequences(settings, config, load_processor(config), count))

@@ -99,17 +99,21 @@ class PackedSDPA(MegatronModule):
             assert packed_seq_params.token_order is not None
             group = parallel_state.get_context_parallel_group()
             key, value = (gather_sequence(x, group)[packed_seq_params.token_order] for x in (key, value))
+        # Split, not sliced: each slice's gradient would be as long as the whole batch, zeros around it.
+        lengths = [end - start for start, end in pairwise(bounds)]
+        queries = query.split([length // parts for length in lengths])
+        all_keys, all_values = key.split(lengths), value.split(lengths)
         attended = []
         for number, (start, end) in enumerate(pairwise(bounds)):
-            mine = slice(start // parts, end // parts)
-            keys, values, mask = key[start:end], value[start:end], None
+            keys, values, mask = all_keys[number], all_values[number], None
             if parts > 1:
-                mask = packed_seq_params.token_index[mine, None] >= torch.arange(start, end, device=key.device)
+                mine = packed_seq_params.token_index[start // parts : end // parts, None]
+                mask = mine >= torch.arange(start, end, device=key.device)
             elif prefix is not None and (before := prefix[number]) >= 0:
-                first, last = bounds[before], bounds[before + 1]
-                keys, values = torch.cat((key[first:last], keys)), torch.cat((value[first:last], values))
-                mask = torch.ones(end - start, len(keys), dtype=torch.bool, device=key.device).tril(last - first)
-            attended.append(self._attend(query[mine], keys, values, mask))
+                seen = len(all_keys[before])
+                keys, values = torch.cat((all_keys[before], keys)), torch.cat((all_values[before], values))
+                mask = torch.ones(end - start, len(keys), dtype=torch.bool, device=key.device).tril(seen)
+            attended.append(self._attend(queries[number], keys, values, mask))
         return torch.cat(attended)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -30,6 +30,8 @@ def test_one_process_and_two_pipeline_stages_beside_hf(tmp_path: Path) -> None:
         # 32 tokens of text, 96 of answer; 64x64 merges to 4 tokens, 96x32 to 3.
         assert result["tokens_per_step"] == 2 * (32 + 96 + 4) + 2 * (32 + 96 + 3)
         assert result["ours"]["tflops_per_rank"] > 0
+        assert result["ours"]["hardware_flops_per_step"] > result["ours"]["flops_per_step"], "logits are made twice"
+        assert result["ours"]["mfu"] is None or result["ours"]["hfu"] > result["ours"]["mfu"]
         assert len(result["peak_bytes_of_all_sides"]) == result["ranks"]
         # Two ranks of HF train under FSDP2, each its own rows.
         for side in ("ours", "hf"):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools import gpu_check
 
@@ -52,8 +53,18 @@ def test_a_part_that_hangs_is_recorded_and_the_next_one_tried(tmp_path: Path, mo
 
 def test_what_a_variant_should_not_have_measured_is_a_fault() -> None:
     variants = {"one": {"fault": None}, "two": {"fault": "too far"}, "three": {"error": "ValueError: no"}, "four": {}}
-    found = gpu_check.faults({"parity": {"variants": variants, "error": "exit status -11"}})
+    found = gpu_check.told({"parity": {"variants": variants, "error": "exit status -11"}}, ("error", "fault"))
     assert found == ["parity: exit status -11", "parity two: too far", "parity three: ValueError: no"]
+
+
+def test_make_takes_the_python_at_hand_where_no_environment_was_made(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it would check this GPU")
+    (tmp_path / "tools").symlink_to(TOOL.parent)
+    at_hand = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["make", "-f", str(TOOL.parents[1] / "Makefile"), "gpu-check"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | at_hand, capture_output=True, text=True, check=False)
+    assert "error: this needs a GPU and Transformer Engine" in done.stderr
 
 
 def test_refusals() -> None:

@@ -12,10 +12,11 @@ from prism_megatron.config import apply_overrides
 from prism_megatron.model.build import HFSizes
 from prism_megatron.observe.flops import Workload, training_flops
 from recipes import qwen3_vl
+from recipes.layouts import LAYOUTS, SIZES
 from recipes.memory import estimate, published_sizes
 from recipes.step_time import Costs, Rows, StepTime, predict, read_costs
 from tools.bench_collectives import fit
-from tools.plan import ranked
+from tools.plan import ends, layouts, ranked
 from tools.plan_check import non_negative
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -77,6 +78,32 @@ def test_layouts_are_ranked_and_fit(sizes: HFSizes, costs: Costs) -> None:
     assert all(plan.memory.total <= costs.memory_bytes for plan in plans)
     assert any("GB a GPU" in reason for reason in reasons)
     assert 0.1 < plans[0].mfu < costs.achieved
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_recipes_own_layout_is_a_candidate(size: str, tmp_path: Path) -> None:
+    config = qwen3_vl.sft(size, "bf16")
+    assert LAYOUTS["bf16"]["sft", size].parallel() == config.parallel
+    candidates = [(c.parallel, c.model.recompute) for c in layouts(config, published_sizes(size, tmp_path))]
+    assert (config.parallel, config.model.recompute) in candidates
+
+
+def test_stages_that_cannot_be_equal_have_fewer_layers_at_both_ends() -> None:
+    assert ends(36, 4) == (0, 0)
+    assert ends(94, 4) == (23, 23)
+    assert ends(94, 8) == (11, 11)
+    assert ends(27, 2) == (13, 14), "the first has the vision tower too"
+
+
+def test_ranks_that_share_an_expert_exchange_its_tokens(costs: Costs, tmp_path: Path) -> None:
+    sizes = published_sizes("30b_a3b", tmp_path)
+    config = apply_overrides(qwen3_vl.sft("30b_a3b", "bf16"), ["parallel.tensor_model_parallel_size=2"])
+    memory = estimate(config, 16, sizes, sizes)
+    whole = predict(config, sizes, rows(64), 16, costs, memory)
+    config.parallel.expert_tensor_parallel_size = 2
+    assert predict(config, sizes, rows(64), 16, costs, memory).expert > whole.expert
+    config.parallel.expert_model_parallel_size = 1
+    assert predict(config, sizes, rows(64), 16, costs, memory).expert > 0
 
 
 @pytest.mark.parametrize(

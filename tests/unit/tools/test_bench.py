@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools.bench import interleaved, median_and_p90, provenance, read_baseline, regressions
+from tools.bench import (
+    interleaved,
+    median_and_p90,
+    peak_bytes_of_children,
+    provenance,
+    read_baseline,
+    regressions,
+)
 
 
 def result(speed: float, **changed: Any) -> dict[str, Any]:
@@ -25,6 +34,20 @@ def test_sides_alternate_and_the_warm_up_is_not_counted() -> None:
 
 def test_median_and_p90() -> None:
     assert median_and_p90([float(n) for n in range(11)]) == {"median": 5.0, "p90": 9.0}
+
+
+def test_memory_of_children_and_of_theirs() -> None:
+    before = peak_bytes_of_children()
+    holds = "held = bytearray(b'1') * (64 << 20); print(flush=True); input()"
+    grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {holds!r}], check=False)"
+    with subprocess.Popen(
+        [sys.executable, "-c", grandchild], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert 64 << 20 < peak_bytes_of_children() - before < 128 << 20
+        process.communicate("\n")
+    assert peak_bytes_of_children() == before
 
 
 def test_a_figure_that_got_worse_is_named() -> None:

@@ -19,6 +19,14 @@ def test_the_engines_part_of_a_step() -> None:
     }
 
 
+def test_engines_must_give_the_same_tokens() -> None:
+    batches = [[(1, 2, 3), (4, 5)], [(6, 7), (8,)]]
+    bench_rollout.check_same({"child": batches, "colocated": batches})
+    as_many = [[(1, 2, 3), (4, 5)], [(6, 9), (8,)]]
+    with pytest.raises(RuntimeError, match=r"of batch 1, response 0 is \(6, 7\) from the child process and \(6, 9\)"):
+        bench_rollout.check_same({"child": batches, "colocated": as_many})
+
+
 @pytest.mark.parametrize("arguments", [["--steps", "1"], ["--prompts", "many"], ["--prompts", "0,4"]])
 def test_what_cannot_be_measured_is_refused(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
