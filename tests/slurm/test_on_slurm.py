@@ -164,6 +164,35 @@ def test_a_stage_that_crashes_too_often_cancels_those_after_it(
     assert states == ["prism.sft FAILED", *after]
 
 
+def test_a_node_that_is_not_healthy_is_named_and_avoided(slurm: dict[str, str], cluster: Path, tmp_path: Path) -> None:
+    """Only node1 has a nvidia-smi that answers: the second start, on other nodes, has no more luck than the first."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\n[ "$(hostname)" = node1 ]\n')
+    program.chmod(0o755)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(cluster.read_text().replace("export PATH=", f"export PATH={program.parent}:"))
+    arguments = ["tiny_sft", f"run.dir={tmp_path}", "run.name=sft", "--executor", "slurm", "--cluster", str(file)]
+    process = start(slurm | {"PYTHONPATH": str(ROOT)}, *arguments, cwd=tmp_path)
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 1, said
+    (logs,) = (tmp_path / "sft" / "logs").glob("job*")
+    refused = []
+    for number in range(2):
+        first, *reasons = report(logs / f"start{number}").splitlines()
+        assert first.endswith(f"sft did not start, on nodes that are not healthy; logs: {logs}/start{number}")
+        found = [re.fullmatch(r"prism: (node\d): nvidia-smi does not answer; drain the node", line) for line in reasons]
+        assert found
+        assert all(found)
+        refused.append({one[1] for one in found if one})
+    assert not refused[0] & refused[1]
+    assert said.endswith(report(logs / "start1"))
+    assert not (logs / "start2").exists()
+    job = logs.name.removeprefix("job")
+    assert job_state(slurm, job) == "FAILED"
+    assert f"ExcNodeList={','.join(sorted(refused[0]))}\n" in ask(slurm, "scontrol", "show", "job", job)
+
+
 @pytest.mark.skipif("PRISM_SLOW_TESTS" not in os.environ, reason="NeMo-Run's slow starts: set PRISM_SLOW_TESTS=1")
 def test_native_factory_and_nemo_run_s_own_commands(
     slurm: dict[str, str], cluster: Path, tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
@@ -183,6 +212,8 @@ def test_native_factory_and_nemo_run_s_own_commands(
     nemo(environment, "cancel", "native")
     wait_for(lambda: job_state(slurm, job) == "CANCELLED")
     wait_for(lambda: not ranks_of(str(tmp_path)), 30)
+    logged = nemo(environment, "logs", "native")  # ends by itself, for the job has
+    assert re.search(r"sft +3/\d+  loss ", logged)
     assert not (stage / "finished.json").exists()
     assert Checkpointer(stage / "checkpoints", keep=2).latest() >= 2
 
