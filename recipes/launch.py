@@ -1,6 +1,8 @@
 """Run a recipe or a pipeline through NeMo-Run, here or on SLURM.
 
-    python -m recipes.launch NAME [--executor local|slurm] [--cluster FILE] [--dryrun] [--detach] [--estimate] [K=V ...]
+    python -m recipes.launch NAME [--dryrun] [--ranks N] [K=V ...]
+    python -m recipes.launch NAME --executor slurm --cluster FILE [--dryrun] [--detach] [K=V ...]
+    python -m recipes.launch NAME --estimate [K=V ...]
 
 A recipe takes key=value, a pipeline stage.key=value (rlvr.run.train_iters=40). A pipeline is SFT, collection, warm-up,
 alignment and RLVR, each from the checkpoint of the one before; tiny_study is the tiny one with three seeds, each beside
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,11 +53,11 @@ def main() -> int:
     parser.add_argument("name", metavar="NAME", help="a pipeline or a recipe")
     parser.add_argument("overrides", nargs="*", help="key=value, or stage.key=value for a pipeline")
     parser.add_argument("--name", dest="run_name", help="a pipeline's folder under runs/ (the pipeline's name)")
-    parser.add_argument("--ranks", type=int, default=1, help="processes per stage, here")
+    parser.add_argument("--ranks", type=int, help="processes per stage, here (as the recipe's name says, or 1)")
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
     parser.add_argument("--cluster", type=Path, help="cluster file for slurm; examples in slurm/clusters/")
-    parser.add_argument("--dryrun", action="store_true", help="print the scripts, submit nothing")
-    parser.add_argument("--detach", action="store_true", help="submit and leave")
+    parser.add_argument("--dryrun", action="store_true", help="print commands or scripts, run and submit nothing")
+    parser.add_argument("--detach", action="store_true", help="submit to slurm and leave")
     parser.add_argument("--estimate", action="store_true", help="print the need of GPU memory, run nothing")
     arguments = parser.parse_intermixed_args()  # overrides may follow options
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -66,10 +69,15 @@ def main() -> int:
         if arguments.executor == "slurm":
             if arguments.cluster is None:
                 raise ValueError("--executor slurm needs --cluster FILE; slurm/clusters/ has examples")
+            if arguments.ranks is not None:
+                raise ValueError("--ranks is for a run here; on SLURM the recipe's name says it, or the cluster file")
             steps = steps_of(name, run_name, arguments.overrides)
             run_dir = Path("runs") / run_name if name == "tiny_pipeline" else None
             return launch_on_slurm(name, steps, arguments.cluster, arguments.dryrun, arguments.detach, run_dir)
-        return launch(name, run_name, arguments.overrides, arguments.ranks)
+        for option in ("cluster", "detach"):
+            if getattr(arguments, option):
+                raise ValueError(f"--{option} is for SLURM; add --executor slurm, or leave it out to run here")
+        return launch(name, run_name, arguments.overrides, arguments.ranks, arguments.dryrun)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -178,31 +186,68 @@ def print_estimate(steps: Sequence[Step]) -> int:
     return 0
 
 
-def launch(name: str, run_name: str, overrides: Sequence[str], ranks: int) -> int:
-    """Run every unfinished step of the pipeline in order, here; returns the exit status."""
+def launch(name: str, run_name: str, overrides: Sequence[str], ranks: int | None, dryrun: bool = False) -> int:
+    """Run every unfinished step in order, here, or print the commands of all; returns the exit status."""
     if name in PRODUCTION_PIPELINES:
         raise ValueError(f"{name} is for SLURM: its stages take different numbers of GPUs; give --executor slurm")
+    runs = runs_of(name, run_name, overrides)
+    ranks = ranks_here(name, ranks)
+    if dryrun:
+        for _, _, steps in runs:
+            for step in steps:
+                print(shlex.join(["torchrun", "--nproc-per-node", str(ranks), "-m", *train_command(step)]))
+        return 0
+    if name in STAGE_RECIPES:
+        ((_, _, (step,)),) = runs
+        run_locally(step, ranks)
+        return 0 if _finished(step) else 1
+    for one, seed, steps in runs:
+        if status := run_steps(one, steps, ranks, seed):
+            return status
+    if name == "tiny_study":
+        print(write_study(Path("runs") / run_name, [Path("runs") / one for one, _, _ in runs]), flush=True)
+    return 0
+
+
+def runs_of(name: str, run_name: str, overrides: Sequence[str]) -> list[tuple[str, int, list[Step]]]:
+    """Folder under runs/, seed and steps of what is to run here: one such, or a study's one per seed."""
     if name != "tiny_study":
-        steps = steps_of(name, run_name, overrides)
-        if name == "tiny_pipeline":
-            return run_steps(run_name, steps, ranks)
-        run_locally(steps[0], ranks)
-        return 0 if _finished(steps[0]) else 1
+        return [(run_name, 1, steps_of(name, run_name, overrides))]
     runs = []
     for seed in STUDY_SEEDS:
         seed_name = f"{run_name}/seed{seed}"
         steps = tiny_steps(seed_name, overrides, seed)
-        if status := run_steps(seed_name, [*steps, baseline_step(seed_name, steps)], ranks, seed):
-            return status
-        runs.append(Path("runs") / seed_name)
-    print(write_study(Path("runs") / run_name, runs), flush=True)
-    return 0
+        for step in steps:
+            step.config()  # refuse a bad override before anything runs
+        runs.append((seed_name, seed, [*steps, baseline_step(seed_name, steps)]))
+    return runs
+
+
+def ranks_here(name: str, asked: int | None) -> int:
+    """Processes on this machine: as many as asked for, else as the recipe's name says, 1 where any number will do.
+
+    Raises ValueError for a recipe of several nodes, unless a number is asked for.
+    """
+    if asked is not None:
+        if asked < 1:
+            raise ValueError(f"--ranks is {asked}; it must be at least 1")
+        return asked
+    nodes, ranks = shape_of(name) or (1, 1)
+    if nodes > 1:
+        raise ValueError(
+            f"{name} needs {nodes} nodes of {ranks} GPUs; "
+            "give --executor slurm --cluster FILE, or --ranks N to run it here"
+        )
+    return ranks
+
+
+def train_command(step: Step) -> list[str]:
+    """The module and the arguments that every rank starts with."""
+    return ["prism_megatron.train", step.recipe, *step.overrides]
 
 
 def run_steps(name: str, steps: Sequence[Step], ranks: int, seed: int = 1) -> int:
     """Run the unfinished ones of ``steps`` in order, with a report after each; returns the exit status."""
-    for step in steps:
-        step.config()  # refuse a bad override before anything runs
     run_dir = Path("runs") / name
     began = time.monotonic()
     _prepare(run_dir, seed)
@@ -223,7 +268,8 @@ def run_steps(name: str, steps: Sequence[Step], ranks: int, seed: int = 1) -> in
 def run_locally(step: Step, ranks: int) -> None:
     """One stage through NeMo-Run's LocalExecutor and torchrun, its output on this terminal."""
     run = nemo_run()
-    task = run.Script(path="prism_megatron.train", m=True, entrypoint="python", args=[step.recipe, *step.overrides])
+    module, *words = train_command(step)
+    task = run.Script(path=module, m=True, entrypoint="python", args=words)
     with run.Experiment(step.name, base_dir=os.environ["NEMORUN_HOME"]) as experiment:
         experiment.add(task, executor=fiddle.build(local_executor(ranks)), name=step.name, tail_logs=True)
         experiment.run(tail_logs=True)

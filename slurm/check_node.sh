@@ -1,7 +1,7 @@
 #!/bin/bash
-# check_node.sh: whether this node's GPUs can be used, once per node before the ranks start; says what is wrong.
-# Not verified on GPUs.
-fault() { echo "prism: $(hostname): $*" >&2; exit 1; }
+# check_node.sh: whether this node's GPUs can be used, once per node before the ranks start; leaves what is wrong in
+# PRISM_LOGS/unhealthy_NODE. Not verified on GPUs.
+fault() { echo "prism: $SLURMD_NODENAME: $*" | tee "$PRISM_LOGS/unhealthy_$SLURMD_NODENAME" >&2; exit 1; }
 timeout 60 nvidia-smi -L >/dev/null || fault "nvidia-smi does not answer; drain the node"
 wanted=${SLURM_GPUS_ON_NODE:-0}
 found=$(nvidia-smi -L | wc -l)

@@ -2,7 +2,7 @@
 #
 #   PRISM_STAGE_DIR        the stage's folder, <run.dir>/<run.name>
 #   PRISM_WORKDIR          where ranks run; relative paths of the recipe start there (where sbatch was called)
-#   PRISM_MAX_CRASHES      how often a job is put back into the queue after a crash (2)
+#   PRISM_MAX_CRASHES      how often a job is put back into the queue after a crash or on nodes that are not healthy (2)
 #   PRISM_MAX_PREEMPTIONS  and after being told to stop, which is no fault of its own (100)
 #   PRISM_CONSOLE          a file (or pattern of its name) to repeat the report of a failure in, beside the batch script's own output
 PRISM_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -11,14 +11,6 @@ PRISM_JOB_LOGS=$PRISM_WORKDIR/$PRISM_STAGE_DIR/logs/job$SLURM_JOB_ID
 case $PRISM_STAGE_DIR in /*) PRISM_JOB_LOGS=$PRISM_STAGE_DIR/logs/job$SLURM_JOB_ID ;; esac
 export PRISM_LOGS=$PRISM_JOB_LOGS/start${SLURM_RESTART_COUNT:-0}
 mkdir -p "$PRISM_LOGS"
-export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node must not share a port
-source "$PRISM_SLURM/env.sh"
-if command -v nvidia-smi >/dev/null; then
-  srun --ntasks-per-node=1 bash "$PRISM_SLURM/check_node.sh" || { echo "prism: a node is not healthy"; exit 1; }
-fi
-trap : TERM # wait for the ranks: they save
-trap 'prism_at_exit $?' EXIT
 
 prism_at_exit() {
   set +evx
@@ -43,7 +35,9 @@ prism_at_exit() {
   [ -z "$PRISM_CONSOLE" ] || [ -z "$console" ] || cat "$report" >>"$console"
   # A job that was cancelled is not running any more, and must not come back.
   if [ $again = yes ] && [ "$(prism_ask squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    trap '' TERM # what requeue sends: the nodes to avoid can be told only of a job that is pending
     prism_ask scontrol requeue "$SLURM_JOB_ID" || echo "prism: the job could not be put back; submit it again"
+    prism_avoid_unhealthy
   fi
   exit "$status"
 }
@@ -63,3 +57,21 @@ prism_again() { # KIND LIMIT: count one more, true while it is within the limit
   echo "prism: $1 of $PRISM_STAGE_DIR: $count of $2 allowed"
   [ "$count" -le "$2" ]
 }
+
+prism_avoid_unhealthy() { # exclude the nodes that check_node.sh refused, beside those excluded before, if others are enough
+  local unhealthy=$(ls "$PRISM_LOGS" | sed -n 's/^unhealthy_//p')
+  [ -n "$unhealthy" ] || return 0
+  local before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^(].*\)/\1/p')
+  [ -z "$before" ] || unhealthy+=$'\n'$(scontrol show hostnames "$before")
+  local others=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u | grep -cvxF "$unhealthy")
+  [ "$others" -lt "$SLURM_NNODES" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$(paste -sd, <<<"$unhealthy")"
+}
+
+trap : TERM # wait for the ranks: they save
+trap 'prism_at_exit $?' EXIT
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node must not share a port
+source "$PRISM_SLURM/env.sh"
+if command -v nvidia-smi >/dev/null; then
+  srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash "$PRISM_SLURM/check_node.sh" || exit 1
+fi

@@ -1,16 +1,33 @@
 #!/bin/bash
 # The paper's pipeline for one size without NeMo-Run, each job waiting for the one before to end well:
-#   slurm/pipeline.sh 8b grpo --account=my_account --partition=batch --time=04:00:00
-# Overrides of a stage are given by running its line of this script alone.
+#   slurm/pipeline.sh SIZE ALGORITHM [bf16|fp8] [sbatch's --option=value ...] [stage.key=value ...]
+#   slurm/pipeline.sh 8b grpo --account=my_account --partition=batch --time=04:00:00 rlvr.run.train_iters=40
+# BF16 unless FP8 is asked for. Everything is under runs/PIPELINE/, as with recipes.launch.
 set -euo pipefail
-size=$1 algorithm=$2
+size=$1 algorithm=$2 precision=bf16
 shift 2
-after=()
-for stage in sft collect warmup align "rlvr_$algorithm"; do
-  recipe=$(python -c "from recipes.qwen3_vl import recipe_name; print(recipe_name('$stage', '$size'))")
-  nodes=${recipe##*_vl_"$size"_}
-  job=$(sbatch --parsable --job-name="prism.$stage" --nodes="${nodes%%n*}" "${after[@]}" "$@" \
-    slurm/train.sbatch "runs/$size/$stage" "$recipe")
-  echo "$stage: job $job, $recipe"
-  after=(--dependency="afterok:$job")
+case ${1:-} in bf16 | fp8) precision=$1 && shift ;; esac
+pipeline=pipeline_${algorithm}_qwen3_vl_${size}_h100_$precision
+options=() overrides=()
+for word in "$@"; do
+  case $word in -*) options+=("$word") ;; *) overrides+=("$word") ;; esac
 done
+steps=$(python -c '
+import sys
+from prism_megatron.config import stage_dir
+from recipes import shape_of
+from recipes.launch import steps_of
+try:
+    for step in steps_of(sys.argv[1], sys.argv[1], sys.argv[2:]):
+        nodes, _ = shape_of(step.recipe)
+        print(step.name, nodes, stage_dir(step.config()), step.recipe, *step.overrides, sep="\t")
+except ValueError as error:
+    sys.exit(f"error: {error}")
+' "$pipeline" "${overrides[@]}")
+after=()
+while IFS=$'\t' read -r -a step; do
+  job=$(sbatch --parsable --job-name="prism.${step[0]}" --nodes="${step[1]}" "${after[@]}" "${options[@]}" \
+    slurm/train.sbatch "${step[@]:2}")
+  echo "${step[0]}: job $job, ${step[3]}"
+  after=(--dependency="afterok:$job")
+done <<<"$steps"

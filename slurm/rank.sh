@@ -10,9 +10,10 @@ log=$PRISM_LOGS/rank_$(printf %04d "$RANK").log
 
 stamp() { # the time in microseconds sorts, so that `sort -m` merges the files of all ranks
   trap '' TERM # what a rank says after being told to stop matters most
-  local line
+  local LC_ALL=C line now # C: a point before the microseconds
   while IFS= read -r line || [ -n "$line" ]; do
-    printf '%(%F %T)T.%s [%s] %s\n' "${EPOCHREALTIME%.*}" "${EPOCHREALTIME#*.}" "$RANK" "$line" >>"$log"
+    now=$EPOCHREALTIME # read once: a second may end between two readings
+    printf '%(%F %T)T.%s [%s] %s\n' "${now%.*}" "${now#*.}" "$RANK" "$line" >>"$log"
     [ "$RANK" != 0 ] || printf '%s\n' "$line"
   done
 }

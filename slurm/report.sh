@@ -1,6 +1,11 @@
 #!/bin/bash
 # report.sh LOGS STAGE STATUS: why a job ended early; the first failing rank's traceback comes last.
 logs=$1 stage=$2 status=$3
+if ls "$logs"/unhealthy_* >/dev/null 2>&1; then
+  echo "prism: $stage did not start, on nodes that are not healthy; logs: $logs"
+  cat "$logs"/unhealthy_*
+  exit
+fi
 if ! read -r what rank host gpu code 2>/dev/null <"$logs/first_end"; then
   echo "prism: $stage failed with status $status before or outside its ranks (time limit, node, srun); logs: $logs"
   exit

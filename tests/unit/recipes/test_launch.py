@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from recipes.launch import PIPELINES, main
 
 SLURM = ["--executor", "slurm", "--cluster"]
 SFT_8B = "sft_qwen3_vl_8b_1n8g_h100_bf16"
+SFT_32B = "sft_qwen3_vl_32b_2n8g_h100_bf16"
+LINEAGE = ["tiny_sft", "tiny_collect", "tiny_warmup", "tiny_align", "tiny_rlvr"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -68,6 +71,11 @@ def test_a_wrong_name_or_override(
         (["tiny_sft", *SLURM, "nowhere.yaml"], "no cluster file nowhere.yaml; slurm/clusters/ has examples"),
         (["tiny_study", *SLURM, "slurm/clusters/cpu.yaml"], "tiny_study runs here only"),
         (["pipeline_grpo_qwen3_vl_8b_h100_bf16"], "is for SLURM: its stages take different numbers of GPUs"),
+        (["tiny_sft", "--cluster", "slurm/clusters/cpu.yaml"], "--cluster is for SLURM; add --executor slurm"),
+        (["tiny_pipeline", "--detach"], "--detach is for SLURM; add --executor slurm, or leave it out to run here"),
+        ([SFT_32B], "needs 2 nodes of 8 GPUs; give --executor slurm --cluster FILE, or --ranks N to run it here"),
+        (["tiny_sft", *SLURM, "slurm/clusters/cpu.yaml", "--ranks", "2"], "--ranks is for a run here; on SLURM"),
+        (["tiny_sft", "--ranks", "0"], "--ranks is 0; it must be at least 1"),
         (["tiny_pipeline", *SLURM, "slurm/clusters/h100_ssh.yaml"], "makes its data here; submit it from the cluster"),
         ([SFT_8B, *SLURM, "slurm/clusters/h100_pyxis.yaml"], "workdir /lustre/me/prism is not here; submit where"),
         ([SFT_8B, *SLURM, "FILE"], "the recipe needs 8 GPUs per node, the cluster file says gpus_per_node 4"),
@@ -87,6 +95,34 @@ def test_a_wrong_place_to_run(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "recipes"),
+    [
+        (["tiny_sft", "run.train_iters=3"], 1, ["tiny_sft"]),
+        (["tiny_align", "--ranks", "2"], 2, ["tiny_align"]),
+        (["tiny_pipeline", "sft.run.train_iters=3"], 1, LINEAGE),
+        (["tiny_study", "--ranks", "2"], 2, 3 * [*LINEAGE, "tiny_rlvr"]),
+        ([SFT_8B], 8, [SFT_8B]),
+        ([SFT_32B, "--ranks", "4"], 4, [SFT_32B]),
+    ],
+)
+def test_a_dry_run_here_prints_the_commands_and_runs_nothing(
+    arguments: list[str],
+    ranks: int,
+    recipes: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments, "--dryrun") == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    start = ["torchrun", "--nproc-per-node", str(ranks), "-m", "prism_megatron.train"]
+    assert [words[:6] for words in commands] == [[*start, recipe] for recipe in recipes]
+    assert ("run.train_iters=3" in commands[0]) == any("train_iters" in word for word in arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_estimate_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8", "--estimate") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -98,6 +134,5 @@ def test_estimate_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         "rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_fp8",
     ]
     assert sum(line.startswith("total") for line in lines) == 5
-    larger = SFT_8B.replace("8b", "32b").replace("1n", "2n")
-    assert run(monkeypatch, larger, "--estimate", "parallel.tensor_model_parallel_size=4") == 2
+    assert run(monkeypatch, SFT_32B, "--estimate", "parallel.tensor_model_parallel_size=4") == 2
     assert re.search(r"the fullest GPU needs \d+ GB of 80", capsys.readouterr().err)
