@@ -99,7 +99,7 @@ class ChildEngine:
     def update_weights(self, named: Iterable[tuple[str, Tensor]], sync: WeightSync) -> None:
         """As :meth:`RolloutEngine.update_weights`. ``named`` is kept: a restart goes through it again.
 
-        With checksums, what arrived in the processes is compared, too, as if they were further ranks.
+        With checksums, what arrived in the processes is compared with what the ranks sent, too.
         """
         assert iter(named) is not named, "the weights must be there again after a restart"
         self._has_weights = False
@@ -107,8 +107,10 @@ class ChildEngine:
         received = self._surviving(self._push)
         if sync.with_checksums:
             everybody = gather_over_ranks(received)
-            processes = [sums for rank in everybody for sums in rank[1:]]
-            sync.check_agreement([rank[0] for rank in everybody] + processes)
+            holders = sync.by_holder([sent for sent, *_ in everybody])
+            for rank, (_, *arrived) in enumerate(everybody):
+                holders |= _in_processes(sync, rank).by_holder(arrived)
+            sync.check_agreement(holders)
         self._has_weights = True
 
     def reset_caches(self, first: int = len(CACHES)) -> None:
@@ -125,7 +127,11 @@ class ChildEngine:
         self._surviving(lambda: self._processes.tell_to("wake", part) if self._processes else None)
 
     def differing_parameters(self, named: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """As :meth:`RolloutEngine.differing_parameters`, one engine after another."""
+        """As :meth:`RolloutEngine.differing_parameters`, one engine after another.
+
+        After a restart, which pushes the weights anew, ``named`` is gone through again.
+        """
+        assert iter(named) is not named, "the weights must be there again after a restart"
         found = gather_over_ranks(self._surviving(lambda: self._send("differing_parameters", named)))
         return list(dict.fromkeys(name for answers in found for names in answers for name in names))
 
@@ -134,7 +140,7 @@ class ChildEngine:
         assert self._pushed is not None
         named, sync = self._pushed
         sync.checksums.clear()
-        return [sync.checksums, *self._send("update", sync.checked(named), replace(sync, checksums={}))]
+        return [sync.checksums, *self._send("update", sync.checked(named), _in_processes(sync, dist.get_rank()))]
 
     def _send(self, command: str, named: Iterable[tuple[str, Tensor]], *arguments: Any) -> list[Any]:
         """What each of this rank's processes answers to ``command`` with ``named``."""
@@ -162,6 +168,11 @@ class ChildEngine:
     def _start(self) -> None:
         if self._processes is not None:
             self._processes.start()
+
+
+def _in_processes(sync: WeightSync, owner: int) -> WeightSync:
+    """The same update, as the processes of the engine that rank ``owner`` owns see it."""
+    return replace(sync, checksums={}, holder=f"engine process {{}} of rank {owner}")
 
 
 def _on_all_ranks[Result](attempt: Callable[[], Result]) -> Result:

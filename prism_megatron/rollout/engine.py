@@ -183,7 +183,7 @@ class RolloutEngine:
             self._llm.finish_weight_update(str(sync.version))
             self.reset_caches()
         if sync.with_checksums:
-            sync.check_agreement(gather_over_ranks(sync.checksums))
+            sync.check_agreement(sync.by_holder(gather_over_ranks(sync.checksums)))
         self._has_weights, self._policy_version = True, sync.version
 
     def sleep(self) -> None:
