@@ -102,10 +102,13 @@ class RolloutConfig:
     """Sampling, where the engine runs and its own sizes. ``tensor_model_parallel_size`` 0 means the trainer's.
 
     ``engine`` colocated: inside the training ranks. child: in processes of its own on the same host, which are started
-    again, once, if they die.
+    again, once, if they die. ``transport`` says how weights reach these: shared_memory of the host, which is auto; a
+    collective of the rank and its engine, gloo or, on GPUs that no rank trains on, NCCL; cuda_ipc, memory of the
+    rank's GPU.
     """
 
     engine: str = "colocated"  # colocated | child
+    transport: str = "auto"  # auto | shared_memory | collective | cuda_ipc; for a child
     timeout_seconds: float = 0.0  # for one batch of responses; 0: none
     samples_per_prompt: int = 1
     temperature: float = 1.0
@@ -127,6 +130,12 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _one_of("rollout.engine", self.engine, "colocated", "child")
+        _one_of("rollout.transport", self.transport, "auto", "shared_memory", "collective", "cuda_ipc")
+        if self.transport != "auto" and self.engine != "child":
+            raise ValueError(
+                f"rollout.transport ({self.transport}) is for rollout.engine=child; leave it at auto: an engine inside "
+                "the ranks is given their own tensors"
+            )
         if self.sleep_level not in (0, 1, 2):
             raise ValueError(f"rollout.sleep_level must be 0, 1 or 2, got {self.sleep_level}")
         if self.timeout_seconds < 0:

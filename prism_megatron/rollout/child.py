@@ -2,20 +2,19 @@
 
 Ranks with the same rows share one engine: the first of them owns its processes, all get what it generated. An engine
 that dies, or does not answer in time, is started again once, with the weights it had; the same seeds then give the same
-responses. Each process runs :class:`RolloutEngine`, in a world of its own, and ends with the rank that owns it.
+responses. Each process (``child_process.py``) is in a world of the engine's own, and ends with the rank that owns it.
 
-Run on CPU, tensor parallelism 1 and 2. On a GPU weights would pass through host memory; that is not verified.
+Run on CPU, tensor parallelism 1 and 2; not verified on a GPU. How weights get there is in ``transport.py``.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -38,14 +37,14 @@ from prism_megatron.rollout.engine import (
     check_engine,
 )
 from prism_megatron.rollout.progress import progress_bar
-from prism_megatron.rollout.shared_memory import Piece, SharedHalves
+from prism_megatron.rollout.transport import Disconnected, Piece, check_transport, create_transport
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.types import Rollout, RolloutRequest
 
 _ROOT = Path(__file__).resolve().parents[2]
+_PROCESS = "prism_megatron.rollout.child_process"
 _LAST_LINES = 20
 _PATIENCE = 2.0  # seconds for a process whose pipe has closed to be gone
-_DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 type Engine = RolloutEngine | ChildEngine
 
@@ -60,13 +59,17 @@ class ChildEngine:
     def __init__(self, checkpoint: Path, config: EngineConfig, log: Path) -> None:
         """``log`` is where the processes of this rank's engine write, if it owns one."""
         check_engine(checkpoint, config)
+        check_transport(config.transport)
         rows = gather_over_ranks(groups.data_parallel_rank())
         for data_parallel_rank in sorted(set(rows)):
             members = [rank for rank, held in enumerate(rows) if held == data_parallel_rank]
             group = dist.new_group(members, backend="gloo")
             if dist.get_rank() in members:
                 self._group, self._owner = group, members[0]
-        self._processes = _Processes(checkpoint, config, log) if dist.get_rank() == self._owner else None
+        owners = [rank for rank, held in enumerate(rows) if held not in rows[:rank]]
+        self._processes: _Processes | None = None
+        if dist.get_rank() == self._owner:
+            self._processes = _Processes(checkpoint, config, log, _first_local_rank(owners, config))
         self._pushed: tuple[Iterable[tuple[str, Tensor]], WeightSync] | None = None
         self._was_restarted = self._has_weights = False
         _on_all_ranks(self._start)
@@ -99,7 +102,7 @@ class ChildEngine:
     def update_weights(self, named: Iterable[tuple[str, Tensor]], sync: WeightSync) -> None:
         """As :meth:`RolloutEngine.update_weights`. ``named`` is kept: a restart goes through it again.
 
-        With checksums, what arrived in the processes is compared, too, as if they were further ranks.
+        With checksums, what arrived in the processes is compared with what the ranks sent, too.
         """
         assert iter(named) is not named, "the weights must be there again after a restart"
         self._has_weights = False
@@ -107,8 +110,10 @@ class ChildEngine:
         received = self._surviving(self._push)
         if sync.with_checksums:
             everybody = gather_over_ranks(received)
-            processes = [sums for rank in everybody for sums in rank[1:]]
-            sync.check_agreement([rank[0] for rank in everybody] + processes)
+            holders = sync.by_holder([sent for sent, *_ in everybody])
+            for rank, (_, *arrived) in enumerate(everybody):
+                holders |= _in_processes(sync, rank).by_holder(arrived)
+            sync.check_agreement(holders)
         self._has_weights = True
 
     def reset_caches(self, first: int = len(CACHES)) -> None:
@@ -125,7 +130,11 @@ class ChildEngine:
         self._surviving(lambda: self._processes.tell_to("wake", part) if self._processes else None)
 
     def differing_parameters(self, named: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """As :meth:`RolloutEngine.differing_parameters`, one engine after another."""
+        """As :meth:`RolloutEngine.differing_parameters`, one engine after another.
+
+        After a restart, which pushes the weights anew, ``named`` is gone through again.
+        """
+        assert iter(named) is not named, "the weights must be there again after a restart"
         found = gather_over_ranks(self._surviving(lambda: self._send("differing_parameters", named)))
         return list(dict.fromkeys(name for answers in found for names in answers for name in names))
 
@@ -134,7 +143,7 @@ class ChildEngine:
         assert self._pushed is not None
         named, sync = self._pushed
         sync.checksums.clear()
-        return [sync.checksums, *self._send("update", sync.checked(named), replace(sync, checksums={}))]
+        return [sync.checksums, *self._send("update", sync.checked(named), _in_processes(sync, dist.get_rank()))]
 
     def _send(self, command: str, named: Iterable[tuple[str, Tensor]], *arguments: Any) -> list[Any]:
         """What each of this rank's processes answers to ``command`` with ``named``."""
@@ -164,6 +173,11 @@ class ChildEngine:
             self._processes.start()
 
 
+def _in_processes(sync: WeightSync, owner: int) -> WeightSync:
+    """The same update, as the processes of the engine that rank ``owner`` owns see it."""
+    return replace(sync, checksums={}, holder=f"engine process {{}} of rank {owner}")
+
+
 def _on_all_ranks[Result](attempt: Callable[[], Result]) -> Result:
     """This rank's result or, on all ranks, the first fault that any of them met."""
     result: list[Result] = []
@@ -179,11 +193,11 @@ def _on_all_ranks[Result](attempt: Callable[[], Result]) -> Result:
 
 
 class _Processes:
-    """The processes of one engine, and the memory that weights reach them through."""
+    """The processes of one engine, and the way that weights reach them."""
 
-    def __init__(self, checkpoint: Path, config: EngineConfig, log: Path) -> None:
-        self._checkpoint, self._config, self._log = checkpoint, config, log
-        self._memory = SharedHalves.create(config.bucket_bytes)
+    def __init__(self, checkpoint: Path, config: EngineConfig, log: Path, first_local_rank: int) -> None:
+        self._checkpoint, self._config, self._log, self._first = checkpoint, config, log, first_local_rank
+        self._transport = create_transport(config.transport, config.bucket_bytes)
         self.facts: tuple[list[int], int] | None = None  # the engine's banned_token_ids and cache_block_tokens
         self._children: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -192,21 +206,21 @@ class _Processes:
         """Unless they are running."""
         if self._children:
             return
-        ranks, first = self._config.tensor_parallel_size, int(os.environ.get("LOCAL_RANK", "0"))
+        ranks, first = self._config.tensor_parallel_size, self._first
         if torch.cuda.is_available() and first + ranks > torch.cuda.device_count():
             raise ValueError(
-                f"rollout.tensor_model_parallel_size ({ranks}) needs GPUs {first} to {first + ranks - 1} of one host, "
-                f"which has {torch.cuda.device_count()}; use a divisor of them"
+                f"rollout.tensor_model_parallel_size ({ranks}) with rollout.transport ({self._config.transport}) needs "
+                f"GPUs {first} to {first + ranks - 1} of one host, which has {torch.cuda.device_count()}; use a "
+                "divisor of the size, or a transport that shares the GPUs of the ranks"
             )
         port = groups.free_port()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         for rank in range(ranks):
             ours, theirs = Pipe()
-            descriptors = (theirs.fileno(), self._memory.descriptor)
             with theirs, self._log.open("ab") as output:
                 child = subprocess.Popen(
-                    [sys.executable, "-m", __name__, *map(str, descriptors)],
-                    pass_fds=descriptors,
+                    [sys.executable, "-m", _PROCESS, str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(), *self._transport.descriptors),
                     env=_environment(rank, ranks, first, port),
                     stdout=output,
                     stderr=output,
@@ -214,8 +228,13 @@ class _Processes:
             self._children.append(child)
             self._connections.append(ours)
         # Time is taken on this side, where an engine that hangs is seen, too.
-        self._tell(self._checkpoint, replace(self._config, timeout_seconds=0.0))
+        invitations = self._transport.invitations(ranks)
+        self._tell(self._checkpoint, replace(self._config, timeout_seconds=0.0), invitations)
         self.facts = self._answers("done", "starting")[0]
+        try:
+            self._transport.connect()
+        except Disconnected as error:
+            raise self._death(f"cannot be reached: {error}") from error
 
     def tell_to(self, command: Literal["reset_caches", "sleep", "wake"], *arguments: str | int) -> None:
         self._tell(command, arguments)
@@ -230,15 +249,19 @@ class _Processes:
 
     def send(self, command: str, named: Iterable[tuple[str, Tensor]], *arguments: Any) -> list[Any]:
         """What each process answers to ``command`` with tensors."""
-        self._tell(command, arguments)
         refusal: ValueError | None = None
+
+        def announce(pieces: list[Piece]) -> None:
+            self._tell("pieces", pieces)
+            self._answers("waits", "taking weights")  # so that a collective call has all its ranks
+
+        self._tell(command, arguments)
         try:
-            for number, pieces in enumerate(self._memory.fill(named)):
-                self._tell("pieces", pieces)
-                if number:
-                    self._answers("read", "taking weights")
+            self._transport.send(named, announce)
         except ValueError as error:
             refusal = error
+        except Disconnected as error:
+            raise self._death(f"was lost taking weights: {error}") from error
         self._tell("end", refusal)
         return self._answers("done", "taking weights")
 
@@ -247,7 +270,7 @@ class _Processes:
             try:
                 connection.send(message)
             except OSError as error:
-                raise self._death("died between two calls") from error
+                raise self._death("was found dead") from error
 
     def _answers(
         self, wanted: str, doing: str, limit: float = 0.0, report: Callable[[int], None] | None = None
@@ -297,6 +320,19 @@ def _end(child: subprocess.Popen[bytes], patience: float) -> str:
     return f"process {child.pid} ended with {signal.Signals(-status).name if status < 0 else f'exit status {status}'}"
 
 
+def _first_local_rank(owners: Sequence[int], config: EngineConfig) -> int:
+    """Of the processes of this rank's engine, one of those that ``owners`` have: which GPUs they run on.
+
+    They share those of this rank and the ones after it. NCCL, though, takes no GPU twice: they have those after the
+    ranks of the host, engine by engine.
+    """
+    rank, local_rank = dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0"))
+    if config.transport != "collective" or not torch.cuda.is_available():
+        return local_rank
+    before = sum(rank - local_rank <= owner < rank for owner in owners)
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + before * config.tensor_parallel_size
+
+
 def _environment(rank: int, ranks: int, first_local_rank: int, port: int) -> dict[str, str]:
     """The processes are a world of their own, not the launcher's."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
@@ -308,74 +344,3 @@ def _environment(rank: int, ranks: int, first_local_rank: int, port: int) -> dic
         "MASTER_PORT": str(port),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
     }
-
-
-def _serve(connection: Connection, memory: SharedHalves) -> None:
-    """The process of one rank of the engine: start it, then do what is asked."""
-    checkpoint, config = connection.recv()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    engine = RolloutEngine(checkpoint, config)
-    connection.send(("done", (engine.banned_token_ids, engine.cache_block_tokens)))
-    is_first = dist.get_rank() == 0
-    commands: dict[str, Callable[..., Any]] = {
-        "generate": lambda requests, sampling: engine.generate(
-            requests, sampling, lambda count: connection.send(("answered", count)) if is_first else None
-        ),
-        "update": lambda sync: _received(connection, memory, lambda tensors: _update(engine, tensors, sync)),
-        "differing_parameters": lambda: _received(connection, memory, engine.differing_parameters),
-        "reset_caches": engine.reset_caches,
-        "sleep": engine.sleep,
-        "wake": engine.wake,
-    }
-    while True:
-        command, arguments = connection.recv()
-        try:
-            answer = commands[command](*arguments)
-        except (ValueError, NoWeights) as refusal:
-            connection.send(("refused", refusal))
-        else:
-            connection.send(("done", answer))
-
-
-def _update(engine: RolloutEngine, tensors: Iterable[tuple[str, Tensor]], sync: WeightSync) -> Mapping[str, int]:
-    engine.update_weights(tensors, sync)
-    return sync.checksums
-
-
-def _received[Answer](
-    connection: Connection, memory: SharedHalves, use: Callable[[Iterable[tuple[str, Tensor]]], Answer]
-) -> Answer:
-    tensors = memory.read(_filled(connection))
-    try:
-        return use(tensors)
-    finally:
-        for _ in tensors:  # of a refused update the rest is still sent
-            pass
-
-
-def _filled(connection: Connection) -> Iterator[list[Piece]]:
-    while True:
-        kind, value = connection.recv()
-        if kind == "end":
-            if value is not None:
-                raise value
-            return
-        yield value
-        connection.send(("read", None))
-
-
-def _main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the rank decides when to stop; to a terminal both are one job
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    connection, descriptor = (int(argument) for argument in sys.argv[1:])
-    try:
-        _serve(Connection(connection), SharedHalves(descriptor))
-    except EOFError:
-        os._exit(0)
-
-
-if __name__ == "__main__":
-    _main()

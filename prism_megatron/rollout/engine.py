@@ -43,7 +43,8 @@ _set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts one that does
 class EngineConfig:
     """Sizes of the engine. ``kv_cache_gib`` is for CPU, ``gpu_memory_utilization`` and ``sleep_level`` for GPU.
 
-    ``timeout_seconds`` is for one batch of responses, 0 for none; ``bucket_bytes`` for weights on their way to a child.
+    ``timeout_seconds`` is for one batch of responses, 0 for none; ``bucket_bytes`` and ``transport`` are for weights on
+    their way to a child.
     """
 
     tensor_parallel_size: int
@@ -56,6 +57,7 @@ class EngineConfig:
     seed: int
     timeout_seconds: float = 0.0
     bucket_bytes: int = 256 << 20
+    transport: str = "auto"
     sleep_level: int = 0
     images_per_prompt: int = 8
 
@@ -183,7 +185,7 @@ class RolloutEngine:
             self._llm.finish_weight_update(str(sync.version))
             self.reset_caches()
         if sync.with_checksums:
-            sync.check_agreement(gather_over_ranks(sync.checksums))
+            sync.check_agreement(sync.by_holder(gather_over_ranks(sync.checksums)))
         self._has_weights, self._policy_version = True, sync.version
 
     def sleep(self) -> None:

@@ -2,9 +2,9 @@
 
 vLLM's life cycle has three calls: start, update (as often as there are chunks), finish with a version. A backend says
 how the bytes arrive. Ours takes an iterator by reference, which is all that an engine inside the training ranks needs,
-on CPU and GPU alike: no byte is sent twice. For an engine elsewhere vLLM has ``ipc`` (another process on the same GPU)
-and ``nccl`` (other GPUs), which take the same HF names and tensors from a ``WeightSource``; not verified here, where
-there is no GPU.
+on CPU and GPU alike: no byte is sent twice. The processes of a child engine read theirs from ``transport.py``, which
+brings the bytes through shared memory, a process group or memory of a GPU. That is instead of vLLM's own ``ipc`` and
+``nccl`` backends: reload, checks and what follows a death are the same whatever the way.
 """
 
 from __future__ import annotations

@@ -16,13 +16,15 @@ type Manifest = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and d
 class WeightSync:
     """One replacement of all weights, as one rank sees it.
 
-    ``checksums`` fills while tensors pass, if ``with_checksums``: they cost a pass over the bytes.
+    ``checksums`` fills while tensors pass, if ``with_checksums``: they cost a pass over the bytes. Errors call
+    who was given something ``holder``, with a number in it.
     """
 
     version: int
     manifest: Manifest
     with_checksums: bool = False
     checksums: dict[str, int] = field(default_factory=dict)
+    holder: str = "rank {}"
 
     def checked(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Pass tensors through.
@@ -54,15 +56,20 @@ class WeightSync:
                 f"{shape}"
             )
 
-    def check_agreement(self, everybody: Sequence[Mapping[str, int]]) -> None:
-        """Raises ValueError naming the first parameter that ``everybody``, checksums by rank, did not get alike."""
+    def by_holder(self, everybody: Sequence[Mapping[str, int]]) -> dict[str, Mapping[str, int]]:
+        """Checksums in order of number, under what their holders are called."""
+        return {self.holder.format(number): checksums for number, checksums in enumerate(everybody)}
+
+    def check_agreement(self, everybody: Mapping[str, Mapping[str, int]]) -> None:
+        """Raises ValueError naming the first parameter that ``everybody``, checksums by holder, did not get alike."""
+        first, *others = everybody
         for name in self.manifest:
-            found = [checksums[name] for checksums in everybody]
-            if differing := [rank for rank, value in enumerate(found) if value != found[0]]:
-                raise ValueError(
-                    f"weight update {self.version}: {name} is not the same on ranks 0 and {differing[0]}; a parameter "
-                    "that ranks share has drifted apart, or a bucket was corrupted on its way"
-                )
+            for other in others:
+                if everybody[other][name] != everybody[first][name]:
+                    raise ValueError(
+                        f"weight update {self.version}: {name} is not the same on {first} and {other}; a parameter "
+                        "that ranks share has drifted apart, or a bucket was corrupted on its way"
+                    )
 
 
 def checksum(tensor: Tensor) -> int:

@@ -19,7 +19,7 @@ from prism_megatron.rollout.child import Engine
 from prism_megatron.rollout.engine import CACHES, Sampling
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.microbatch import equal_over_ranks, pack_microbatch
-from prism_megatron.stages.rollouts import push_weights
+from prism_megatron.stages.rollouts import PolicyWeights, push_weights
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import EncodedPrompt, Example, Message, Rollout, RolloutRequest
 
@@ -113,8 +113,8 @@ class Guard:
     def _diagnosis(self, version: int) -> str:
         """Collective."""
         policy, engine = self._policy, self._engine
-        exported = export_weights(policy.chunks, policy.table, self._config.rollout.sync_bucket_mib << 20)
-        if wrong := engine.differing_parameters(exported):
+        pushed = PolicyWeights(policy, self._config.rollout.sync_bucket_mib << 20)
+        if wrong := engine.differing_parameters(pushed):
             return f"{len(wrong)} of the engine's parameters are not those that were sent to it, first {wrong[0]}"
         for number, name in enumerate(CACHES, start=1):
             engine.reset_caches(number)
@@ -123,7 +123,7 @@ class Guard:
         sync = WeightSync(version, export_manifest(policy.chunks, policy.table), with_checksums=True)
         for _ in sync.checked(export_weights(policy.chunks, policy.table)):
             pass
-        sync.check_agreement(gather_over_ranks(sync.checksums))
+        sync.check_agreement(sync.by_holder(gather_over_ranks(sync.checksums)))
         return "every parameter is as it was sent, no cache is stale: the two run different models"
 
 

@@ -68,6 +68,7 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
         seed=config.run.seed,
         timeout_seconds=rollout.timeout_seconds,
         bucket_bytes=rollout.sync_bucket_mib << 20,
+        transport=rollout.transport,
         sleep_level=rollout.sleep_level,
         images_per_prompt=rollout.images_per_prompt,
     )

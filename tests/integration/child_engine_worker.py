@@ -1,12 +1,13 @@
 """Runs under torchrun: training on rollouts of a child engine that is killed at work, and later stopped.
 
-Arguments: checkpoint, prompt file, the engine's tensor-parallel size, folder to write to.
+Arguments: checkpoint, prompt file, the engine's transport and tensor-parallel size, folder to write to.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -29,23 +30,26 @@ DAMAGED = "layers.1.self_attn.v_proj.weight"
 
 
 def main() -> None:
-    checkpoint, data, engine_ranks, folder = sys.argv[1:]
+    checkpoint, data, transport, engine_ranks, folder = sys.argv[1:]
     wanted = [f"model.hf_checkpoint={checkpoint}", f"run.dir={folder}", "parallel.tensor_model_parallel_size=2"]
     wanted += ["rollout.engine=child", f"rollout.tensor_model_parallel_size={engine_ranks}", "rollout.max_num_seqs=16"]
-    wanted += ["rollout.sync_bucket_mib=1", "rollout.sync_checksums=true"]
+    wanted += [f"rollout.transport={transport}", "rollout.sync_bucket_mib=1", "rollout.sync_checksums=true"]
     wanted += ["rollout.temperature=0.7", "rollout.samples_per_prompt=6"]
     config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), wanted)
     assert isinstance(config, RLVRConfig)
     groups.initialize(config.parallel, seed=1)
     from prism_megatron.rollout.child import ChildEngine, EngineDied
     from prism_megatron.stages.rollouts import sample_responses, start_engine
-    from prism_megatron.stages.setup import load_processor
+    from prism_megatron.stages.setup import load_policy, load_processor
 
     rows, processor = read_rlvr(Path(data))[:PROMPTS], load_processor(config)
     engine = start_engine(config, Path(checkpoint))
     assert isinstance(engine, ChildEngine)
     measured: dict[str, Any] = train(config, engine, processor, rows)
-    measured["damaged"] = said_of_damage(config, engine, processor, rows)
+    policy = load_policy(config)
+    measured["corrupted"] = said_of_corruption(config, engine, policy, processor, rows)
+    engine._was_restarted = False
+    measured["damaged"] = said_of_damage(config, engine, policy, processor, rows)
     measured["no_rows"] = sample_responses(engine, processor, [], 0, config)
 
     if engine._processes is not None:  # how long a machine takes for its first batches, nobody can say
@@ -87,30 +91,78 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
     return measured
 
 
-def said_of_damage(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> str:
-    """What the guard says where each update loses half of a tensor's size between the two sides."""
+def said_of_corruption(config: RLVRConfig, engine: Any, policy: Any, processor: Any, rows: Any) -> list[str]:
+    """What a sync with checksums says where a bit of a tensor changes on its way, and what sampling says then."""
+    from prism_megatron.rollout.engine import NoWeights
+    from prism_megatron.stages.rollouts import push_weights, sample_responses
+
+    said = []
+    if engine._processes is not None:
+        transport = engine._processes._transport
+        filled = transport._filled
+
+        def corrupting(named: Any) -> Iterator[Any]:
+            for content, pieces in filled(named):
+                at = 0
+                for piece in pieces:
+                    if piece.name.endswith(DAMAGED):
+                        content[at] ^= 1
+                    at += piece.length
+                yield content, pieces
+
+        transport._filled = corrupting
+    try:
+        push_weights(engine, policy, 2, config.rollout)
+    except ValueError as error:
+        said.append(str(error))
+    finally:
+        if engine._processes is not None:
+            transport._filled = filled
+    try:
+        sample_responses(engine, processor, rows, 0, config)
+    except NoWeights as error:
+        said.append(str(error))
+    return said
+
+
+def said_of_damage(config: RLVRConfig, engine: Any, policy: Any, processor: Any, rows: Any) -> str:
+    """What the guard says where each update loses half of a tensor's size between the two sides.
+
+    While it looks for the parameter the engine is killed, with weights on their way to it.
+    """
     from prism_megatron.stages.guard import Guard
-    from prism_megatron.stages.setup import load_policy
 
     rollout = replace(config.rollout, guard_interval=1, sync_checksums=False)
-    guard = Guard(engine, load_policy(config), processor, rows, replace(config, rollout=rollout))
-    guard.push(2)
+    guard = Guard(engine, policy, processor, rows, replace(config, rollout=rollout))
+    guard.push(3)
     if engine._processes is not None:
-        send = engine._processes.send
+        send, transport = engine._processes.send, engine._processes._transport
+        move, moved = transport._move, 0
+
+        def killing(content: Any) -> None:
+            nonlocal moved
+            moved += 1
+            if moved == 3:
+                victim = processes()[-1].pid
+                os.kill(victim, signal.SIGKILL)
+                select.select([os.pidfd_open(victim)], [], [])
+            move(content)
 
         def damaging(command: str, named: Any, *arguments: Any) -> Any:
             if command == "update":
                 named = ((name, tensor / 2 if name.endswith(DAMAGED) else tensor) for name, tensor in named)
+            else:
+                transport._move = killing
             return send(command, named, *arguments)
 
         engine._processes.send = damaging
     try:
-        guard.push(3)
+        guard.push(4)
     except RuntimeError as error:
         return str(error)
     finally:
         if engine._processes is not None:
-            engine._processes.send = send
+            engine._processes.send, transport._move = send, move
     return ""
 
 
@@ -136,7 +188,7 @@ def engine_killed_at_work() -> Iterator[None]:
 
 def processes() -> list[psutil.Process]:
     """Of the engine that this rank owns."""
-    return [child for child in psutil.Process().children() if "prism_megatron.rollout.child" in child.cmdline()]
+    return [child for child in psutil.Process().children() if "prism_megatron.rollout.child_process" in child.cmdline()]
 
 
 if __name__ == "__main__":

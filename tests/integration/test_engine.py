@@ -41,7 +41,7 @@ def test_engine_equals_hf(
     assert measured["versions"] == [1]
     assert "the last update was refused" in measured["refused"]
     if ranks > 1:
-        assert "layernorm.weight is not the same on ranks 0 and 1" in measured["drifted"]
+        assert "layernorm.weight is not the same on rank 0 and rank 1" in measured["drifted"]
     assert "1 parameters did not arrive" in measured["missing"]
     assert "the engine has no parameter nobody" in measured["unknown"]
     assert "600 response tokens do not fit max_model_len (512)" in measured["too_long"]

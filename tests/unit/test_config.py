@@ -66,6 +66,11 @@ def test_balancing_experts_that_are_all_chosen_is_refused() -> None:
         ),
         ("rollout.top_p=0.9", r"rollout.top_p \(0.9\) 1 where a policy gradient is taken"),
         ("rollout.engine=server", "rollout.engine must be colocated or child, got 'server'"),
+        (
+            "rollout.transport=rdma",
+            "rollout.transport must be auto or shared_memory or collective or cuda_ipc, got 'rdma'",
+        ),
+        ("rollout.transport=collective", r"rollout.transport \(collective\) is for rollout.engine=child; leave it at"),
         ("rollout.timeout_seconds=-1", r"rollout.timeout_seconds must be at least 0 \(none\), got -1"),
         ("rollout.sleep_level=3", "rollout.sleep_level must be 0, 1 or 2, got 3"),
     ],

@@ -29,7 +29,7 @@ def receive(sent: Sequence[Bucket]) -> WeightSync:
 def test_whole_update_passes_in_any_order() -> None:
     first, second = receive(buckets()), receive(buckets()[::-1])
     assert first.checksums == second.checksums
-    first.check_agreement([first.checksums, second.checksums])
+    first.check_agreement(first.by_holder([first.checksums, second.checksums]))
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_a_bucket_corrupted_on_one_rank_is_refused_on_all() -> None:
     corrupted[1][1][1][1, 2] += 1e-5
     ranks = [receive(sent) for sent in (buckets(), buckets(), corrupted)]
     for rank in ranks:
-        with pytest.raises(ValueError, match="weight update 7: d is not the same on ranks 0 and 2"):
-            rank.check_agreement([other.checksums for other in ranks])
+        with pytest.raises(ValueError, match="weight update 7: d is not the same on rank 0 and rank 2;"):
+            rank.check_agreement(rank.by_holder([other.checksums for other in ranks]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
