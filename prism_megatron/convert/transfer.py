@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
@@ -121,13 +120,14 @@ def export_weights(
     ``read`` says what of a parameter is exported: its values, or another tensor of its shape such as its gradient.
 
     Parameters travel in halves of ``bucket_bytes``, or one module of the engine at a time if that is larger; one half
-    is gathered, in a thread of its own, while the one before is consumed. No module is in two of them, so that an
-    engine, which holds on to what it got until a module is complete, never holds more than one.
+    is gathered, in a thread of its own (on a GPU in this one's stream), while the one before is consumed. No module is
+    in two of them, so that an engine, which holds on to what it got until a module is complete, never holds more than
+    one.
     """
     here = {name: read(parameter) for name, parameter in named_parameters(model).items()}
     buckets = _buckets(table, _owners(here), bucket_bytes // 2)
     routes = {kind: _route(kind) for kind in sorted({unit.kind for bucket in buckets for unit in bucket.units})}
-    with ThreadPoolExecutor(1) as ahead:
+    with groups.worker_thread() as ahead:
         coming = ahead.submit(buckets[0].gather, here, routes)
         for following in [*buckets[1:], None]:
             gathered = coming.result()
