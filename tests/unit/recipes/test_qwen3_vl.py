@@ -130,6 +130,15 @@ def test_trainer_and_engine_share_a_gpu_or_are_refused(sizes: dict[str, HFSizes]
         greedy.check()
 
 
+def test_a_push_holds_all_experts_of_a_layer_twice_and_vllm_its_part_of_them(sizes: dict[str, HFSizes]) -> None:
+    """128 experts of three matrices 2048 x 768 in bfloat16, against a bucket of 256 MiB."""
+    config = qwen3_vl.rlvr_grpo("30b_a3b", "bf16")
+    experts = 2 * 128 * 3 * 2048 * 768
+    cut = config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
+    push = estimate(config, 32, sizes["30b_a3b"], sizes["2b"]).push
+    assert 0 < push - (2 + 1 / cut) * experts < config.rollout.sync_bucket_mib << 19
+
+
 def test_fp8_adds_two_bytes_of_each_linear_weight_of_the_decoder(sizes: dict[str, HFSizes]) -> None:
     """36 layers: queries, keys and values 4096 x 6144, their output 4096 x 4096, three matrices 4096 x 12288; two
     tensor-parallel ranks."""
