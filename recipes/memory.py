@@ -4,7 +4,8 @@ Parameters are counted from the conversion table, so they are exact. Measured on
 never on a GPU. Assumed:
 
 - bfloat16 weights, gradients summed in float32, AdamW's three float32 copies cut over data-parallel ranks (float32
-  weights need no copy of their own); of a frozen parameter the weight only;
+  weights need no copy of their own); of a frozen parameter the weight only, as of the policy before training, which is
+  kept where ``kl_coeff`` is not 0;
 - a full micro-batch, half of it image tokens, each of four patches; one-forward-one-backward keeps as many
   micro-batches as there are pipeline stages; flash attention; experts take 1.5 times their even share
   (``recipes/activations.py``);
@@ -49,6 +50,7 @@ _ENGINE_OVERHEAD = 3e9  # vLLM's activations
 _ASLEEP = 2e9  # what vLLM holds outside the memory that it can give back
 _ENGINE_SEQUENCES = 4  # of full length, that the key-value cache should hold at least
 _FP8_COPIES = 2  # bytes
+_ALL = ("vision", "merger", "language_model")
 _LINEAR = re.compile(r"decoder\..*linear_(?:qkv|proj|fc1|fc2)\.weight")
 _PART = re.compile(r"(?:decoder|vision)\.layers\.(\d+)\.")
 PUBLISHED = Path(__file__).parent / "published"
@@ -115,6 +117,8 @@ def stage_estimates(
     parts: list[_Part] = []
     if not isinstance(config, WarmupConfig):
         parts.append(_Part(table, policy, config.model.freeze, config.optimizer))
+    if isinstance(config, PolicyGradientConfig) and config.kl_coeff:
+        parts.append(_Part(table, policy, _ALL, config.optimizer))  # the policy as it was
     if isinstance(config, WarmupConfig | AlignConfig):
         wanted = config.discriminator
         heads = 2 if wanted.experts == "dedicated" else 1
