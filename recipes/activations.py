@@ -78,7 +78,9 @@ def layer_elements(sizes: HFSizes, parallel: ParallelConfig, imbalance: float) -
     mlp: float = 5 * text["intermediate_size"] / tp
     if sizes.num_experts is not None:
         routed = text["num_experts_per_tok"] * imbalance / tp
-        mlp = routed * (2 * hidden + 6 * text["moe_intermediate_size"])  # and weighted by the router
+        # Ranks that share an expert get each other's tokens, whole, and a part of the expert; weighted by the router.
+        gathered = parallel.expert_tensor_parallel_size
+        mlp = routed * (2 * hidden * gathered + 6 * text["moe_intermediate_size"])
     return attention + mlp
 
 

@@ -4,7 +4,8 @@ Parameters are counted from the conversion table, so they are exact. Measured on
 never on a GPU. Assumed:
 
 - bfloat16 weights, gradients summed in float32, AdamW's three float32 copies cut over data-parallel ranks (float32
-  weights need no copy of their own); of a frozen parameter the weight only;
+  weights need no copy of their own); of a frozen parameter the weight only, as of the policy before training, which is
+  kept where ``kl_coeff`` is not 0;
 - a full micro-batch, half of it image tokens, each of four patches; one-forward-one-backward keeps as many
   micro-batches as there are pipeline stages; flash attention; experts take 1.5 times their even share
   (``recipes/activations.py``);
@@ -19,11 +20,12 @@ never on a GPU. Assumed:
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from prism_megatron.config import (
     AlignConfig,
@@ -36,6 +38,7 @@ from prism_megatron.config import (
 )
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
+from prism_megatron.convert.transfer import export_bytes
 from prism_megatron.model.build import HFSizes, read_sizes
 from prism_megatron.model.fp8 import check_sizes
 from prism_megatron.parallel.groups import check_degrees
@@ -47,6 +50,7 @@ _ENGINE_OVERHEAD = 3e9  # vLLM's activations
 _ASLEEP = 2e9  # what vLLM holds outside the memory that it can give back
 _ENGINE_SEQUENCES = 4  # of full length, that the key-value cache should hold at least
 _FP8_COPIES = 2  # bytes
+_ALL = ("vision", "merger", "language_model")
 _LINEAR = re.compile(r"decoder\..*linear_(?:qkv|proj|fc1|fc2)\.weight")
 _PART = re.compile(r"(?:decoder|vision)\.layers\.(\d+)\.")
 PUBLISHED = Path(__file__).parent / "published"
@@ -113,6 +117,8 @@ def stage_estimates(
     parts: list[_Part] = []
     if not isinstance(config, WarmupConfig):
         parts.append(_Part(table, policy, config.model.freeze, config.optimizer))
+    if isinstance(config, PolicyGradientConfig) and config.kl_coeff:
+        parts.append(_Part(table, policy, _ALL, config.optimizer))  # the policy as it was
     if isinstance(config, WarmupConfig | AlignConfig):
         wanted = config.discriminator
         heads = 2 if wanted.experts == "dedicated" else 1
@@ -124,7 +130,7 @@ def stage_estimates(
     for stage in range(parallel.pipeline_model_parallel_size):
         resident = [_resident(part, config, stage, world_size) for part in parts]
         activations = max(_activations(part, config, stage, load) for part in parts)
-        push = _push(table) if isinstance(config, PolicyGradientConfig) else 0.0
+        push = _push(table, config) if isinstance(config, PolicyGradientConfig) else 0.0
         weights, gradients, optimizer = (sum(column) for column in zip(*resident, strict=True))
         stages.append(Memory(weights, gradients, optimizer, activations, push, engine, asleep))
     return stages
@@ -231,9 +237,15 @@ def _activations(part: _Part, config: StageConfig, stage: int, load: Load | None
     return activation_bytes(config, part.sizes, part.freeze, stage, layers, load or full_load(config, part.sizes))
 
 
-def _push(table: Sequence[Rule]) -> float:
-    """The largest HF tensor, gathered and put together."""
-    return 2 * 2 * max(max(math.prod(shape) for shape in rule.shapes) for rule in table)
+def _push(table: Sequence[Rule], config: StageConfig) -> float:
+    """What an export holds, and vLLM's part of the largest module until it is copied to its place."""
+    dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
+    exported, module = export_bytes(table, dtype, config.rollout.sync_bucket_mib << 20)
+    return exported + module / _engine_ranks(config)
+
+
+def _engine_ranks(config: StageConfig) -> int:
+    return config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
 
 
 def _engine_bytes(config: StageConfig, policy: HFSizes, table: Sequence[Rule]) -> float:
@@ -241,7 +253,7 @@ def _engine_bytes(config: StageConfig, policy: HFSizes, table: Sequence[Rule]) -
     if not isinstance(config, PolicyGradientConfig | CollectConfig) and not config.eval.num_questions:
         return 0.0
     rollout, text = config.rollout, policy.text
-    ranks = rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
+    ranks = _engine_ranks(config)
     groups = max(text["num_key_value_heads"] // ranks, 1)
     cache = 2 * 2 * text["num_hidden_layers"] * groups * text["head_dim"] * rollout.max_model_len
     weights = 2 * sum(rule.numel for rule in table if not rule.tied) / ranks

@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "pipeline parallel": ("parallel.pipeline_model_parallel_size=2", "max_tokens_per_microbatch=1024"),
     "context parallel": ("parallel.context_parallel_size=2",),
     "expert parallel": ("parallel.expert_model_parallel_size=2",),  # of another model, with experts
+    "expert-tensor parallel": ("parallel.expert_tensor_parallel_size=2",),  # of it, too
 }
 _MARK = "prism_second_step"
 
@@ -79,7 +80,7 @@ def measure(cases: Sequence[str], overrides: Sequence[str], folder: Path) -> dic
 
     rows = {}
     for case in cases:
-        size = "mid_moe" if case == "expert parallel" else "mid"
+        size = "mid_moe" if case.startswith("expert") else "mid"
         settings = Settings(
             size=size,
             images="mock",

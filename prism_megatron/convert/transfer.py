@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
@@ -121,13 +120,14 @@ def export_weights(
     ``read`` says what of a parameter is exported: its values, or another tensor of its shape such as its gradient.
 
     Parameters travel in halves of ``bucket_bytes``, or one module of the engine at a time if that is larger; one half
-    is gathered, in a thread of its own, while the one before is consumed. No module is in two of them, so that an
-    engine, which holds on to what it got until a module is complete, never holds more than one.
+    is gathered, in a thread of its own (on a GPU in this one's stream), while the one before is consumed. No module is
+    in two of them, so that an engine, which holds on to what it got until a module is complete, never holds more than
+    one: :func:`export_bytes` is what there is at a time.
     """
     here = {name: read(parameter) for name, parameter in named_parameters(model).items()}
     buckets = _buckets(table, _owners(here), bucket_bytes // 2)
     routes = {kind: _route(kind) for kind in sorted({unit.kind for bucket in buckets for unit in bucket.units})}
-    with ThreadPoolExecutor(1) as ahead:
+    with groups.worker_thread() as ahead:
         coming = ahead.submit(buckets[0].gather, here, routes)
         for following in [*buckets[1:], None]:
             gathered = coming.result()
@@ -148,6 +148,21 @@ def export_manifest(model: Any, table: Sequence[Rule]) -> dict[str, tuple[tuple[
     return manifest
 
 
+def export_bytes(table: Sequence[Rule], dtype: torch.dtype, bucket_bytes: int = _BUCKET_BYTES) -> tuple[int, int]:
+    """What an export holds at most beside the model, and the largest module: a layer's experts are one.
+
+    At a time there are two parts, one gathered ahead, and of the first a module put together. Pipeline stages cut parts
+    where they end, and are not counted.
+    """
+    owners = {rule.megatron: (0, dtype) for rule in table}
+    buckets = _buckets(table, owners, bucket_bytes // 2)
+    ahead = [*(bucket.bytes for bucket in buckets[1:]), 0]
+    held = max(
+        bucket.bytes + following + bucket.largest_module for bucket, following in zip(buckets, ahead, strict=True)
+    )
+    return held, max(bucket.largest_module for bucket in buckets)
+
+
 def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_BYTES) -> str:
     """What an export sends where, and why, in a few lines. Collective."""
     buckets = _buckets(table, _owners(named_parameters(model)), bucket_bytes // 2)
@@ -155,7 +170,7 @@ def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_B
     for unit in (unit for bucket in buckets for unit in bucket.units):
         sizes[unit.kind] += unit.bytes
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    largest = max(sum(unit.bytes for unit in bucket.units) for bucket in buckets)
+    largest = max(bucket.bytes for bucket in buckets)
     lines = [
         f"weight sync: {sum(sizes.values()) / 1e6:.1f} MB to every rank in {len(buckets)} parts of at most "
         f"{largest / 1e6:.1f} MB; the engine's loader takes whole tensors and cuts them itself"
@@ -215,6 +230,16 @@ class _Bucket:
     stage: int
     units: list[_Unit] = field(default_factory=list)
 
+    @property
+    def bytes(self) -> int:
+        return sum(unit.bytes for unit in self.units)
+
+    @property
+    def largest_module(self) -> int:
+        """Bytes."""
+        modules = groupby(self.units, key=lambda unit: unit.module)
+        return max(sum(unit.bytes for unit in units) for _, units in modules)
+
     def gather(
         self, here: Mapping[str, Tensor], routes: Mapping[str, _Route]
     ) -> list[tuple[_Unit, list[list[Tensor]]]]:
@@ -272,11 +297,10 @@ def _gather(
         lengths = [prod(shape) for shape in shapes]
         buffer = torch.empty(len(route.places), sum(lengths), dtype=units[0].dtype, device=groups.device())
         if stage == parallel_state.get_pipeline_model_parallel_rank():
-            local = [here[name].flatten() for name in names]
-            if len(route.places) == 1:
-                torch.cat(local, out=buffer[0])
-            else:
-                dist.all_gather_into_tensor(buffer.view(-1), torch.cat(local), group=route.group)
+            own = buffer[0 if route.group is None else route.group.rank()]
+            torch.cat([here[name].flatten() for name in names], out=own)
+            if len(route.places) > 1:
+                dist.all_gather_into_tensor(buffer.view(-1), own, group=route.group)
         if pipeline.size() > 1:
             dist.broadcast(buffer, src=dist.get_global_rank(pipeline, stage), group=pipeline)
         everybody = [
@@ -291,16 +315,21 @@ def _gather(
 def _apart(
     unit: Sequence[Rule], shards: Sequence[Sequence[Tensor]], places: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors of one unit, from the shards of every member of the group."""
+    """HF tensors of one unit, from the shards of every member of the group; a stack is filled expert by expert."""
     per_member = len(shards[0])
-    matrices: list[list[Tensor]] = []
-    for number, rule in enumerate(unit):
+
+    def tensors(number: int) -> list[Tensor]:
         part, index = divmod(number, per_member)
         owners = sorted((place, member) for member, (owned, place) in enumerate(places) if owned == part)
-        matrices.append(rule.layout.to_hf([shards[member][index] for _, member in owners]))
-    for position, name in enumerate(unit[0].hf):
-        tensors = [tensors[position] for tensors in matrices]
-        yield name, tensors[0] if unit[0].expert is None else torch.stack(tensors)
+        return unit[number].layout.to_hf([shards[member][index] for _, member in owners])
+
+    if unit[0].expert is None:
+        yield from zip(unit[0].hf, tensors(0), strict=True)
+        return
+    stack = shards[0][0].new_empty(unit[0].shapes[0])
+    for number in range(len(unit)):
+        (stack[number],) = tensors(number)
+    yield unit[0].hf[0], stack
 
 
 def units(table: Sequence[Rule]) -> Iterator[list[Rule]]:

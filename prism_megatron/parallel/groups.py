@@ -6,6 +6,7 @@ import datetime
 import os
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -185,3 +186,10 @@ def is_main_rank() -> bool:
 
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def worker_thread() -> ThreadPoolExecutor:
+    """One thread that works on the caller's device, in its stream: CUDA's are per thread and begin with device 0's."""
+    if torch.cuda.is_available():
+        return ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=(torch.cuda.current_stream(),))
+    return ThreadPoolExecutor(1)

@@ -11,6 +11,8 @@ import json
 import math
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ LAYOUTS = {
     "pp2-vpp2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     "cp2": ParallelConfig(context_parallel_size=2),
     "ep2": ParallelConfig(expert_model_parallel_size=2),
+    "etp2": ParallelConfig(expert_tensor_parallel_size=2),
     "tp2-sp-ep2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
     "tp2-pp2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
 }
@@ -58,7 +61,7 @@ def main() -> None:
     layouts = [argument for argument in sys.argv[3:] if "=" not in argument]
     kinds = dict(argument.split("=", 1) for argument in sys.argv[3:] if "=" in argument)
     groups.initialize(ParallelConfig(), seed=1)
-    found: dict[str, Any] = {"memory": memory(Path(kinds["dense"]))}
+    found: dict[str, Any] = {f"{kind} memory": memory(Path(checkpoint)) for kind, checkpoint in kinds.items()}
     found |= {kind: run(Path(checkpoint), layouts, tp) for kind, checkpoint in kinds.items()}
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
@@ -73,7 +76,7 @@ def run(checkpoint: Path, layouts: Sequence[str], tp: int) -> dict[str, dict[str
     engine = RolloutEngine(checkpoint, EngineConfig(tp, "float32", 512, 16, 1.0, 0.5, enforce_eager=True, seed=1))
     sampling = Sampling(1, 0.0, 1.0, RESPONSE_TOKENS)
     processor = ChatProcessor(checkpoint)
-    chosen = [name for name in layouts if read_sizes(checkpoint).num_experts or "ep" not in name]
+    chosen = [name for name in layouts if read_sizes(checkpoint).num_experts or not cuts_experts(name)]
     found = {}
     for number, name in enumerate(chosen, start=1):
         prompts = make_prompts(processor, unseen=number)
@@ -95,6 +98,11 @@ def run(checkpoint: Path, layouts: Sequence[str], tp: int) -> dict[str, dict[str
             found[name]["changed"] = tokens(before) != tokens(answers[: len(before)])
             found[name]["versions"] = sorted({rollout.policy_version for rank in everybody for rollout in rank})
     return found
+
+
+def cuts_experts(layout: str) -> bool:
+    parallel = LAYOUTS[layout]
+    return parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size > 1
 
 
 def push(engine: Any, checkpoint: Path, parallel: ParallelConfig, version: int) -> dict[str, Tensor]:
@@ -129,34 +137,52 @@ def push(engine: Any, checkpoint: Path, parallel: ParallelConfig, version: int) 
 
 
 def memory(checkpoint: Path) -> dict[str, int]:
-    """What an export takes beside the model, in buckets and with all of a model of some 100 MB in one."""
+    """What an export takes beside a model of some 100 MB, in buckets and with all of it in one.
+
+    A layer's experts, if it has some, are larger than a bucket. As in vLLM, what arrived of a module is kept until it
+    is complete.
+    """
     from megatron.core import parallel_state
 
     from prism_megatron.convert.qwen3_vl import policy_table
-    from prism_megatron.convert.transfer import export_manifest, export_weights
+    from prism_megatron.convert.transfer import export_bytes, export_manifest, export_weights
     from prism_megatron.model.build import build_policy, read_sizes
     from tools.bench import extra_peak_bytes, give_back_freed
 
+    has_experts = read_sizes(checkpoint).num_experts is not None
+    # Gloo gathers through a copy of its own, which would be seen where parts are large, but none to a next stage.
+    parallel = LAYOUTS["pp2" if has_experts else "tp2"]
     parallel_state.destroy_model_parallel()
-    groups.initialize(LAYOUTS["tp2"], seed=1)
+    groups.initialize(parallel, seed=1)
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads((checkpoint / "config.json").read_text())
         config["text_config"] |= {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 14}
+        if has_experts:
+            config["text_config"] |= {"moe_intermediate_size": 1536, "num_hidden_layers": 6}
         config["vision_config"]["out_hidden_size"] = 512
         (Path(folder) / "config.json").write_text(json.dumps(config))
         sizes = read_sizes(Path(folder))
-        model = build_policy(ModelConfig(folder), LAYOUTS["tp2"], sizes)
+        model = build_policy(ModelConfig(folder), parallel, sizes)
     table = policy_table(sizes)
 
+    manifest = export_manifest(model, table)
+    names = Counter(name.rpartition(".")[0] for name in manifest)
+
     def consume(bucket_bytes: int) -> None:
-        for _ in export_weights(model, table, bucket_bytes):
+        kept: list[Tensor] = []
+        for name, tensor in export_weights(model, table, bucket_bytes):
+            kept.append(tensor)
+            if len(kept) == names[name.rpartition(".")[0]]:
+                kept.clear()
             give_back_freed()
+            time.sleep(tensor.nbytes / 2e8)  # the engine's work, while the next part arrives
 
     consume(BUCKET)
-    whole = sum(dtype.itemsize * math.prod(shape) for shape, dtype in export_manifest(model, table).values())
+    whole = sum(dtype.itemsize * math.prod(shape) for shape, dtype in manifest.values())
     return {
         "whole": whole,
         "bucket": BUCKET,
+        "bound": export_bytes(table, torch.float32, BUCKET)[0],
         "buckets": extra_peak_bytes(lambda: consume(BUCKET)),
         "at once": extra_peak_bytes(lambda: consume(4 * whole)),
     }

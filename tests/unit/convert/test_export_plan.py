@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prism_megatron.convert.rules import COLUMNS, EXPERT_DOWN, EXPERT_UP, REPLICATED, Rule
-from prism_megatron.convert.transfer import _Bucket, _buckets
+from prism_megatron.convert.transfer import _Bucket, _buckets, export_bytes
 
 KIB = 1 << 10
 
@@ -30,10 +30,6 @@ def plan(layers: int, bucket_bytes: int) -> list[_Bucket]:
     return _buckets(table(layers), owners, bucket_bytes)
 
 
-def size(bucket: _Bucket) -> int:
-    return sum(unit.bytes for unit in bucket.units)
-
-
 @pytest.mark.parametrize("bucket_bytes", [1, 2 * KIB, 5 * KIB, 8 * KIB, 1 << 30])
 def test_parts(bucket_bytes: int) -> None:
     buckets = plan(4, bucket_bytes)
@@ -41,14 +37,20 @@ def test_parts(bucket_bytes: int) -> None:
     assert names == list(dict.fromkeys(name for rule in table(4) for name in rule.hf))
     modules = [[unit.module for unit in bucket.units] for bucket in buckets]
     for bucket, held in zip(buckets, modules, strict=True):
-        assert size(bucket) <= bucket_bytes or len(set(held)) == 1, "more than one module beyond the limit"
+        assert bucket.bytes <= bucket_bytes or len(set(held)) == 1, "more than one module beyond the limit"
     for (one, held), (next_one, following) in pairwise(zip(buckets, modules, strict=True)):
         assert held[-1] != following[0], "a module is cut"
         if one.stage == next_one.stage:
             first = [unit.bytes for unit in next_one.units if unit.module == following[0]]
-            assert size(one) + sum(first) > bucket_bytes, "there was room"
+            assert one.bytes + sum(first) > bucket_bytes, "there was room"
     assert [bucket.stage for bucket in buckets] == sorted(bucket.stage for bucket in buckets)
 
 
 def test_a_stage_has_parts_of_its_own() -> None:
     assert len(plan(4, 1 << 30)) == 2
+
+
+@pytest.mark.parametrize(("bucket_bytes", "held"), [(2 * KIB, 4 + 1 + 4), (16 * KIB, 8 + 7 + 4), (1 << 30, 4 * 7 + 4)])
+def test_what_is_held_is_bounded_by_two_parts_and_a_module(bucket_bytes: int, held: int) -> None:
+    """A layer's four expert matrices are one module; the part beside them is a norm, where nothing larger fits."""
+    assert export_bytes(table(4), torch.float32, bucket_bytes) == (held * KIB, 4 * KIB)

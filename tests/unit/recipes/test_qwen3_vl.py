@@ -8,9 +8,18 @@ from types import FunctionType
 
 import pytest
 
-from prism_megatron.config import AlignConfig, FP8Config, RLVRConfig, SFTConfig, WarmupConfig, apply_overrides
+from prism_megatron.config import (
+    AlignConfig,
+    FP8Config,
+    ParallelConfig,
+    RLVRConfig,
+    SFTConfig,
+    WarmupConfig,
+    apply_overrides,
+)
 from prism_megatron.model.build import HFSizes
 from recipes import STAGE_RECIPES, qwen3_vl, shape_of, stage_recipe
+from recipes.activations import layer_elements
 from recipes.layouts import LAYOUTS, SIZES
 from recipes.memory import GPU_BYTES, Memory, check_layout, estimate, published_sizes
 from recipes.qwen3_vl import ALGORITHMS, RECIPES
@@ -128,6 +137,31 @@ def test_trainer_and_engine_share_a_gpu_or_are_refused(sizes: dict[str, HFSizes]
         ValueError, match=r"needs \d+ GB of 80(?s:.)*engine +76.0 GB(?s:.)*lower rollout.gpu_memory_util"
     ):
         greedy.check()
+
+
+def test_a_push_holds_all_experts_of_a_layer_twice_and_vllm_its_part_of_them(sizes: dict[str, HFSizes]) -> None:
+    """128 experts of three matrices 2048 x 768 in bfloat16, against a bucket of 256 MiB."""
+    config = qwen3_vl.rlvr_grpo("30b_a3b", "bf16")
+    experts = 2 * 128 * 3 * 2048 * 768
+    cut = config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
+    push = estimate(config, 32, sizes["30b_a3b"], sizes["2b"]).push
+    assert 0 < push - (2 + 1 / cut) * experts < config.rollout.sync_bucket_mib << 19
+
+
+def test_a_kl_term_keeps_the_weights_of_the_policy_as_it_was(sizes: dict[str, HFSizes]) -> None:
+    without, with_it = (
+        estimate(apply_overrides(qwen3_vl.rlvr_grpo("8b", "bf16"), [f"kl_coeff={c}"]), 8, sizes["8b"], sizes["2b"])
+        for c in (0.0, 0.01)
+    )
+    assert with_it.weights == 2 * without.weights
+    assert (with_it.gradients, with_it.optimizer) == (without.gradients, without.optimizer)
+    assert with_it.activations == without.activations
+
+
+def test_ranks_that_share_an_expert_have_each_other_s_tokens(sizes: dict[str, HFSizes]) -> None:
+    """Eight experts a token, 1.5 times their even share, each keeping twice 2048 elements for a rank more."""
+    one, two = (layer_elements(sizes["30b_a3b"], ParallelConfig(expert_tensor_parallel_size=n), 1.5) for n in (1, 2))
+    assert two - one == 8 * 1.5 * 2 * 2048
 
 
 def test_fp8_adds_two_bytes_of_each_linear_weight_of_the_decoder(sizes: dict[str, HFSizes]) -> None:

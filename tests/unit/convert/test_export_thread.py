@@ -1,0 +1,54 @@
+"""The thread that an export gathers in is on the device and the stream of the rank, on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from prism_megatron.config import ParallelConfig
+from prism_megatron.convert import transfer
+from prism_megatron.convert.rules import REPLICATED, Rule
+from prism_megatron.parallel import groups
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    groups.initialize(ParallelConfig(), seed=1)
+    yield
+    groups.shutdown()
+
+
+class Model(nn.Module):
+    """A parameter, and no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+        self.decoder = nn.Module()
+        self.decoder.layers = nn.ModuleList()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_rank_s_stream_is_set_in_it_before_anything_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU, what CUDA would be told. A stream belongs to a device: setting it sets both."""
+    model = Model()
+    table = [Rule("weight", ("a.weight",), ((2, 2),), REPLICATED)]
+    streams = {threading.get_ident(): "of the rank"}
+    gathered_on: list[str | None] = []
+    gather = transfer._Bucket.gather
+
+    def watched(*arguments: object) -> object:
+        gathered_on.append(streams.get(threading.get_ident()))
+        return gather(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(transfer._Bucket, "gather", watched)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.get(threading.get_ident()))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.update({threading.get_ident(): stream}))
+    exported = dict(transfer.export_weights(model, table))
+    assert torch.equal(exported["a.weight"], model.weight)
+    assert gathered_on == ["of the rank"]

@@ -1,0 +1,121 @@
+"""When the engine is put to sleep and woken. It sleeps on a GPU only: here is what vLLM would be told there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prism_megatron.config import OptimizerConfig, ParallelConfig, RolloutConfig
+from prism_megatron.convert.rules import REPLICATED, Rule
+from prism_megatron.model.build import read_sizes
+from prism_megatron.parallel import groups
+from prism_megatron.rollout import engine as engine_module
+from prism_megatron.rollout.engine import EngineConfig, RolloutEngine
+from prism_megatron.stages.rollouts import push_weights
+from prism_megatron.stages.setup import Trained
+
+PUSH = ["start", "a.weight", "finish"]
+
+
+class ToldLLM:
+    """In the place of vLLM's LLM and its engine: notes what it is told, and sleeps until both parts are woken."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.asleep: set[str] = set()
+        self.llm_engine = self
+        self.engine_core = SimpleNamespace(_finalizer=SimpleNamespace())
+
+    def get_tokenizer(self) -> Any:
+        return SimpleNamespace(vocab={})
+
+    def start_weight_update(self) -> None:
+        self.told.append("start")
+
+    def update_weights(self, request: dict[str, Any]) -> None:
+        self.told += [name for name, _ in request["update_info"]["named"]]
+
+    def finish_weight_update(self, version: str) -> None:
+        self.told.append("finish")
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def reset_encoder_cache(self) -> None: ...
+
+    def reset_mm_cache(self) -> None: ...
+
+    def is_sleeping(self) -> bool:
+        return bool(self.asleep)
+
+    def sleep(self, level: int) -> None:
+        self.told.append(f"sleep {level}")
+        self.asleep = {"weights", "kv_cache"}
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.told += [f"wake {tag}" for tag in tags]
+        self.asleep -= set(tags)
+
+
+class Model(nn.Module):
+    """A parameter, and no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+        self.decoder = nn.Module()
+        self.decoder.layers = nn.ModuleList()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_checkpoint: Path) -> Iterator[Trained]:
+    groups.initialize(ParallelConfig(), seed=1)
+    table = [Rule("weight", ("a.weight",), ((2, 2),), REPLICATED)]
+    sizes = read_sizes(tiny_checkpoint)
+    yield Trained("policy", [Model()], None, OptimizerConfig(), table, sizes, tiny_checkpoint, {})
+    groups.shutdown()
+
+
+def told(policy: Trained, level: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of two iterations: a push, sleep when all is sampled, which may be said twice."""
+    llm = ToldLLM()
+    monkeypatch.setattr(engine_module, "_start", lambda *_: llm)
+    sizes = EngineConfig(1, "float32", 512, 16, 1.0, 0.5, enforce_eager=True, seed=1, sleep_level=level)
+    engine = RolloutEngine(policy.source, sizes)
+    for iteration in range(2):
+        push_weights(engine, policy, iteration, RolloutConfig())
+        engine.sleep()
+        engine.sleep()
+    return llm.told
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("level", [1, 2])
+def test_weights_are_woken_before_an_update_and_the_cache_after_it(
+    level: int, policy: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asleep = f"sleep {level}"
+    assert told(policy, level, monkeypatch) == [*PUSH, asleep, "wake weights", *PUSH, "wake kv_cache", asleep]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_level_0_never_sleeps(policy: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(policy, 0, monkeypatch) == [*PUSH, *PUSH]
+
+
+def test_on_a_cpu_nothing_sleeps(policy: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert told(policy, 1, monkeypatch) == [*PUSH, *PUSH]
