@@ -10,21 +10,20 @@ and passes an LLM's verification, become ``alignment.parquet``; those it solves 
 Demonstrations the pool lacks are asked of the teacher.
 
 Endpoints speak OpenAI's chat protocol (vLLM's server does); their key is read from the environment variable that
---student-key-variable or --teacher-key-variable names. Every answer is kept in ``responses.jsonl`` as it comes: the
-same command goes on where it was stopped. ``report.json`` says what was dropped and why, and what the tokens cost.
+--student-key-variable or --teacher-key-variable names. Every answer is kept in ``responses.jsonl`` as it comes, with a
+hash of what was asked: the same command goes on where it was stopped, and another model, temperature or prompt is asked
+anew. A prompt that an endpoint refuses (too long, filtered) is dropped, nothing else stops for it. ``report.json`` says
+what was dropped and why, and what the tokens cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from prism_megatron.data.dataset import read_pool, write_atomic, write_prompts
 from prism_megatron.data.response import parse_response
 from prism_megatron.reward.answer import is_correct
 from prism_megatron.types import Example, Message
+from tools.endpoint import Answer, Answers, Endpoint
 
 _VERIFY = """\
 A colleague described the image and solved the question as follows.
@@ -45,115 +45,6 @@ Question: {question}
 
 Is every statement of the description visible in the image, and does every step of the reasoning follow? \
 Reply with the single word yes or no."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A model behind OpenAI's chat protocol. Prices are per million tokens; the key never leaves the environment."""
-
-    url: str
-    model: str
-    key_variable: str
-    max_tokens: int
-    temperature: float
-    price_in: float = 0.0
-    price_out: float = 0.0
-
-    def client(self, retries: int, timeout: float) -> openai.OpenAI:
-        key = os.environ.get(self.key_variable, "")
-        local = self.url.startswith(("http://localhost", "http://127.0.0.1"))
-        if not key and not local:
-            raise ValueError(f"{self.url} needs a key; set the environment variable {self.key_variable}")
-        return openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=retries, timeout=timeout)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One reply, as it is kept: ``kind`` is student, teacher or verifier, ``number`` counts a prompt's replies."""
-
-    kind: str
-    model: str
-    row_id: str
-    number: int
-    text: str
-    finished: bool
-    tokens_in: int
-    tokens_out: int
-
-
-class Answers:
-    """Replies so far, kept in a file that only grows: what is in it is not asked (or paid for) again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._kept: dict[tuple[str, str, str, int], Answer] = {}
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                answer = Answer(**json.loads(line))
-            except json.JSONDecodeError:
-                continue  # the line that was being written when it was stopped
-            self._kept[answer.kind, answer.model, answer.row_id, answer.number] = answer
-
-    def ask(
-        self,
-        kind: str,
-        endpoint: Endpoint,
-        wanted: Iterable[tuple[Example, list[Message], int]],
-        workers: int,
-        client: Any,
-    ) -> None:
-        """Ask whatever of ``wanted`` (row, chat, number of the reply) is not there yet."""
-        open_ = [w for w in wanted if (kind, endpoint.model, w[0].id, w[2]) not in self._kept]
-        with self._path.open("a") as file, ThreadPoolExecutor(workers) as pool:
-            if file.tell() and not self._path.read_bytes().endswith(b"\n"):
-                file.write("\n")
-            for done, answer in enumerate(pool.map(lambda w: _reply(kind, endpoint, client, *w), open_), 1):
-                self._kept[answer.kind, answer.model, answer.row_id, answer.number] = answer
-                file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-                file.flush()
-                if done % 100 == 0 or done == len(open_):
-                    print(f"{kind} {done}/{len(open_)}", flush=True)
-
-    def of(self, kind: str, endpoint: Endpoint, row: Example, number: int = 0) -> Answer:
-        return self._kept[kind, endpoint.model, row.id, number]
-
-    def cost(self, kind: str, endpoint: Endpoint) -> dict[str, float]:
-        answers = [a for a in self._kept.values() if a.kind == kind and a.model == endpoint.model]
-        tokens_in, tokens_out = sum(a.tokens_in for a in answers), sum(a.tokens_out for a in answers)
-        price = (tokens_in * endpoint.price_in + tokens_out * endpoint.price_out) / 1e6
-        return {"requests": len(answers), "tokens_in": tokens_in, "tokens_out": tokens_out, "price": price}
-
-
-def _reply(
-    kind: str, endpoint: Endpoint, client: openai.OpenAI, row: Example, chat: list[Message], number: int
-) -> Answer:
-    completion = client.chat.completions.create(
-        model=endpoint.model,
-        messages=_chat(chat, row.images),
-        max_tokens=endpoint.max_tokens,
-        temperature=endpoint.temperature,
-    )
-    choice, usage = completion.choices[0], completion.usage
-    assert usage is not None, "OpenAI's protocol reports usage in every reply that is not streamed"
-    finished = choice.finish_reason == "stop"
-    text = choice.message.content or ""
-    return Answer(kind, endpoint.model, row.id, number, text, finished, usage.prompt_tokens, usage.completion_tokens)
-
-
-def _chat(messages: Sequence[Message], images: Sequence[bytes]) -> Any:
-    """OpenAI's messages, each placeholder replaced by its image."""
-    remaining = iter(images)
-    chat = []
-    for message in messages:
-        parts: list[dict[str, Any]] = []
-        for index, text in enumerate(message.content.split(IMAGE_PLACEHOLDER)):
-            if index:
-                data = base64.b64encode(next(remaining)).decode()
-                parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
-            if text:
-                parts.append({"type": "text", "text": text})
-        chat.append({"role": message.role, "content": parts})
-    return chat
 
 
 def pass_rate(row: Example, answers: Sequence[Answer]) -> float:
@@ -170,7 +61,7 @@ def demonstration_fault(row: Example, finished: bool = True) -> str | None:
     """Why a row's demonstration cannot be learned from, or None: its format first, then its answer (spec 1.2)."""
     assert row.answer is not None
     if not finished:
-        return "demonstration cut at the length limit"
+        return "demonstration cut by the length limit or a filter"
     response = parse_response(row.response or "")
     if response is None:
         return "demonstration outside the grammar"
@@ -191,34 +82,43 @@ def curate(
     workers: int,
     client_of: Callable[[Endpoint], openai.OpenAI],
 ) -> dict[str, Any]:
-    """Write both sets and the report, which is returned. Raises openai.APIError where an endpoint keeps failing."""
+    """Write both sets and the report, which is returned. Raises openai.APIError where an endpoint keeps failing.
+
+    A prompt that the student's endpoint refuses has no pass rate and is in neither set.
+    """
     out.mkdir(parents=True, exist_ok=True)
     answers = Answers(out / "responses.jsonl")
-    tries = [(row, list(row.messages), number) for row in pool for number in range(samples)]
-    answers.ask("student", student, tries, workers, client_of(student))
-    rates = {row.id: pass_rate(row, [answers.of("student", student, row, n) for n in range(samples)]) for row in pool}
+    asked = [(row, row.messages) for row in pool]
+    tries, unasked = answers.ask("student", student, asked, workers, client_of(student), samples)
+    rates = {row.id: pass_rate(row, tries[row.id]) for row in pool if row.id in tries}
 
     rejects: Counter[str] = Counter()
-    hard = [row for row in pool if rates[row.id] == 0]
-    rejects["student solves it"] = len(pool) - len(hard)
-    lacking = [row for row in hard if row.response is None]
-    if lacking:
-        answers.ask("teacher", teacher, [(row, list(row.messages), 0) for row in lacking], workers, client_of(teacher))
+    refusals = {"student": unasked}
+    hard = [row for row in pool if rates.get(row.id) == 0]
+    rejects["student's endpoint refuses it"] = len(unasked)
+    rejects["student solves it"] = len(rates) - len(hard)
+    lessons: dict[str, list[Answer]] = {}
+    if lacking := [(row, row.messages) for row in hard if row.response is None]:
+        lessons, refusals["teacher"] = answers.ask("teacher", teacher, lacking, workers, client_of(teacher))
     sound = []
     for row in hard:
-        reply = answers.of("teacher", teacher, row) if row.response is None else None
+        if row.response is None and row.id not in lessons:
+            rejects["teacher's endpoint refuses it"] += 1
+            continue
+        reply = lessons[row.id][0] if row.response is None else None
         taught = replace(row, response=reply.text) if reply else row
         if fault := demonstration_fault(taught, reply is None or reply.finished):
             rejects[fault] += 1
         else:
             sound.append(taught)
     if verifier is not None and sound:
-        asked = [(row, [*row.messages[:-1], _verification(row)], 0) for row in sound]
-        answers.ask("verifier", verifier, asked, workers, client_of(verifier))
-        passed = [row for row in sound if answers.of("verifier", verifier, row).text.strip().lower().startswith("yes")]
-        rejects["verifier doubts the demonstration"] = len(sound) - len(passed)
-        sound = passed
-    band_rows = [row for row in pool if band[0] <= rates[row.id] <= band[1]]
+        shown = [(row, [*row.messages[:-1], _verification(row)]) for row in sound]
+        verdicts, refusals["verifier"] = answers.ask("verifier", verifier, shown, workers, client_of(verifier))
+        judged = [row for row in sound if row.id in verdicts]
+        sound = [row for row in judged if verdicts[row.id][0].text.strip().lower().startswith("yes")]
+        rejects["verifier's endpoint refuses it"] = len(shown) - len(judged)
+        rejects["verifier doubts the demonstration"] = len(judged) - len(sound)
+    band_rows = [row for row in pool if row.id in rates and band[0] <= rates[row.id] <= band[1]]
     for name, rows in (("alignment", [_split(row) for row in sound]), ("rlvr", band_rows)):
         if rows:
             write_prompts(out / f"{name}.parquet", rows)
@@ -230,9 +130,11 @@ def curate(
         "rlvr": len(band_rows),
         "alignment_rejects": dict(rejects),
         "rlvr_rejects": {
+            "student's endpoint refuses it": len(unasked),
             "solved too rarely": sum(rate < band[0] for rate in rates.values()),
             "solved too often": sum(rate > band[1] for rate in rates.values()),
         },
+        "refusals": refusals,
         "cost": {
             kind: answers.cost(kind, endpoint)
             for kind, endpoint in (("student", student), ("teacher", teacher), ("verifier", verifier))

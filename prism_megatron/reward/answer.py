@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from prism_megatron.reward.quantity import parse_quantity, same_quantity
-from prism_megatron.reward.symbolic import TooHard, same_symbolically
+from prism_megatron.reward.quantity import parse_quantity, same_quantity, same_units_named
+from prism_megatron.reward.symbolic import Budget, TooHard, same_symbolically
 
 _MAX_CHARS = 1024  # spec 5.3
 _MAX_SYMBOLIC_CHARS = 256  # a longer "answer" is prose
@@ -51,17 +51,22 @@ _PREFIX = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is)?\s*[:=
 _DELIMITERS = ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"))
 
 _CHOICE = re.compile(r"\(?([A-H])\)?(?:[.:)]\s*(.*))?", re.DOTALL)
+_SMALL_CHOICE = re.compile(r"\(?[a-h][.:)](?:\s|$)")
 _CHOICES = re.compile(r"\(?[A-H]\)?(?:\s*(?:,|;|&|\band\b)\s*(?:and\s+)?\(?[A-H]\)?)+")
 _LOOSE_CHOICE = re.compile(r"(?i:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Ha-h])\b\)?|\(([A-H])\)")
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z])([B-H])(?![A-Za-z'])|\bA\b(?!\s+[a-z]{3})")
 _NEGATION = re.compile(r"\b(?:not|neither|nor|none|isn't|except)\b", re.IGNORECASE)
 
 _LABEL = re.compile(r"((?:[A-Za-z]|\\[a-z]+|∠|△)[\w\\ {}()'^°]*?)\s*(?<![<>!])=(?!=)\s*(.+)")
+_EQUALS = re.compile(r"=|\\equiv(?![a-z])")
 _JOINED = re.compile(r",?\s+(?:and|or)\s+")
 _NUMBERED = re.compile(r"\((\d)\)\s*")
 _THOUSANDS = re.compile(r",\d{3}(?!\d)")
 _FUNCTION = "sin|cos|tan|cot|sec|csc|log|exp|lim|max|min|mod|gcd|lcm"
 _PROSE = re.compile(rf"(?<![A-Za-z\\])(?!(?:{_FUNCTION})\b)(?:[A-Za-z]{{3,}}|or|no|is|of|if|to)\b")
+_ARTICLE = re.compile(r"^(?:the|an?) ", re.IGNORECASE)
+_DIGIT = re.compile(r"\d")
+_WORD = re.compile(r"[^\W\d_]+")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -74,38 +79,39 @@ class _Enclosed(NamedTuple):
 def is_correct(prediction: str, truth: str, equivalents: Sequence[str] = ()) -> bool:
     """Whether ``prediction`` gives the answer ``truth``, or one of its ``equivalents``.
 
-    Any strings are allowed: nothing raises and nothing hangs, what cannot be compared is wrong. Empty strings never
-    match. Values separated by commas or "and" are a set, those by semicolons or (1) ... (2) ... a sequence.
+    Any strings are allowed: none raises and none hangs, what cannot be compared, or not within one budget of seconds
+    for all of it, is wrong. Empty strings never match. Values separated by commas or "and" are a set, those by
+    semicolons or (1) ... (2) ... a sequence. Raises RuntimeError only if math-verify is needed and cannot be started.
     """
-    predicted = _clean(prediction)
+    predicted, budget = _clean(prediction), Budget()
     try:
-        return any(_answers(predicted, _clean(answer)) for answer in (truth, *equivalents))
+        return any(_answers(predicted, _clean(answer), budget) for answer in (truth, *equivalents))
     except TooHard:
         return False
 
 
-def _answers(predicted: str, truth: str) -> bool:
+def _answers(predicted: str, truth: str, budget: Budget) -> bool:
     if not predicted or not truth or max(len(predicted), len(truth)) >= _MAX_CHARS:
         return False
     if letters := _several_choices(truth):
         return _several_choices(predicted) == letters
     if choice := _CHOICE.fullmatch(truth):
-        return _choice(predicted) == choice[1] or bool(choice[2] and _same(predicted, choice[2].strip()))
-    return _same(predicted, truth)
+        return _choice(predicted) == choice[1] or bool(choice[2] and _same(predicted, choice[2].strip(), budget))
+    return _same(predicted, truth, budget)
 
 
-def _same(predicted: str, truth: str, depth: int = 0) -> bool:
+def _same(predicted: str, truth: str, budget: Budget, depth: int = 0) -> bool:
     """Whether two cleaned answers are equal: the cheap readings first, algebra last."""
     if depth > _MAX_DEPTH or not predicted or not truth:
         return False
-    if _words(predicted) == _words(truth):
+    if _same_text(predicted, truth):
         return True
     quantity, true_quantity = parse_quantity(predicted), parse_quantity(truth)
     if quantity is not None and true_quantity is not None:
         return same_quantity(quantity, true_quantity)
     steps, true_steps = _sequence(predicted), _sequence(truth)
     if max(len(steps), len(true_steps)) > 1:
-        return _same_parts(steps, true_steps, depth, ordered=True)
+        return _same_parts(steps, true_steps, budget, depth, ordered=True)
     parts, true_parts = _commas(predicted), _commas(truth)
     enclosed, true_enclosed = _enclosed(predicted), _enclosed(truth)
     # A list and a set are the same thing; math-verify reads them so, too.
@@ -113,26 +119,28 @@ def _same(predicted: str, truth: str, depth: int = 0) -> bool:
     if max(len(parts), len(true_parts)) > 1 or any(is_set):
         members = _commas(enclosed.inside) if enclosed and is_set[0] else parts
         true_members = _commas(true_enclosed.inside) if true_enclosed and is_set[1] else true_parts
-        return _same_parts(members, true_members, depth, ordered=False)
+        return _same_parts(members, true_members, budget, depth, ordered=False)
     if enclosed and true_enclosed:
         members, true_members = _commas(enclosed.inside), _commas(true_enclosed.inside)
-        return enclosed.brackets == true_enclosed.brackets and _same_parts(members, true_members, depth, ordered=True)
+        return enclosed.brackets == true_enclosed.brackets and _same_parts(
+            members, true_members, budget, depth, ordered=True
+        )
     values = _without_labels(predicted, truth)
     if values != (predicted, truth):
-        return _same(*values, depth + 1)
-    if predicted.count("=") > truth.count("="):
+        return _same(*values, budget, depth + 1)
+    if len(_EQUALS.findall(predicted)) > len(_EQUALS.findall(truth)):
         return False
-    return _is_algebra(predicted) and _is_algebra(truth) and same_symbolically(predicted, truth)
+    return _is_algebra(predicted) and _is_algebra(truth) and same_symbolically(predicted, truth, budget)
 
 
-def _same_parts(predicted: list[str], truth: list[str], depth: int, *, ordered: bool) -> bool:
+def _same_parts(predicted: list[str], truth: list[str], budget: Budget, depth: int, *, ordered: bool) -> bool:
     if len(predicted) != len(truth) or len(truth) > _MAX_PARTS:
         return False
     if ordered:
-        return all(_same(p, t, depth + 1) for p, t in zip(predicted, truth, strict=True))
+        return all(_same(p, t, budget, depth + 1) for p, t in zip(predicted, truth, strict=True))
     left = list(predicted)
     for part in truth:
-        match = next((p for p in left if _same(p, part, depth + 1)), None)
+        match = next((p for p in left if _same(p, part, budget, depth + 1)), None)
         if match is None:
             return False
         left.remove(match)
@@ -170,21 +178,26 @@ def _unboxed(text: str) -> str:
     return text
 
 
-def _words(text: str) -> str:
-    """Text for comparison as text: no case, no article, no final punctuation."""
-    text = text.casefold().rstrip("!.")
-    for article in ("the ", "a ", "an "):
-        if text.startswith(article):
-            return text.removeprefix(article)
-    return text
+def _same_text(predicted: str, truth: str) -> bool:
+    """Whether two texts are the same but for case, article and final punctuation. Units keep their case: 5 MW, 5 mW."""
+    one, other = (_ARTICLE.sub("", text.rstrip("!.")) for text in (predicted, truth))
+    if one == other or one.casefold() != other.casefold():
+        return one == other
+    words, others = (_WORD.findall(text, _first_digit(text)) for text in (one, other))
+    return all(map(same_units_named, words, others))
+
+
+def _first_digit(text: str) -> int:
+    digit = _DIGIT.search(text)
+    return digit.start() if digit else len(text)
 
 
 def _choice(text: str) -> str | None:
     """The one option that ``text`` commits itself to, a capital letter."""
     if len(text) == 1:
         return text.upper()
-    if re.fullmatch(r"\(?[a-h]\)", text):
-        return text.strip("()").upper()
+    if _SMALL_CHOICE.match(text):
+        text = text.upper()
     match = _CHOICE.fullmatch(text)
     if match is None and _NEGATION.search(text):
         return None
@@ -261,8 +274,8 @@ def _without_labels(predicted: str, truth: str) -> tuple[str, str]:
     if labels[0] and labels[1]:
         same = labels[0][1].replace(" ", "") == labels[1][1].replace(" ", "")
         return (labels[0][2], labels[1][2]) if same else (predicted, truth)
-    if labels[0] and "=" not in truth:
-        return labels[0][2].rpartition("=")[2].strip(), truth
+    if labels[0] and "=" not in labels[0][2] + truth:  # a chain, x = 7 = 8, gives two answers
+        return labels[0][2], truth
     if labels[1] and "=" not in predicted:
         return predicted, labels[1][2]
     return predicted, truth

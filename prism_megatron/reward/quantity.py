@@ -25,6 +25,19 @@ _NUMBER = re.compile(
 _FACTOR = re.compile(r"([A-Za-zµμΩ°%$]+)(?:\^?\{?(-?\d)\}?)?")
 _FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "lim", "max", "min", "mod"))
 
+
+@dataclass(frozen=True)
+class Unit:
+    """A factor and the dimensions with their powers, for example 1000/3600 and (("metre", 1), ("second", -1)).
+
+    No dimensions: they cancel. ``counted``: words for what is counted, a dimension of their own.
+    """
+
+    factor: Fraction
+    dimensions: tuple[tuple[str, int], ...]
+    counted: bool = False
+
+
 _SCALES = {"n": -9, "µ": -6, "u": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9}
 _SCALED = {"m": "metre", "g": "gram", "s": "second", "l": "litre", "L": "litre", "N": "newton", "J": "joule"} | {
     "W": "watt",
@@ -37,6 +50,7 @@ _SCALED = {"m": "metre", "g": "gram", "s": "second", "l": "litre", "L": "litre",
     "K": "kelvin",
     "eV": "electronvolt",
     "cal": "calorie",
+    "Nm": "newton metre",
     "metre": "metre",
     "meter": "metre",
     "gram": "gram",
@@ -90,15 +104,11 @@ _NAMED = {
     "cent": ("dollar", "0.01"),
     "mph": ("mph", "1"),
 }
+_DERIVED = {
+    "litre": Unit(Fraction(1, 1000), (("metre", 3),)),  # a cubic decimetre, so that 1 ml is 1 cm^3
+    "newton metre": Unit(Fraction(1), (("metre", 1), ("newton", 1))),
+}
 _PREFIX_WORDS = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A factor and the dimensions with their powers, for example 1000/3600 and (("metre", 1), ("second", -1))."""
-
-    factor: Fraction
-    dimensions: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,6 @@ class Quantity:
     value: Fraction
     unit: Unit | None = None
     exact: bool = True
-    is_fraction: bool = False
     may_lack_unit: bool = True
 
 
@@ -123,18 +132,19 @@ def parse_quantity(text: str) -> Quantity | None:
     value = _value(match)
     if value is None:
         return None
-    is_fraction = match["decimal"] is None
-    exact = is_fraction or "." not in match["decimal"]
+    exact = "." not in (match["decimal"] or "")
     written = (match["unit"] or "").strip()
     if not written:
-        return Quantity(value, None, exact, is_fraction)
+        return Quantity(value, None, exact)
     unit = parse_unit(written)
     if unit is None:
         return None
+    if not unit.dimensions:
+        return Quantity(value * unit.factor, None, exact)  # 5 m/m is 5, 5 km/m is 5000
     attached = not match["space"]
-    if attached and unit.dimensions[0][0] == written:
+    if attached and unit.counted and unit.dimensions[0][0] == written:
         return None  # 5xyz is algebra; 5 apples are not
-    return Quantity(value, unit, exact, is_fraction, may_lack_unit=not attached or len(written) > 1 or written in "°%$")
+    return Quantity(value, unit, exact, may_lack_unit=not attached or len(written) > 1 or written in "°%$")
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -153,8 +163,8 @@ def _value(match: re.Match[str]) -> Fraction | None:
 def same_quantity(predicted: Quantity, truth: Quantity) -> bool:
     """Whether two quantities are equal. A unit may be left out on one side, the question having named it.
 
-    A percentage is a fraction of one only when the truth says so: a truth of 50 % may be answered 50, 0.5 or 1/2, a
-    truth of 1/2 may be answered 50 %, a truth of 0.5 may not.
+    A percentage is a fraction of one only when the truth says so, by being one: a truth of 50 % may be answered 50, 0.5
+    or 1/2. A truth of 0.5 or 1/2 may be answered 0.5 %, its unit left out; 50 % would be a second, other answer.
     """
     if predicted.unit is not None and truth.unit is not None:
         if predicted.unit.dimensions != truth.unit.dimensions:
@@ -164,9 +174,7 @@ def same_quantity(predicted: Quantity, truth: Quantity) -> bool:
         return False
     if _close(predicted, truth):
         return True
-    if truth.unit == _PERCENT:
-        return _close(predicted, truth, Fraction(100))
-    return predicted.unit == _PERCENT and truth.is_fraction and _close(predicted, truth, Fraction(1, 100))
+    return truth.unit == _PERCENT and _close(predicted, truth, Fraction(100))
 
 
 def _close(a: Quantity, b: Quantity, scale_a: Fraction = Fraction(1), scale_b: Fraction = Fraction(1)) -> bool:
@@ -176,13 +184,10 @@ def _close(a: Quantity, b: Quantity, scale_a: Fraction = Fraction(1), scale_b: F
     return abs(left - right) <= _RELATIVE_TOLERANCE * max(abs(left), abs(right))
 
 
-@cache
-def _units_by_casefold() -> dict[str, Unit]:
-    return {
-        name.casefold(): unit
-        for name in (*_NAMED, *_SCALED, "kg", "mg", "cm", "mm", "km", "ml")
-        if (unit := _simple(name))
-    }
+def same_units_named(one: str, other: str) -> bool:
+    """Whether two words that differ in case alone may stand for each other: MW and mW may not."""
+    unit, other_unit = _measured(one), _measured(other)
+    return unit is None or other_unit is None or unit == other_unit
 
 
 def parse_unit(text: str) -> Unit | None:
@@ -195,7 +200,7 @@ def parse_unit(text: str) -> Unit | None:
         parts = re.split(r"\\cdot|[\s·*]+", side.strip())
         for part in parts:
             match = _FACTOR.fullmatch(part)
-            unit = match and (_simple(match[1]) or _units_by_casefold().get(match[1].casefold()))
+            unit = match and _measured(match[1])
             if match is None or unit is None:
                 return _counted(text)
             power = int(match[2] or 1) * (-1 if position else 1)
@@ -210,7 +215,26 @@ def _counted(text: str) -> Unit | None:
     words = text.casefold().split()
     if not all(word.isalpha() and len(word) > 2 and word not in _FUNCTIONS for word in words):
         return None
-    return Unit(Fraction(1), ((" ".join(word.removesuffix("s") for word in words), 1),))
+    return Unit(Fraction(1), ((" ".join(word.removesuffix("s") for word in words), 1),), counted=True)
+
+
+@cache
+def _measured(name: str) -> Unit | None:
+    """A unit that is not counted; where its case is not right, the everyday one, or the one with the same prefix."""
+    return _simple(name) or _units_by_casefold().get(name.casefold()) or _prefixed_ignoring_case(name)
+
+
+@cache
+def _units_by_casefold() -> dict[str, Unit]:
+    everyday = ("kg", "mg", "cm", "mm", "km", "ml", "ms")
+    return {name.casefold(): unit for name in (*_NAMED, *_SCALED, *everyday) if (unit := _simple(name))}
+
+
+def _prefixed_ignoring_case(name: str) -> Unit | None:
+    """KPA is kPa, but MPA is MPa and mpa is mPa."""
+    prefix = next((p for p in (name[:1], name[:1].swapcase()) if p in _SCALES), None)
+    symbol = next((s for s in _SCALED if s.casefold() == name[1:].casefold()), None)
+    return _simple(prefix + symbol) if prefix and symbol else None
 
 
 @cache
@@ -220,19 +244,17 @@ def _simple(name: str) -> Unit | None:
     for spelled in (name, name.removesuffix("s") if len(name) > 2 else name):
         if spelled in _NAMED:
             dimension, factor = _NAMED[spelled]
-            return _cubed(dimension, Fraction(factor))
+            return _unit(dimension, Fraction(factor))
         if spelled in _SCALED:
-            return _cubed(_SCALED[spelled], Fraction(1))
+            return _unit(_SCALED[spelled], Fraction(1))
         if spelled[:1] in _SCALES and spelled[1:] in _SCALED and len(spelled) < 5:
-            return _cubed(_SCALED[spelled[1:]], Fraction(10) ** _SCALES[spelled[0]])
+            return _unit(_SCALED[spelled[1:]], Fraction(10) ** _SCALES[spelled[0]])
         for prefix, exponent in _PREFIX_WORDS.items():
             if spelled.startswith(prefix) and spelled.removeprefix(prefix) in _SCALED:
-                return _cubed(_SCALED[spelled.removeprefix(prefix)], Fraction(10) ** exponent)
+                return _unit(_SCALED[spelled.removeprefix(prefix)], Fraction(10) ** exponent)
     return None
 
 
-def _cubed(dimension: str, factor: Fraction) -> Unit:
-    """Litres are cubic decimetres, so that 1 ml is 1 cm^3."""
-    if dimension == "litre":
-        return Unit(factor / 1000, (("metre", 3),))
-    return Unit(factor, ((dimension, 1),))
+def _unit(dimension: str, factor: Fraction) -> Unit:
+    derived = _DERIVED.get(dimension)
+    return Unit(factor * derived.factor, derived.dimensions) if derived else Unit(factor, ((dimension, 1),))

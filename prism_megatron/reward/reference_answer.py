@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from prism_megatron.reward.symbolic import TooHard, same_as_extracted
+from prism_megatron.reward.symbolic import Budget, TooHard, same_as_extracted
 
 _RELATIVE_TOLERANCE = 1e-6
 _PAIR = re.compile(r"([-+]?\d+(?:\.\d+)?)\s*,\s*([-+]?\d+(?:\.\d+)?)")
@@ -30,19 +30,20 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 def is_correct_by_reference(prediction: str, truth: str, equivalents: Sequence[str] = ()) -> bool:
     """The reference's verdict. Signature and safety are those of :func:`prism_megatron.reward.answer.is_correct`."""
+    budget = Budget()
     try:
-        return any(_judge(prediction.strip(), answer.strip()) for answer in (truth, *equivalents))
+        return any(_judge(prediction.strip(), answer.strip(), budget) for answer in (truth, *equivalents))
     except TooHard:
         return False
 
 
-def _judge(prediction: str, truth: str) -> bool:
+def _judge(prediction: str, truth: str, budget: Budget) -> bool:
     if not prediction or not truth:
         return False
     parts = _parts(prediction), _parts(truth)
     if max(map(len, parts)) > 1:
         return len(parts[0]) == len(parts[1]) and all(map(_exact, *parts))
-    return _exact(prediction, truth) or _by_math_verify(prediction, truth)
+    return _exact(prediction, truth) or _by_math_verify(prediction, truth, budget)
 
 
 def _parts(text: str) -> list[str]:
@@ -123,7 +124,7 @@ def _normalized(text: str) -> str:
     return re.sub(r"\*\*|[.,!?:;()\[\]{}'\"]|\s", "", text.lower())
 
 
-def _by_math_verify(prediction: str, truth: str) -> bool:
+def _by_math_verify(prediction: str, truth: str, budget: Budget) -> bool:
     """On the text without delimiters, plain and normalised; without its $, LaTeX is not recognised as such."""
     variants = [(_undelimited(prediction), _undelimited(truth)), (_normalized(prediction), _normalized(truth))]
-    return any(same_as_extracted(*variant) for variant in variants)
+    return any(same_as_extracted(*variant, budget) for variant in variants)

@@ -16,6 +16,7 @@ from prism_megatron.convert.transfer import export_manifest, export_weights
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.response import Response
+from prism_megatron.reward import symbolic
 from prism_megatron.reward.verifiable import judge
 from prism_megatron.rollout.child import ChildEngine, Engine
 from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
@@ -55,7 +56,11 @@ class PolicyWeights:
 
 
 def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
-    """A vLLM engine where the configuration says, on the checkpoint's weights until others are pushed."""
+    """A vLLM engine where the configuration says, on the checkpoint's weights until others are pushed.
+
+    Raises RuntimeError where what it generates could not be judged, for want of math-verify.
+    """
+    symbolic.start()
     rollout = config.rollout
     wanted = EngineConfig(
         tensor_parallel_size=rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,

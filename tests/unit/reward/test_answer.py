@@ -42,7 +42,6 @@ RIGHT = [
     ("50", "50%"),
     ("0.5", "50%"),
     ("1/2", "50%"),
-    ("50%", "1/2"),
     ("50\\%", "50 percent"),
     ("$50\\%$", "50%"),
     ("\\boxed{7}", "7"),
@@ -108,6 +107,19 @@ RIGHT = [
     ("3 cm", "3"),
     ("3cm", "3 cm"),
     ("3m", "3 m"),
+    ("5m/m", "5"),
+    ("5", "5kg/kg"),
+    ("5Hz/Hz", "5"),
+    ("5 km/m", "5000"),
+    ("5metre", "5 m"),
+    ("5 KPA", "5000 Pa"),
+    ("5 MPA", "5 MPa"),
+    ("5 MS", "5 ms"),
+    ("5 Nm", "5 N m"),
+    ("Ms. Smith", "ms. smith"),
+    ("room 5 of the house", "Room 5 of the House"),
+    ("b. 12", "B. 12"),
+    ("b) some text", "B"),
 ]
 WRONG = [
     ("5 kg", "5 lb"),
@@ -200,7 +212,33 @@ WRONG = [
     ("-5", "5"),
     ("(5)", "-5"),
     ("2^10", "210"),
+    ("5 km/m", "5"),
+    ("5 MW", "5 mW"),
+    ("3 MPa", "3 mPa"),
+    ("5 mg", "5 Mg"),
+    ("5 Nm", "5 nm"),
+    ("5 J/MW", "5 J/mW"),
+    ("x = 5 MW", "x = 5 mW"),
+    ("5 MW, 3 kg", "5 mW, 3 kg"),
+    ("x = 7 = 8", "8"),
+    ("x = 7 = 8", "7"),
+    ("x = 7 = 8", "x = 8"),
+    ("x = y = 8", "8"),
+    ("x = 7 \\Rightarrow x = 8", "8"),
+    ("7 \\equiv 8", "8"),
+    ("a) 1 b) 2 c) 3", "A"),
+    ("a. 12", "B. 12"),
+    ("the house", "house the"),
 ]
+
+
+# 50 % is 0.5 only where the truth says so, and however 0.5 is written: a truth without a unit may be answered with one,
+# 0.5 % for 0.5, so that 50 % would be a second right answer, a hundred times the first.
+@pytest.mark.parametrize("half", ["0.5", "1/2", "\\frac{1}{2}"])
+def test_a_percentage_is_a_fraction_only_where_the_truth_is_a_percentage(half: str) -> None:
+    assert is_correct(half, "50%")
+    assert not is_correct("50%", half)
+    assert is_correct("50%", half, ["50 %"])
 
 
 @pytest.mark.parametrize(("prediction", "truth"), RIGHT)
@@ -237,6 +275,7 @@ def test_ten_thousand_odd_strings() -> None:
     random_ = random.Random(1)
     words = r"\frac \sqrt \boxed \text \pm \{ \} \left( \right) ^{2} \circ √ π { } ( ) [ ] $ $$ , ; = < + - * / ^ % ° ."
     words += " 1 2 9 0.5 1,000 1e9 x y A B kg cm yes no or and not option é 中"
+    words += " 5m/m 5kg/kg 2Hz/Hz 9km/m m/m /s per µ"
     pieces = [*words.split(), " ", "\n", "\0"]
     for number in range(10_000):
         if number % 10:
