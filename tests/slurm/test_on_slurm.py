@@ -222,6 +222,8 @@ def test_native_factory_and_nemo_run_s_own_commands(
     nemo(environment, "cancel", "native")
     wait_for(lambda: job_state(slurm, job) == "CANCELLED")
     wait_for(lambda: not ranks_of(str(tmp_path)), 30)
+    logged = nemo(environment, "logs", "native")  # ends by itself, for the job has
+    assert re.search(r"sft +3/\d+  loss ", logged)
     assert not (stage / "finished.json").exists()
     assert Checkpointer(stage / "checkpoints", keep=2).latest() >= 2
 
