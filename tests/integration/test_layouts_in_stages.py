@@ -48,7 +48,11 @@ def test_two_data_parallel_ranks(
             f"discriminator.hf_checkpoint={speaking_checkpoint}",
             *("algorithm=gspo", "discriminator_steps=2", "discriminator_optimizer.lr=1e-5"),
         ],
-        "dapo": ["tiny_rlvr", "algorithm=dapo", "oversampling=2", "importance_cap=2", "overlong_buffer_tokens=32"],
+        # So many samples of so many prompts at a time that both ranks find groups, and mixing them up would be seen.
+        "dapo": [
+            *("tiny_rlvr", "algorithm=dapo", "importance_cap=2", "overlong_buffer_tokens=32"),
+            *("prompts_per_iteration=6", "oversampling=3", "rollout.samples_per_prompt=8"),
+        ],
         "gspo": ["tiny_rlvr", "algorithm=gspo", "mini_batches_per_iteration=2", "clip_low=3e-4", "clip_high=4e-4"],
     }
     data = {
@@ -62,7 +66,10 @@ def test_two_data_parallel_ranks(
     ]
     for ranks in (1, 2):
         place = [f"run.dir={tmp_path}/{ranks}", f"model.hf_checkpoint={speaking_checkpoint}", *small]
-        runs = [[*stage, data[stage[0]], f"run.name={name}", *place] for name, stage in stages.items()]
+        runs = [
+            [recipe, data[recipe], f"run.name={name}", *place, *overrides]
+            for name, (recipe, *overrides) in stages.items()
+        ]
         (tmp_path / "runs.json").write_text(json.dumps(runs))
         launch(ranks, [str(WORKER), str(tmp_path / "runs.json")])
     for name in stages:
