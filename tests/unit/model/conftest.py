@@ -10,7 +10,7 @@ from prism_megatron.config import ParallelConfig
 from prism_megatron.parallel import groups
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_process() -> Iterator[None]:
     groups.initialize(ParallelConfig(), seed=1)
     yield
