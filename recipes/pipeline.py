@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_megatron import config as cfg
+from prism_megatron.files import write_atomic
 from recipes import stage_recipe
 from recipes.layouts import LAYOUTS, SIZES
 from recipes.qwen3_vl import ALGORITHMS, recipe_name
@@ -124,7 +125,7 @@ def collect_results(run_dir: Path, steps: Sequence[Step]) -> None:
         if (stage / "results.json").is_file():
             results += [row | {"stage": step.name} for row in json.loads((stage / "results.json").read_text())]
             last = last if step.name == BASELINE else stage / "hf"
-    _write(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomic(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if last is not None:
         partial = run_dir / ".hf.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -168,8 +169,8 @@ def write_study(study_dir: Path, run_dirs: Sequence[Path]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines)
-    _write(study_dir / "results.json", json.dumps(pooled, indent=2) + "\n")
-    _write(study_dir / "table.md", table + "\n")
+    write_atomic(study_dir / "results.json", json.dumps(pooled, indent=2) + "\n")
+    write_atomic(study_dir / "table.md", table + "\n")
     return table
 
 
@@ -196,9 +197,3 @@ def _pool(stage: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _percent(row: dict[str, Any], key: str) -> str:
     return f"{100 * row[key]:.1f} ± {100 * row[key + '_stderr']:.1f} %"
-
-
-def _write(place: Path, text: str) -> None:
-    partial = place.with_name(f".{place.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, place)

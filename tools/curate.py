@@ -30,8 +30,9 @@ from typing import Any
 import openai
 
 from prism_megatron.data.chat import IMAGE_PLACEHOLDER
-from prism_megatron.data.dataset import read_pool, write_atomic, write_prompts
+from prism_megatron.data.dataset import read_pool, write_prompts
 from prism_megatron.data.response import parse_response
+from prism_megatron.files import write_atomic
 from prism_megatron.reward.answer import is_correct
 from prism_megatron.types import Example, Message
 from tools.endpoint import Answer, Answers, Endpoint
@@ -142,7 +143,7 @@ def curate(
         },
         "pass_rates": rates,
     }
-    write_atomic(out / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 
 

@@ -70,9 +70,6 @@ class Layout:
         """A rank's shard of a whole Megatron parameter."""
         return self.join([self.cut(tensor, rank, size) for tensor in self.split(parameter)])
 
-    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        return self.join(self.to_hf(shards))
-
 
 @dataclass(frozen=True)
 class Rule:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from prism_megatron.data.response import SYSTEM_PROMPT, Response, parse_response
+from prism_megatron.files import write_atomic
 from prism_megatron.types import Example, Message, PreferencePair
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -94,7 +94,7 @@ def write_pairs(path: str | Path, pairs: Sequence[PreferencePair]) -> None:
             "student_cot": pair.student_reasoning,
         }
         lines.append(json.dumps(line, ensure_ascii=False))
-    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 def write_prompts(path: str | Path, examples: Sequence[Example]) -> None:
@@ -129,14 +129,6 @@ def write_prompts(path: str | Path, examples: Sequence[Example]) -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
     write_atomic(path, buffer.getvalue())
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file that either exists whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 # One row of each file -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from prism_megatron.data.dataset import IMAGE_PLACEHOLDER, write_atomic, write_prompts
+from prism_megatron.data.dataset import IMAGE_PLACEHOLDER, write_prompts
 from prism_megatron.data.response import parse_response
 from prism_megatron.data.shapes_scene import (
     COLUMNS,
@@ -40,6 +40,7 @@ from prism_megatron.data.shapes_text import (
     solve,
     step_correct,
 )
+from prism_megatron.files import write_atomic
 from prism_megatron.types import Example, Message
 
 __all__ = [
@@ -118,7 +119,7 @@ def write_shapes_data(out_dir: str | Path, config: ShapesConfig) -> None:
     write_prompts(out_dir / "alignment.parquet", alignment)
     write_prompts(out_dir / "rlvr_candidates.parquet", rlvr)
     _write_sft(out_dir, config, unseen)
-    write_atomic(manifest, wanted.encode())
+    write_atomic(manifest, wanted)
 
 
 def scene_of(example: Example) -> Scene:
@@ -211,4 +212,4 @@ def _write_sft(out_dir: Path, config: ShapesConfig, unseen: set[str]) -> None:
             {"from": "gpt", "value": _broad(rng, scene, question, config)},
         ]
         lines.append(json.dumps({"id": f"sft-{row}", "images": [image], "conversations": turns}))
-    write_atomic(out_dir / "sft.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    write_atomic(out_dir / "sft.jsonl", "".join(f"{line}\n" for line in lines))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from prism_megatron.files import write_atomic
 from prism_megatron.observe import metrics as names
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
@@ -117,9 +117,7 @@ def _reopen(path: Path, resume_from: int) -> IO[str]:
                 continue  # the line a killed run was writing
             if row["iteration"] <= resume_from:
                 kept.append(line + "\n")
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+        write_atomic(path, "".join(kept))
     return path.open("a")
 
 

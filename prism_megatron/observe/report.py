@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prism_megatron.config import FINISHED
+from prism_megatron.files import write_atomic
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.logger import METRICS, ROLLOUTS
 
@@ -73,9 +73,7 @@ def write_report(run_dir: Path) -> Path:
     environment.filters |= {"number": _number, "percent": _percent}
     page = environment.get_template("report.html.j2").render(name=run_dir.name, stages=stages, results=results)
     place = run_dir / "report.html"
-    partial = place.with_name(".report.html.partial")
-    partial.write_text(page)
-    os.replace(partial, place)
+    write_atomic(place, page)
     return place
 
 

@@ -29,6 +29,10 @@ _CHUNK = 64  # prompts per engine call, so that progress is seen
 
 
 def run_collect(config: CollectConfig) -> None:
+    """Sample the policy; leaves ``warmup_pairs.jsonl`` and ``rlvr.parquet`` in the stage's folder.
+
+    Raises ValueError for what it refuses.
+    """
     demonstrations = read_alignment(Path(config.alignment_data))
     candidates = read_rlvr(Path(config.candidates))[: config.num_candidates or None]
     if is_converted(Path(config.model.hf_checkpoint)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from prism_megatron.data import shapes
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
 from prism_megatron.data.loader import rank_share
+from prism_megatron.files import write_atomic
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
@@ -34,9 +34,7 @@ def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: En
     push_weights(engine, policy, stage.config.run.train_iters, stage.config.rollout)
     result = evaluate(engine, processor, stage)
     if groups.is_main_rank():
-        place = stage.dir / RESULTS
-        place.with_suffix(".partial").write_text(json.dumps([result], indent=2) + "\n")
-        os.replace(place.with_suffix(".partial"), place)
+        write_atomic(stage.dir / RESULTS, json.dumps([result], indent=2) + "\n")
         print(
             f"{stage.config.stage}: accuracy {result['accuracy']:.3f} on {result['num_questions']} held-out questions, "
             f"format valid {result['format_valid']:.3f}",

@@ -77,7 +77,7 @@ class Guard:
             self._engine.reset_caches()  # the iteration must not depend on whether its sync was checked
 
     def _check(self, version: int) -> None:
-        if not (difference := self._difference()) <= self._limit:
+        if not (difference := self._difference()) <= self._limit:  # NaN is no agreement either
             raise RuntimeError(
                 f"sync {version}: engine and trainer differ by {difference:.2g} nats on a greedy token, more than "
                 f"{self._limit:g}: {self._diagnosis(version)}"

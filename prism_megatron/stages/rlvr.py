@@ -31,6 +31,10 @@ Group = tuple[str, list[dict[str, Any]]]  # a row's id and its rollouts, as plai
 
 
 def run_rlvr(config: RLVRConfig) -> None:
+    """Train on verified answers to the prompts of ``data``; leaves checkpoints, ``hf/`` and ``results.json``.
+
+    Raises ValueError for what it refuses, Preempted when it was told to stop and has saved.
+    """
     rows = read_rlvr(Path(config.data))
     run = config.run
     objective = policy_objective(config)

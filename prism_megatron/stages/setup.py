@@ -28,6 +28,7 @@ from prism_megatron.convert.transfer import export_weights, load_weights
 from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.loader import batch_indices, rank_share
+from prism_megatron.files import write_atomic
 from prism_megatron.model.build import (
     HFSizes,
     build_discriminator,
@@ -87,8 +88,8 @@ class Stage:
     def save_if_due(self, iteration: int, parts: Mapping[str, Trained], carried: Any = None) -> None:
         """Save every ``save_interval`` iterations and, to the end, after the last one or when told to stop.
 
-        ``carried`` is plain data that goes on to later iterations, the same on every rank.
-        Raises Preempted in the latter case. Collective.
+        ``carried`` is plain data that goes on to later iterations, the same on every rank. Collective. Raises Preempted
+        after saving because it was told to stop.
         """
         run = self.config.run
         stop = preemption.is_asked()
@@ -146,10 +147,8 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
 def finish(stage: Stage, summary: dict[str, Any]) -> None:
     """Mark the stage as finished, so that the same command does nothing the next time."""
     if groups.is_main_rank():
-        marker = stage.dir / cfg.FINISHED
-        temporary = marker.with_suffix(".partial")
-        temporary.write_text(json.dumps({"config": cfg.to_yaml(stage.config), **summary}, indent=2) + "\n")
-        os.replace(temporary, marker)
+        said = {"config": cfg.to_yaml(stage.config), **summary}
+        write_atomic(stage.dir / cfg.FINISHED, json.dumps(said, indent=2) + "\n")
     dist.barrier()
 
 

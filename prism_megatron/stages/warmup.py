@@ -17,6 +17,10 @@ _OBJECTIVE = DiscriminatorObjective(branch_weights=(0.5, 0.5))
 
 
 def run_warmup(config: WarmupConfig) -> None:
+    """Train the discriminator on the pairs of ``data``; leaves checkpoints and ``hf/`` in the stage's folder.
+
+    Raises ValueError for what it refuses, Preempted when it was told to stop and has saved.
+    """
     rows = read_pairs(Path(config.data))
     run = config.run
     with open_stage(config, config.discriminator.num_experts) as stage:

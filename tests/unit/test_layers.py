@@ -11,7 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "prism_megatron"
 ORDER = (
-    *("config", "types", "observe", "parallel", "data", "model", "convert", "rollout", "reward", "advantage", "loss"),
+    *(
+        "config",
+        "types",
+        "files",
+        "observe",
+        "parallel",
+        "data",
+        "model",
+        "convert",
+        "rollout",
+        "reward",
+        "advantage",
+        "loss",
+    ),
     *("optim", "checkpoint", "stages", "train"),
 )
 ONLY_IN = {
