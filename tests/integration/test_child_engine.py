@@ -7,7 +7,6 @@ while it is asked. So is one that only checksums tell from what was sent.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,18 +16,13 @@ import pytest
 WORKER = Path(__file__).with_name("child_engine_worker.py")
 
 
-slow = pytest.mark.skipif(
-    "PRISM_SLOW_TESTS" not in os.environ, reason="four processes on two cores: PRISM_SLOW_TESTS=1"
-)
-
-
 @pytest.mark.parametrize(
     ("transport", "engine_ranks"),
     [
         ("auto", 1),
-        ("collective", 1),
-        pytest.param("auto", 2, marks=slow),
-        pytest.param("collective", 2, marks=slow),
+        pytest.param("collective", 1, marks=pytest.mark.slow),
+        pytest.param("auto", 2, marks=pytest.mark.slow),
+        pytest.param("collective", 2, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_work(

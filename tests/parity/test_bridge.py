@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from tools.make_tiny_model import make_tiny_model
 WORKER = Path(__file__).with_name("bridge_worker.py")
 LAYOUTS = {  # by the engine's tensor-parallel size
     1: ("tp2", "pp2", "pp2-vpp2", "cp2", "ep2", "etp2", "tp2-sp", "tp2-sp-ep2"),
-    2: ("tp2", "pp2", "pp2-vpp2", "ep2", "tp2-sp", "tp2-sp-ep2"),
+    2: ("tp2", "pp2", "pp2-vpp2", "ep2", "tp2-sp", "tp2-sp-ep2"),  # slow: tests/integration/test_engine.py has one
 }
 PROMPTS = ("text", "seen image", "seen long prefix", "unseen image")
 CASES = [
-    (kind, tp, name)
+    pytest.param(kind, tp, name, marks=[pytest.mark.slow] if tp > 1 else [])
     for kind in ("dense", "moe")
     for tp, layouts in LAYOUTS.items()
     for name in layouts
@@ -64,7 +63,7 @@ def test_layout(kind: str, tp: int, name: str, found_at: Callable[..., Found]) -
     assert found_at(tp)[kind][name]["versions"] == [1 + list(found_at(tp)[kind]).index(name)]
 
 
-@pytest.mark.skipif("PRISM_SLOW_TESTS" not in os.environ, reason="four engines on two cores: set PRISM_SLOW_TESTS=1")
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_four_ranks(kind: str, tp: int, found_at: Callable[..., Found]) -> None:

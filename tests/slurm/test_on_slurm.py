@@ -89,7 +89,7 @@ def test_preempted_in_alignment_and_in_rlvr_and_resumed(
     assert {words[2] for words in times_and_ranks} == {"[0]", "[1]"}
 
 
-@pytest.mark.skipif("PRISM_SLOW_TESTS" not in os.environ, reason="five stages on four ranks: set PRISM_SLOW_TESTS=1")
+@pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_whole_pipeline_preempted_in_two_of_its_stages(
     slurm: dict[str, str], cluster: Path, speaking_checkpoint: Path, tiny_data: Path, tmp_path: Path
@@ -131,7 +131,7 @@ def test_the_whole_pipeline_preempted_in_two_of_its_stages(
         assert len(measured(whole / step.name)) == ITERATIONS
 
 
-@pytest.mark.skipif("PRISM_SLOW_TESTS" not in os.environ, reason="a benchmark on nodes: set PRISM_SLOW_TESTS=1")
+@pytest.mark.slow
 def test_weak_scaling_over_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
     """Two cores say nothing of the speed; what is shown is that ranks meet, and that a table comes of it."""
     settings = slurm | {"PATH": f"{Path(sys.executable).parent}:{slurm['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
@@ -203,7 +203,7 @@ def test_a_node_that_is_not_healthy_is_named_and_avoided(slurm: dict[str, str], 
     assert f"ExcNodeList={','.join(sorted(refused[0]))}\n" in ask(slurm, "scontrol", "show", "job", job)
 
 
-@pytest.mark.skipif("PRISM_SLOW_TESTS" not in os.environ, reason="NeMo-Run's slow starts: set PRISM_SLOW_TESTS=1")
+@pytest.mark.slow
 def test_native_factory_and_nemo_run_s_own_commands(
     slurm: dict[str, str], cluster: Path, tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
