@@ -57,12 +57,14 @@ def test_dapo_samples_until_groups_differ_and_its_clips_act(run: Callable[..., l
         )
 
 
+@pytest.mark.slow
 def test_gspo_clips_sequences(run: Callable[..., list[dict[str, Any]]]) -> None:
     rows = run("gspo", "tiny_rlvr", "algorithm=gspo", "mini_batches_per_iteration=2", "clip_low=3e-4", "clip_high=4e-4")
     assert max(row[names.CLIP_FRACTION] for row in rows) > 0
     assert all(row[names.GENERATED_PROMPTS] == 4 for row in rows)
 
 
+@pytest.mark.slow
 def test_on_policy_nothing_is_clipped(run: Callable[..., list[dict[str, Any]]]) -> None:
     small = ["optimizer.lr=1e-5", "kl_coeff=0.01"]
     rows = run("grpo", "tiny_rlvr", "clip_low=0", "clip_high=0", "compat=reference", *small)

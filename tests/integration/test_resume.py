@@ -137,7 +137,7 @@ def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("model", "ranks", "before", "after", "ranks_after"),
     [
         ("tiny_checkpoint", 2, [TENSOR], [PIPELINE], 2),
-        ("moe_checkpoint", 1, [], [EXPERT], 2),
+        pytest.param("moe_checkpoint", 1, [], [EXPERT], 2, marks=pytest.mark.slow),
         ("moe_checkpoint", 2, [EXPERT, SHARDED], [SHARDED], 1),
     ],
     ids=["tp2 to pp2", "ep1 to ep2", "ep2 dp2 to one rank, distributed optimizer"],
