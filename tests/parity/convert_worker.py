@@ -68,7 +68,7 @@ def build(hf: Path, part: str, parallel: ParallelConfig) -> tuple[list[Any], lis
     if part == "policy":
         return list(build_policy(config, parallel, sizes)), policy_table(sizes)
     experts = sizes.num_experts or 0
-    discriminator = DiscriminatorConfig(str(hf), experts, 2, "dedicated", 0.1, 0.01)
+    discriminator = DiscriminatorConfig(str(hf), experts, 2, "dedicated", 0.1, 0)
     built = build_discriminator(config, parallel, discriminator, sizes)
     return list(built), discriminator_table(sizes, experts, 2)
 

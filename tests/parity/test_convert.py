@@ -75,7 +75,7 @@ def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     save_hf(root / "odd", ((n, t.bfloat16()) for n, t in tensors.items()), odd, shard_bytes=100_000)
     assert len(list((root / "odd").glob("*.safetensors"))) > 3
     sizes = read_sizes(tiny_checkpoint)
-    wanted = DiscriminatorConfig("", 4, 2, "dedicated", 0.1, 0.01)
+    wanted = DiscriminatorConfig("", 4, 2, "dedicated", 0.1, 0)
     with HFWeights(tiny_checkpoint) as dense:
         upcycled = UpcycledWeights(dense, sizes, wanted, seed=5)
         named = ((name, upcycled[name]) for name in sorted(upcycled.names))
