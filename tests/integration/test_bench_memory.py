@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _TRIED = ("recompute", "bf16", "tensor parallel")  # all of them take minutes
 
 
+@pytest.mark.slow
 def test_estimates_are_near_what_is_held(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -20,6 +20,7 @@ def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow
 def test_one_process_and_two_pipeline_stages_beside_hf(tmp_path: Path) -> None:
     mock = ("--steps", "2", "--warmup", "1", "--images", "mock", "--resolutions", "64x64,96x32", *SMALL)
     wanted = ("--vs", "hf", "--sweep", "ranks:parallel.pipeline_model_parallel_size=1:1,2:2")

@@ -14,6 +14,7 @@ from prism_megatron.observe import metrics as names
 WORKER = Path(__file__).with_name("stages_worker.py")
 
 
+@pytest.mark.slow
 def test_alignment_on_two_pipeline_stages(
     speaking_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path: Path
 ) -> None:

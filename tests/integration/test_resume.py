@@ -117,8 +117,9 @@ def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Ca
     assert not (folder(interrupted) / "finished.json").exists()
     launch(1, ["-m", "prism_megatron.train", *interrupted])
     assert measured(interrupted) == expected, f"killed at iteration {kill_at}"
-    again = launch(1, ["-m", "prism_megatron.train", *interrupted])
-    assert f"{stage}: already finished in" in again
+    if stage == "sft":
+        again = launch(1, ["-m", "prism_megatron.train", *interrupted])
+        assert f"{stage}: already finished in" in again
 
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
@@ -138,7 +139,7 @@ def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("tiny_checkpoint", 2, [TENSOR], [PIPELINE], 2),
         pytest.param("moe_checkpoint", 1, [], [EXPERT], 2, marks=pytest.mark.slow),
-        ("moe_checkpoint", 2, [EXPERT, SHARDED], [SHARDED], 1),
+        pytest.param("moe_checkpoint", 2, [EXPERT, SHARDED], [SHARDED], 1, marks=pytest.mark.slow),
     ],
     ids=["tp2 to pp2", "ep1 to ep2", "ep2 dp2 to one rank, distributed optimizer"],
 )
