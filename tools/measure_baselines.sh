@@ -16,6 +16,17 @@ tool() { kept "$1" "$python" "tools/$2.py" --out "$out/$1.json" "${@:3}"; } # NA
 mock() { tool "train_$1" bench_train --images mock "${@:2}"; }
 wide() { mock "$1" --size mid --resolutions 128x128 --response-tokens 160 --steps 8 "${@:2}"; }
 
+tool discriminator bench_discriminator
+tool discriminator_small_images bench_discriminator --image-scale 1
+tool rollout bench_rollout
+tool sync_small bench_sync
+tool sync_medium bench_sync --hidden 1024 --layers 12
+tool sync_large bench_sync --hidden 1536 --layers 16
+kept sync_tensor_parallel "$python" -m torch.distributed.run --standalone --nproc-per-node 2 tools/bench_sync.py \
+  --out "$out/sync_tensor_parallel.json" --hidden 1024 --layers 12
+[ ! -d runs/quickstart ] || tool pipeline bench_pipeline runs/quickstart
+kept profile "$python" tools/profile_step.py --out "$out/profile"
+cp "$out/profile/costs.json" "$out/profile.json"
 tool train bench_train --vs hf
 mock calibrate_large --response-tokens 160 --steps 8 global_batch_size=32
 mock calibrate_small global_batch_size=4
@@ -31,16 +42,5 @@ wide wide_tensor_parallel --ranks 2 global_batch_size=8 parallel.tensor_model_pa
   parallel.sequence_parallel=true
 tool collectives bench_collectives --ranks 2
 tool memory bench_memory
-tool discriminator bench_discriminator
-tool discriminator_small_images bench_discriminator --image-scale 1
-tool rollout bench_rollout
-tool sync_small bench_sync
-tool sync_medium bench_sync --hidden 1024 --layers 12
-tool sync_large bench_sync --hidden 1536 --layers 16
-kept sync_tensor_parallel "$python" -m torch.distributed.run --standalone --nproc-per-node 2 tools/bench_sync.py \
-  --out "$out/sync_tensor_parallel.json" --hidden 1024 --layers 12
-[ ! -d runs/quickstart ] || tool pipeline bench_pipeline runs/quickstart
-kept profile "$python" tools/profile_step.py --out "$out/profile"
-cp "$out/profile/costs.json" "$out/profile.json"
 cp "$out"/*.json tools/baselines/
 "$python" tools/bench_tables.py
