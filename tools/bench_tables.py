@@ -103,7 +103,7 @@ def _split(run: Mapping[str, Any]) -> str:
 
 def _profile(result: Mapping[str, Any]) -> str:
     costs = result["costs"]
-    names = [cost["operator"].removeprefix("aten::").strip("_") for cost in costs]
+    names = [cost["operator"].removeprefix("aten::").lstrip("_") for cost in costs]
     names = [name.replace("scaled_dot_product_flash_attention_for_cpu", "attention") for name in names]
     return _markdown([["largest costs", *names], ["of a step", *(f"{cost['share']:.1%}" for cost in costs)]])
 
