@@ -11,7 +11,7 @@ from torch import nn
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.convert import transfer
-from prism_megatron.convert.rules import REPLICATED, Rule
+from prism_megatron.convert.rules import Rule
 from prism_megatron.parallel import groups
 
 
@@ -22,21 +22,12 @@ def one_process() -> Iterator[None]:
     groups.shutdown()
 
 
-class Model(nn.Module):
-    """A parameter, and no layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2, 2))
-        self.decoder = nn.Module()
-        self.decoder.layers = nn.ModuleList()
-
-
 @pytest.mark.usefixtures("one_process")
-def test_the_rank_s_stream_is_set_in_it_before_anything_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rank_s_stream_is_set_in_it_before_anything_is_gathered(
+    one_parameter: tuple[nn.Module, list[Rule]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where there is no GPU, what CUDA would be told. A stream belongs to a device: setting it sets both."""
-    model = Model()
-    table = [Rule("weight", ("a.weight",), ((2, 2),), REPLICATED)]
+    model, table = one_parameter
     streams = {threading.get_ident(): "of the rank"}
     gathered_on: list[str | None] = []
     gather = transfer._Bucket.gather

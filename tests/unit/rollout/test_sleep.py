@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prism_megatron.config import OptimizerConfig, ParallelConfig, RolloutConfig
-from prism_megatron.convert.rules import REPLICATED, Rule
+from prism_megatron.convert.rules import Rule
 from prism_megatron.model.build import read_sizes
 from prism_megatron.parallel import groups
 from prism_megatron.rollout import engine as engine_module
@@ -62,22 +62,12 @@ class ToldLLM:
         self.asleep -= set(tags)
 
 
-class Model(nn.Module):
-    """A parameter, and no layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2, 2))
-        self.decoder = nn.Module()
-        self.decoder.layers = nn.ModuleList()
-
-
 @pytest.fixture(scope="module")
-def policy(tiny_checkpoint: Path) -> Iterator[Trained]:
+def policy(tiny_checkpoint: Path, one_parameter: tuple[nn.Module, list[Rule]]) -> Iterator[Trained]:
     groups.initialize(ParallelConfig(), seed=1)
-    table = [Rule("weight", ("a.weight",), ((2, 2),), REPLICATED)]
+    model, table = one_parameter
     sizes = read_sizes(tiny_checkpoint)
-    yield Trained("policy", [Model()], None, OptimizerConfig(), table, sizes, tiny_checkpoint, {})
+    yield Trained("policy", [model], None, OptimizerConfig(), table, sizes, tiny_checkpoint, {})
     groups.shutdown()
 
 
