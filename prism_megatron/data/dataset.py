@@ -57,6 +57,14 @@ def read_rlvr(path: str | Path) -> list[Example]:
     return _read_parquet(Path(path), _rlvr_example, _RLVR_COLUMNS)
 
 
+def check_rlvr(path: str | Path, rows: int) -> None:
+    """Refuse, by its footer alone, a file that :func:`read_rlvr` would, or with fewer than ``rows`` rows."""
+    path = Path(path)
+    found = _footer(path, _RLVR_COLUMNS).num_rows
+    if found < rows:
+        raise ValueError(f"{path} has {found} rows, and {rows} are asked for; lower the number, or give another file")
+
+
 def read_pool(path: str | Path) -> list[Example]:
     """Read prompts for curation: as for RLVR, with demonstrations where there are some, whatever they are worth."""
     return _read_parquet(Path(path), _pool_example, _RLVR_COLUMNS)
@@ -345,17 +353,23 @@ def _parse_json(text: str, source: str) -> Any:
 def _read_parquet(
     path: Path, to_example: Callable[[Mapping[str, Any], str], Example], columns: Sequence[str]
 ) -> list[Example]:
+    _footer(path, columns)
+    return [to_example(row, f"{path}, row {i}") for i, row in enumerate(pq.read_table(path).to_pylist())]
+
+
+def _footer(path: Path, columns: Sequence[str]) -> pq.FileMetaData:
+    """What a parquet file says of itself. Raises ValueError where it is none, empty or without one of ``columns``."""
     _check_exists(path)
     try:
-        table = pq.read_table(path)
+        footer = pq.read_metadata(path)
     except pa.ArrowInvalid as fault:
         raise ValueError(f"{path}: not a parquet file ({fault}); the file may be cut off, fetch it again") from fault
-    missing = [column for column in columns if column not in table.column_names]
-    if missing:
-        raise ValueError(f"{path}: column(s) {missing} missing, has {table.column_names}; this file needs {columns}")
-    if table.num_rows == 0:
+    names = footer.schema.to_arrow_schema().names
+    if missing := [column for column in columns if column not in names]:
+        raise ValueError(f"{path}: column(s) {missing} missing, has {names}; this file needs {columns}")
+    if footer.num_rows == 0:
         raise ValueError(f"{path}: empty data set; check the filter that wrote it")
-    return [to_example(row, f"{path}, row {i}") for i, row in enumerate(table.to_pylist())]
+    return footer
 
 
 def _check_exists(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from prism_megatron.data import shapes
@@ -46,11 +45,7 @@ def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: En
 def evaluate(engine: Engine, processor: ChatProcessor, stage: Stage) -> dict[str, Any]:
     """Greedy accuracy and format validity with 95 % Wilson intervals, and what the built-in task can verify."""
     config = stage.config
-    rows = read_rlvr(Path(config.eval.data))
-    if len(rows) < config.eval.num_questions:
-        raise ValueError(
-            f"{config.eval.data} has {len(rows)} rows, eval.num_questions asks for {config.eval.num_questions}"
-        )
+    rows = read_rlvr(config.eval.data)
     share = rank_share(list(range(config.eval.num_questions)), groups.data_parallel_rank(), groups.data_parallel_size())
     samples = greedy_responses(engine, processor, [rows[i] for i in share], config)
     outcomes = gather_over_data_parallel([_outcome(sample) for sample in samples])

@@ -27,6 +27,7 @@ from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import export_weights, load_weights
 from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.dataset import check_rlvr
 from prism_megatron.data.loader import batch_indices, rank_share
 from prism_megatron.files import write_atomic
 from prism_megatron.model.build import (
@@ -119,6 +120,8 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
     """Check, start the process groups, open logs. Leaves the groups when the loop is done."""
     directory = cfg.stage_dir(config)
     sizes = read_sizes(Path(config.model.hf_checkpoint))
+    if config.eval.num_questions:
+        check_rlvr(config.eval.data, config.eval.num_questions)  # or training would be over before it is missed
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     groups.check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
     check_sizes(config.model, config.parallel, sizes)

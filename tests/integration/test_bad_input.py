@@ -100,6 +100,13 @@ def test_files_that_are_not_there(
     (tmp_path / "empty.jsonl").touch()
     assert main(sft(tiny_checkpoint, tmp_path / "empty.jsonl", runs)) == 2
     assert "empty.jsonl: empty data set" in capsys.readouterr().err
+    for asked, message in (
+        ([f"eval.data={tmp_path}/none.parquet"], "none.parquet: no such data file"),
+        ([f"eval.data={data}"], "sft.jsonl: not a parquet file"),
+        ([f"eval.data={tiny_data}/heldout.parquet"], "heldout.parquet has 40 rows, and 41 are asked for; lower"),
+    ):
+        assert main(sft(tiny_checkpoint, data, runs, *asked, "eval.num_questions=41")) == 2
+        assert message in capsys.readouterr().err
     assert not runs.exists()
 
 
