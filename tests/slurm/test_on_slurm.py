@@ -210,6 +210,7 @@ def test_native_factory_and_nemo_run_s_own_commands(
     """Cancelled, nothing goes on running and only whole checkpoints are left."""
     overrides = [
         *(f"config.run.dir={tmp_path}", "config.run.name=native", "config.run.save_interval=1"),
+        "config.eval.num_questions=0",
         *(f"config.model.hf_checkpoint={tiny_checkpoint}", f"config.data={tiny_data}/sft.jsonl"),
     ]
     environment = slurm | {"PRISM_CLUSTER": str(cluster), "PYTHONPATH": str(ROOT)}
