@@ -7,15 +7,11 @@ checkpoints move between them untouched.
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -27,11 +23,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from prism_megatron.model.packed import PackedContext
+from prism_megatron.model.attention import PackedSDPA
 from prism_megatron.model.rms_norm import rms_norm
 from prism_megatron.model.rotary import rotate
 from prism_megatron.model.router import BranchRouter, RoutedLayer
-from prism_megatron.parallel.context import gather_sequence
 
 
 class RotaryAttention(MegatronModule):
@@ -51,84 +46,6 @@ class RotaryAttention(MegatronModule):
         key = rotate(key, context.rope_cos, context.rope_sin)
         attended: Tensor = self.inner(query, key, value, *args, **kwargs)
         return attended
-
-
-class PackedSDPA(MegatronModule):
-    """Scaled dot-product attention over packed sequences, one after the other, where there is no Transformer Engine.
-
-    A sequence that goes on from another (its prefix) sees all of it. Under context parallelism keys and values are
-    gathered, and a rank's queries see those that stand before them.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType,
-        packed_seq_params: PackedSeqParams,
-        **kwargs: Any,
-    ) -> Tensor:
-        """query [T', heads, d], key and value [T', groups, d] -> [T', heads * d].
-
-        The mask's type is known already; Transformer Engine's attention asks for it, so this one does.
-        """
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        after = getattr(packed_seq_params, "prefix", None)
-        prefix = None if after is None else after.tolist()
-        parts = self.config.context_parallel_size
-        if parts > 1:
-            assert self.causal
-            assert prefix is None
-            assert isinstance(packed_seq_params, PackedContext)
-            assert packed_seq_params.token_index is not None
-            assert packed_seq_params.token_order is not None
-            group = parallel_state.get_context_parallel_group()
-            key, value = (gather_sequence(x, group)[packed_seq_params.token_order] for x in (key, value))
-        # Split, not sliced: each slice's gradient would be as long as the whole batch, zeros around it.
-        lengths = [end - start for start, end in pairwise(bounds)]
-        queries = query.split([length // parts for length in lengths])
-        all_keys, all_values = key.split(lengths), value.split(lengths)
-        attended = []
-        for number, (start, end) in enumerate(pairwise(bounds)):
-            keys, values, mask = all_keys[number], all_values[number], None
-            if parts > 1:
-                mine = packed_seq_params.token_index[start // parts : end // parts, None]
-                mask = mine >= torch.arange(start, end, device=key.device)
-            elif prefix is not None and (before := prefix[number]) >= 0:
-                seen = len(all_keys[before])
-                keys, values = torch.cat((all_keys[before], keys)), torch.cat((all_values[before], values))
-                mask = torch.ones(end - start, len(keys), dtype=torch.bool, device=key.device).tril(seen)
-            attended.append(self._attend(queries[number], keys, values, mask))
-        return torch.cat(attended)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """query [L, heads, d], key and value [K, groups, d], mask [L, K] -> [L, heads * d]."""
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=self.causal and mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return attended[0].transpose(0, 1).flatten(1)
 
 
 class RMSNorm(torch.nn.Module):

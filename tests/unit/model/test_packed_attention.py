@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-BOUNDS, PREFIX = (0, 3, 7, 9), (-1, 0, -1)
+BOUNDS = (0, 3, 7, 9, 14, 18)
+ALONE, GOING_ON = (
+    (-1,) * 5,
+    (-1, 0, -1, 0, 2),
+)  # one of 4 and one of 5 tokens go on from the first, the last from the third
 
 
-def by_mask(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def by_mask(query: Tensor, key: Tensor, value: Tensor, prefix: Sequence[int]) -> Tensor:
     """The whole batch at once, everything but a token's own past and that of its prefix masked."""
-    part = torch.tensor([number for number in range(3) for _ in range(BOUNDS[number + 1] - BOUNDS[number])])
-    seen = (part[:, None] == part) | (torch.tensor(PREFIX)[part][:, None] == part)
+    part = torch.tensor([number for number in range(5) for _ in range(BOUNDS[number + 1] - BOUNDS[number])])
+    seen = (part[:, None] == part) | (torch.tensor(prefix)[part][:, None] == part)
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen.tril(), enable_gqa=True)
     return attended.transpose(0, 1).flatten(1)
 
 
-def test_packed_sequences_attend_as_under_one_mask() -> None:
+@pytest.mark.parametrize("prefix", [ALONE, GOING_ON])
+def test_packed_sequences_attend_as_under_one_mask(prefix: Sequence[int]) -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.enums import AttnMaskType
 
-    from prism_megatron.model.layer_spec import PackedSDPA
+    from prism_megatron.model.attention import PackedSDPA
 
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
     attention = PackedSDPA(config, 1, AttnMaskType.padding_causal, "self")
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(BOUNDS))
-    packed.prefix = torch.tensor(PREFIX)
+    packed.prefix = torch.tensor(prefix) if max(prefix) >= 0 else None
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(9, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
-    wanted = by_mask(*inputs)
+    inputs = [torch.randn(18, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    wanted = by_mask(*inputs, prefix)
     weight = torch.randn(wanted.shape, generator=generator)
     gradients = torch.autograd.grad((wanted * weight).sum(), inputs)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -1,0 +1,147 @@
+"""Attention over packed sequences where there is no Transformer Engine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from prism_megatron.model.packed import PackedContext
+from prism_megatron.parallel.context import gather_sequence
+
+_PADDED_TO = 1.5  # times its length a sequence is padded at most, to attend together with longer ones
+
+
+class PackedSDPA(MegatronModule):
+    """Scaled dot-product attention over packed sequences, one after the other.
+
+    A sequence that goes on from another (its prefix) sees all of it; those of one prefix attend together. Under context
+    parallelism keys and values are gathered, and a rank's queries see those that stand before them.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType,
+        packed_seq_params: PackedSeqParams,
+        **kwargs: Any,
+    ) -> Tensor:
+        """query [T', heads, d], key and value [T', groups, d] -> [T', heads * d].
+
+        The mask's type is known already; Transformer Engine's attention asks for it, so this one does.
+        """
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        lengths = [end - start for start, end in pairwise(bounds)]
+        if self.config.context_parallel_size > 1:
+            return self._over_context(query, key, value, bounds, packed_seq_params)
+        if (prefix := getattr(packed_seq_params, "prefix", None)) is not None:
+            return self._after_prefixes(query, key, value, bounds, prefix.tolist())
+        # Split, not sliced: each slice's gradient would be as long as the whole batch, zeros around it.
+        each = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        return torch.cat([self._attend(q[None], k[None], v[None])[0] for q, k, v in each])
+
+    def _over_context(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int], context: PackedSeqParams
+    ) -> Tensor:
+        parts = self.config.context_parallel_size
+        assert self.causal
+        assert isinstance(context, PackedContext)
+        assert context.prefix is None
+        assert context.token_index is not None
+        assert context.token_order is not None
+        lengths = [end - start for start, end in pairwise(bounds)]
+        group = parallel_state.get_context_parallel_group()
+        keys, values = (gather_sequence(x, group)[context.token_order].split(lengths) for x in (key, value))
+        queries = query.split([length // parts for length in lengths])
+        attended = []
+        for number, (start, end) in enumerate(pairwise(bounds)):
+            mine = context.token_index[start // parts : end // parts, None]
+            mask = mine >= torch.arange(start, end, device=key.device)
+            attended.append(self._attend(queries[number][None], keys[number][None], values[number][None], mask)[0])
+        return torch.cat(attended)
+
+    def _after_prefixes(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int], prefix: Sequence[int]
+    ) -> Tensor:
+        """Sequences that go on from the same one attend together, each padded to the longest of them.
+
+        Padding stands behind a sequence's last token, where the causal mask hides it.
+        """
+        device = query.device
+        starts = torch.tensor(bounds, device=device)
+        lengths = starts.diff()
+        place = torch.empty(len(query), dtype=torch.long, device=device)  # of each token, in what was attended
+        attended, rows = [], 0
+        for before, members in _together(prefix, bounds):
+            along = torch.arange(int(lengths[members].max()), device=device)
+            own = (starts[members, None] + along).clamp(max=len(query) - 1)
+            first, end = (bounds[before], bounds[before + 1]) if before >= 0 else (0, 0)
+            shared = torch.arange(first, end, device=device).expand(len(members), -1)
+            seen = torch.cat((shared, own), dim=1)
+            mask = query.new_full((len(along), seen.shape[1]), float("-inf")).triu(end - first + 1)
+            out = self._attend(_rows(query, own), _rows(key, seen), _rows(value, seen), mask)
+            attended.append(out.flatten(0, 1))
+            real = along < lengths[members, None]
+            place[own[real]] = rows + real.flatten().nonzero()[:, 0]
+            rows += own.numel()
+        return torch.cat(attended).index_select(0, place)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """query [B, L, heads, d], key and value [B, K, groups, d], mask [L, K] -> [B, L, heads * d]."""
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=self.causal and mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [T, ...] at ``index`` [B, L] -> [B, L, ...]; faster than indexing on a CPU, which copies a number at a time."""
+    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+
+def _together(prefix: Sequence[int], bounds: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """The sequences that go on from each (-1: from none), in groups of similar length."""
+    after: dict[int, list[int]] = defaultdict(list)
+    lengths = [end - start for start, end in pairwise(bounds)]
+    for number, before in enumerate(prefix):
+        after[before].append(number)
+    for before, members in after.items():
+        group: list[int] = []
+        for number in sorted(members, key=lambda i: -lengths[i]):
+            if group and lengths[group[0]] > _PADDED_TO * lengths[number]:
+                yield before, group
+                group = []
+            group.append(number)
+        yield before, group
