@@ -123,7 +123,7 @@ class RolloutConfig:
     enforce_eager: bool = True
     tensor_model_parallel_size: int = 0
     max_logprob_abs_diff: float = 0.0  # stop where trainer and engine differ by more nats than this; 0: only log it
-    sync_bucket_mib: int = 256  # weights on their way to the engine, half gathered ahead; a larger module goes alone
+    sync_bucket_mib: int = 256  # weights on their way to the engine; at least twice the largest module is used
     sync_checksums: bool = False  # after each sync, compare on all ranks what every one of them was given
     guard_interval: int = 100  # syncs from one comparison of engine and trainer to the next; 0: never
     guard_max_logprob_diff: float = 0.0  # nats that the comparison lets pass; 0: what the precision needs

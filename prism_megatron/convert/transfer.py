@@ -122,7 +122,7 @@ def export_weights(
     Parameters travel in halves of ``bucket_bytes``, or one module of the engine at a time if that is larger; one half
     is gathered, in a thread of its own (on a GPU in this one's stream), while the one before is consumed. No module is
     in two of them, so that an engine, which holds on to what it got until a module is complete, never holds more than
-    one: :func:`export_bytes` is what there is at a time.
+    one: :func:`export_bytes` is what there is at a time, two buckets at most.
     """
     here = {name: read(parameter) for name, parameter in named_parameters(model).items()}
     buckets = _buckets(table, _owners(here), bucket_bytes // 2)
@@ -151,16 +151,22 @@ def export_manifest(model: Any, table: Sequence[Rule]) -> dict[str, tuple[tuple[
 def export_bytes(table: Sequence[Rule], dtype: torch.dtype, bucket_bytes: int = _BUCKET_BYTES) -> tuple[int, int]:
     """What an export holds at most beside the model, and the largest module: a layer's experts are one.
 
-    At a time there are two parts, one gathered ahead, and of the first a module put together. Pipeline stages cut parts
-    where they end, and are not counted.
+    At a time there are two parts, one gathered ahead, and of the first a module put together. With the engine's copy of
+    that module it is no more than two buckets (:func:`bucket_in_effect`). Pipeline stages cut parts where they end, and
+    are not counted.
     """
     owners = {rule.megatron: (0, dtype) for rule in table}
     buckets = _buckets(table, owners, bucket_bytes // 2)
     ahead = [*(bucket.bytes for bucket in buckets[1:]), 0]
     held = max(
-        bucket.bytes + following + bucket.largest_module for bucket, following in zip(buckets, ahead, strict=True)
+        bucket.bytes + following + bucket.largest_module[0] for bucket, following in zip(buckets, ahead, strict=True)
     )
-    return held, max(bucket.largest_module for bucket in buckets)
+    return held, max(bucket.largest_module[0] for bucket in buckets)
+
+
+def bucket_in_effect(bucket_bytes: int, largest_module: int) -> int:
+    """The bucket that is asked for, or the least that has a half for every module: engines take these only whole."""
+    return max(bucket_bytes, 2 * largest_module)
 
 
 def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_BYTES) -> str:
@@ -170,11 +176,17 @@ def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_B
     for unit in (unit for bucket in buckets for unit in bucket.units):
         sizes[unit.kind] += unit.bytes
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    largest = max(bucket.bytes for bucket in buckets)
+    largest, module = max(bucket.largest_module for bucket in buckets)
+    effective = bucket_in_effect(bucket_bytes, largest)
     lines = [
-        f"weight sync: {sum(sizes.values()) / 1e6:.1f} MB to every rank in {len(buckets)} parts of at most "
-        f"{largest / 1e6:.1f} MB; the engine's loader takes whole tensors and cuts them itself"
+        f"weight sync: {sum(sizes.values()) / 1e6:.1f} MB to every rank in {len(buckets)} parts of half a bucket, "
+        f"{effective / 1e6:.1f} MB; the engine's loader takes whole tensors and cuts them itself"
     ]
+    if effective > bucket_bytes:
+        lines.append(
+            f"  rollout.sync_bucket_mib asks for {bucket_bytes / 1e6:.1f} MB, of which the {largest / 1e6:.1f} MB of "
+            f"{module} would be more than half; the engine takes a module only whole"
+        )
     for kind, size in sizes.items():
         if size:
             ranks = len(_route(kind).places)
@@ -235,10 +247,10 @@ class _Bucket:
         return sum(unit.bytes for unit in self.units)
 
     @property
-    def largest_module(self) -> int:
-        """Bytes."""
+    def largest_module(self) -> tuple[int, str]:
+        """Its bytes and name."""
         modules = groupby(self.units, key=lambda unit: unit.module)
-        return max(sum(unit.bytes for unit in units) for _, units in modules)
+        return max((sum(unit.bytes for unit in units), name) for name, units in modules)
 
     def gather(
         self, here: Mapping[str, Tensor], routes: Mapping[str, _Route]

@@ -145,7 +145,7 @@ def memory(checkpoint: Path) -> dict[str, int]:
     from megatron.core import parallel_state
 
     from prism_megatron.convert.qwen3_vl import policy_table
-    from prism_megatron.convert.transfer import export_bytes, export_manifest, export_weights
+    from prism_megatron.convert.transfer import bucket_in_effect, export_bytes, export_manifest, export_weights
     from prism_megatron.model.build import build_policy, read_sizes
     from tools.bench import extra_peak_bytes, give_back_freed
 
@@ -179,10 +179,12 @@ def memory(checkpoint: Path) -> dict[str, int]:
 
     consume(BUCKET)
     whole = sum(dtype.itemsize * math.prod(shape) for shape, dtype in manifest.values())
+    bound, largest = export_bytes(table, torch.float32, BUCKET)
     return {
         "whole": whole,
-        "bucket": BUCKET,
-        "bound": export_bytes(table, torch.float32, BUCKET)[0],
+        "asked": BUCKET,
+        "bucket": bucket_in_effect(BUCKET, largest),
+        "bound": bound,
         "buckets": extra_peak_bytes(lambda: consume(BUCKET)),
         "at once": extra_peak_bytes(lambda: consume(4 * whole)),
     }
