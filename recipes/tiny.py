@@ -31,8 +31,8 @@ def _rollout(samples_per_prompt: int) -> RolloutConfig:
 
 
 def _discriminator(checkpoint: str) -> DiscriminatorConfig:
-    # Top 2 of a branch's own two experts: nothing to balance.
-    return DiscriminatorConfig(hf_checkpoint=checkpoint, num_experts=4, topk=2, upcycle_noise=0.1, load_balance_coeff=0)
+    # Four experts for each branch, of which a token takes two.
+    return DiscriminatorConfig(checkpoint, num_experts=8, topk=2, upcycle_noise=0.1, load_balance_coeff=0.01)
 
 
 def tiny_sft() -> SFTConfig:

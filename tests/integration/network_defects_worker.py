@@ -41,8 +41,8 @@ def discriminator(config: cfg.AlignConfig) -> Trained:
 
 
 BALANCED = {
-    "shared": ["discriminator.experts=shared", "discriminator.load_balance_coeff=0.01"],
-    "dedicated": ["discriminator.num_experts=8", "discriminator.load_balance_coeff=0.01"],
+    "shared": ["discriminator.experts=shared"],
+    "dedicated": ["discriminator.experts=dedicated"],
 }
 
 

@@ -23,7 +23,6 @@ def test_alignment_on_two_pipeline_stages(
         *(f"discriminator.hf_checkpoint={speaking_checkpoint}", f"data={tiny_data}/alignment.parquet"),
         *("run.train_iters=2", "run.save_interval=2", "eval.num_questions=0", "prompts_per_iteration=2"),
         *("rollout.samples_per_prompt=4", "rollout.max_response_tokens=96"),
-        *("discriminator.num_experts=8", "discriminator.load_balance_coeff=0.01"),
     ]
     measured: list[list[dict[str, Any]]] = []
     for stages in (1, 2):

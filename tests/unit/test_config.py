@@ -44,15 +44,15 @@ def test_a_router_that_could_not_learn_is_refused() -> None:
 
 def test_balancing_experts_that_are_all_chosen_is_refused() -> None:
     """Every token takes both experts of its branch: the load-balancing loss is constant, its gradient zero."""
-    coefficient, eight = "discriminator.load_balance_coeff=0.01", "discriminator.num_experts=8"
+    coefficient, four = "discriminator.load_balance_coeff=0.01", "discriminator.num_experts=4"
     with pytest.raises(
         ValueError,
         match=r"load_balance_coeff must be 0, got 0.01: with dedicated experts and discriminator.topk \(2\) half of "
         r"discriminator.num_experts \(4\) .* set it to 0, or raise discriminator.num_experts",
     ):
-        load("tiny_align", [coefficient])
-    for allowed in (eight, "discriminator.experts=shared"):
-        config = load("tiny_align", [coefficient, allowed])
+        load("tiny_align", [coefficient, four])
+    for allowed in ("discriminator.num_experts=8", "discriminator.experts=shared"):
+        config = load("tiny_align", [coefficient, four, allowed])
         assert isinstance(config, cfg.AlignConfig)
         assert config.discriminator.load_balance_coeff == 0.01
 
