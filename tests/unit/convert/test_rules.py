@@ -123,7 +123,9 @@ class Recorded:
         return part
 
 
-@pytest.mark.parametrize("layout", [ROWS, COLUMNS, headwise_qkv(2), EXPERT_UP], ids=str)
+@pytest.mark.parametrize(
+    "layout", [ROWS, COLUMNS, headwise_qkv(2), EXPERT_UP], ids=["rows", "columns", "qkv", "expert"]
+)
 def test_a_rank_reads_its_part_only(layout: Layout) -> None:
     recorded = Recorded(torch.randn(24, 8))
     layout.cut(recorded, 1, 4)
