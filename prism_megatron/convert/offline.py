@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from prism_megatron.config import ParallelConfig
+from prism_megatron.convert.buckets import units
 from prism_megatron.convert.hf_io import HFWeights, StoredTensor, copy_side_files, replace_directory
 from prism_megatron.convert.manifest import (
     JOURNAL,
@@ -37,7 +38,7 @@ from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import EMBEDDING, OUTPUT, SCORE_HEAD, Rule
 from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, ShardWriter
 from prism_megatron.convert.torch_dist import TorchDistReader, TorchDistWriter, place, whole_shapes
-from prism_megatron.convert.transfer import check_source, units
+from prism_megatron.convert.transfer import check_source
 from prism_megatron.model.build import HFSizes, read_sizes
 
 PARTS = ("policy", "discriminator")  # what a training checkpoint holds, and the prefix of its keys

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from prism_megatron.convert.buckets import plan_buckets, route_of, units
 from prism_megatron.convert.manifest import check_finite
 from prism_megatron.convert.rules import OUTPUT, SCORE_HEAD, Rule, Sliceable
 from prism_megatron.parallel import groups
@@ -125,8 +123,8 @@ def export_weights(
     one: :func:`export_bytes` is what there is at a time, two buckets at most.
     """
     here = {name: read(parameter) for name, parameter in named_parameters(model).items()}
-    buckets = _buckets(table, _owners(here), bucket_bytes // 2)
-    routes = {kind: _route(kind) for kind in sorted({unit.kind for bucket in buckets for unit in bucket.units})}
+    buckets = plan_buckets(table, _owners(here), bucket_bytes // 2)
+    routes = {kind: route_of(kind) for kind in sorted({unit.kind for bucket in buckets for unit in bucket.units})}
     with groups.worker_thread() as ahead:
         coming = ahead.submit(buckets[0].gather, here, routes)
         for following in [*buckets[1:], None]:
@@ -156,7 +154,7 @@ def export_bytes(table: Sequence[Rule], dtype: torch.dtype, bucket_bytes: int = 
     are not counted.
     """
     owners = {rule.megatron: (0, dtype) for rule in table}
-    buckets = _buckets(table, owners, bucket_bytes // 2)
+    buckets = plan_buckets(table, owners, bucket_bytes // 2)
     ahead = [*(bucket.bytes for bucket in buckets[1:]), 0]
     held = max(
         bucket.bytes + following + bucket.largest_module[0] for bucket, following in zip(buckets, ahead, strict=True)
@@ -171,7 +169,7 @@ def bucket_in_effect(bucket_bytes: int, largest_module: int) -> int:
 
 def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_BYTES) -> str:
     """What an export sends where, and why, in a few lines. Collective."""
-    buckets = _buckets(table, _owners(named_parameters(model)), bucket_bytes // 2)
+    buckets = plan_buckets(table, _owners(named_parameters(model)), bucket_bytes // 2)
     sizes = dict.fromkeys(_REASONS, 0)
     for unit in (unit for bucket in buckets for unit in bucket.units):
         sizes[unit.kind] += unit.bytes
@@ -189,139 +187,11 @@ def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_B
         )
     for kind, size in sizes.items():
         if size:
-            ranks = len(_route(kind).places)
+            ranks = len(route_of(kind).places)
             lines.append(f"  {size / 1e6:.1f} MB {_REASONS[kind if ranks > 1 else 'whole']}".format(ranks=ranks))
     if stages > 1:
         lines.append(f"  all of it goes down {stages} pipeline stages, each of which has layers that all engines need")
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Parameters that make the same HF tensors; ``kind`` is how they are cut: expert, cut or whole."""
-
-    rules: list[Rule]
-    kind: str
-    dtype: torch.dtype
-
-    @property
-    def module(self) -> str:
-        return self.rules[0].hf[0].rpartition(".")[0]
-
-    @property
-    def bytes(self) -> int:
-        return sum(rule.numel for rule in self.rules) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class _Route:
-    """Who has parameters of a kind: for every member of ``group`` its part of the experts and of each matrix."""
-
-    group: Any
-    places: list[tuple[int, int]]
-
-
-def _route(kind: str) -> _Route:
-    """Collective."""
-    if kind == "whole":
-        return _Route(None, [(0, 0)])
-    if kind == "cut":
-        group = parallel_state.get_tensor_model_parallel_group()
-        return _Route(group, [(0, rank) for rank in range(group.size())])
-    group = parallel_state.get_expert_tensor_and_model_parallel_group()
-    mine = (parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank())
-    places: list[tuple[int, int]] = [(0, 0)] * group.size()
-    dist.all_gather_object(places, mine, group=group)
-    return _Route(group, places)
-
-
-@dataclass
-class _Bucket:
-    """Whole modules of one pipeline stage that travel together."""
-
-    stage: int
-    units: list[_Unit] = field(default_factory=list)
-
-    @property
-    def bytes(self) -> int:
-        return sum(unit.bytes for unit in self.units)
-
-    @property
-    def largest_module(self) -> tuple[int, str]:
-        """Its bytes and name."""
-        modules = groupby(self.units, key=lambda unit: unit.module)
-        return max((sum(unit.bytes for unit in units), name) for name, units in modules)
-
-    def gather(
-        self, here: Mapping[str, Tensor], routes: Mapping[str, _Route]
-    ) -> list[tuple[_Unit, list[list[Tensor]]]]:
-        """Every unit in turn and, of every member of its group, its shards. Collective."""
-        alike: dict[tuple[str, torch.dtype], list[_Unit]] = {}
-        for unit in self.units:
-            alike.setdefault((unit.kind, unit.dtype), []).append(unit)
-        found: dict[int, list[list[Tensor]]] = {}
-        for (kind, _), members in alike.items():
-            for unit, shards in zip(members, _gather(members, self.stage, routes[kind], here), strict=True):
-                found[id(unit)] = shards
-        return [(unit, found[id(unit)]) for unit in self.units]
-
-
-def _buckets(table: Sequence[Rule], owners: Mapping[str, tuple[int, torch.dtype]], bucket_bytes: int) -> list[_Bucket]:
-    """The plan of an export: table order, cut where the stage changes or a bucket is full, never inside a module."""
-    buckets: list[_Bucket] = []
-    full = 0
-    for (stage, _), module in groupby(_owned_units(table, owners), key=lambda item: (item[0], item[1].module)):
-        together = [unit for _, unit in module]
-        size = sum(unit.bytes for unit in together)
-        if not buckets or buckets[-1].stage != stage or full + size > bucket_bytes:
-            buckets.append(_Bucket(stage))
-            full = 0
-        buckets[-1].units += together
-        full += size
-    return buckets
-
-
-def _owned_units(table: Sequence[Rule], owners: Mapping[str, tuple[int, torch.dtype]]) -> Iterator[tuple[int, _Unit]]:
-    for rules in units(table):
-        stage, dtype = next(owners[rule.megatron] for rule in rules if rule.megatron in owners)
-        kind = "expert" if rules[0].expert is not None else "cut" if rules[0].layout.axis is not None else "whole"
-        yield stage, _Unit(rules, kind, dtype)
-
-
-def _gather(
-    units: Sequence[_Unit], stage: int, route: _Route, here: Mapping[str, Tensor]
-) -> Iterator[list[list[Tensor]]]:
-    """Of every unit, all alike in kind and dtype, the shards of every member of the group. Collective.
-
-    This rank's shards, in table order, go end to end into one buffer; then everybody's; then down the pipeline.
-    """
-    etp = 1 + max(place for _, place in route.places)
-    present = 1 + max(part for part, _ in route.places)
-    counts = [len(unit.rules) // present for unit in units]
-    names = [rule.megatron for unit in units for rule in unit.rules if rule.megatron in here]
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    if len(route.places) == pipeline.size() == 1:
-        everybody = [[here[name] for name in names]]
-    else:
-        shapes = [
-            unit.rules[0].shard_shape(etp) for unit, count in zip(units, counts, strict=True) for _ in range(count)
-        ]
-        lengths = [prod(shape) for shape in shapes]
-        buffer = torch.empty(len(route.places), sum(lengths), dtype=units[0].dtype, device=groups.device())
-        if stage == parallel_state.get_pipeline_model_parallel_rank():
-            own = buffer[0 if route.group is None else route.group.rank()]
-            torch.cat([here[name].flatten() for name in names], out=own)
-            if len(route.places) > 1:
-                dist.all_gather_into_tensor(buffer.view(-1), own, group=route.group)
-        if pipeline.size() > 1:
-            dist.broadcast(buffer, src=dist.get_global_rank(pipeline, stage), group=pipeline)
-        everybody = [
-            [flat.view(shape) for flat, shape in zip(row.split(lengths), shapes, strict=True)] for row in buffer
-        ]
-    start = 0
-    for count in counts:
-        yield [shards[start : start + count] for shards in everybody]
-        start += count
 
 
 def _apart(
@@ -342,19 +212,6 @@ def _apart(
     for number in range(len(unit)):
         (stack[number],) = tensors(number)
     yield unit[0].hf[0], stack
-
-
-def units(table: Sequence[Rule]) -> Iterator[list[Rule]]:
-    """Rules that make the same HF tensors: one, or all experts of a stack, which follow each other in the table."""
-    unit: list[Rule] = []
-    for rule in table:
-        if rule.tied:
-            continue
-        if unit and rule.hf != unit[0].hf:
-            yield unit
-            unit = []
-        unit.append(rule)
-    yield unit
 
 
 def _owners(here: Mapping[str, Tensor]) -> dict[str, tuple[int, torch.dtype]]:

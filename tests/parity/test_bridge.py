@@ -22,11 +22,11 @@ from tools.make_tiny_model import make_tiny_model
 WORKER = Path(__file__).with_name("bridge_worker.py")
 LAYOUTS = {  # by the engine's tensor-parallel size
     1: ("tp2", "pp2", "pp2-vpp2", "cp2", "ep2", "etp2", "tp2-sp", "tp2-sp-ep2"),
-    2: ("tp2", "pp2", "pp2-vpp2", "ep2", "tp2-sp", "tp2-sp-ep2"),  # slow: tests/integration/test_engine.py has one
+    2: ("tp2", "pp2", "pp2-vpp2", "ep2", "tp2-sp", "tp2-sp-ep2"),
 }
 PROMPTS = ("text", "seen image", "seen long prefix", "unseen image")
 CASES = [
-    pytest.param(kind, tp, name, marks=[pytest.mark.slow] if tp > 1 else [])
+    (kind, tp, name)
     for kind in ("dense", "moe")
     for tp, layouts in LAYOUTS.items()
     for name in layouts

@@ -7,8 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from prism_megatron.convert.buckets import Bucket, plan_buckets
 from prism_megatron.convert.rules import COLUMNS, EXPERT_DOWN, EXPERT_UP, REPLICATED, Rule
-from prism_megatron.convert.transfer import _Bucket, _buckets, bucket_in_effect, export_bytes
+from prism_megatron.convert.transfer import bucket_in_effect, export_bytes
 
 KIB = 1 << 10
 
@@ -25,9 +26,9 @@ def table(layers: int) -> list[Rule]:
     return rules
 
 
-def plan(layers: int, bucket_bytes: int) -> list[_Bucket]:
+def plan(layers: int, bucket_bytes: int) -> list[Bucket]:
     owners = {rule.megatron: (int(rule.megatron[0]) // 2, torch.float32) for rule in table(layers)}
-    return _buckets(table(layers), owners, bucket_bytes)
+    return plan_buckets(table(layers), owners, bucket_bytes)
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 2 * KIB, 5 * KIB, 8 * KIB, 1 << 30])
