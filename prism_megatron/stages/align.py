@@ -23,6 +23,7 @@ from prism_megatron.data.dataset import read_alignment
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.loss.discriminator import REFERENCE_SCORE_CLIP
 from prism_megatron.observe import metrics as names
+from prism_megatron.observe.timers import Timers
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, branch_pairs, discriminator_step, score
 from prism_megatron.stages.evaluate import conclude, response_metrics
@@ -49,18 +50,14 @@ def run_align(config: AlignConfig) -> None:
     """
     rows = read_alignment(Path(config.data))
     run = config.run
-    objective = policy_objective(config)
-    adversary = discriminator_objective(config)
     with open_stage(config, config.discriminator.num_experts) as stage:
         processor = load_processor(config)
-        policy = load_policy(config)
-        reference = load_reference(config) if config.kl_coeff else None
-        discriminator = load_discriminator(config, config.discriminator_optimizer)
-        parts = {"policy": policy, "discriminator": discriminator}
+        players = load_players(config)
+        parts = {"policy": players.policy, "discriminator": players.discriminator}
         replay = Replay(rows, config.replay, run.seed, stage.resume(parts))
 
-        engine = start_engine(config, policy.source)
-        guard = Guard(engine, policy, processor, rows, config)
+        engine = start_engine(config, players.policy.source)
+        guard = Guard(engine, players.policy, processor, rows, config)
         for iteration in range(stage.start, run.train_iters):
             mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
             with stage.timers("sync"):
@@ -68,31 +65,74 @@ def run_align(config: AlignConfig) -> None:
             with stage.timers("rollout"):
                 samples = sample_responses(engine, processor, mine, iteration, config, config.compat)
                 engine.sleep()
-            with stage.timers("score"):
-                branches = score_branches(discriminator, samples, processor, config)
-            advantages = branches.advantages(samples, config)
-            measured = response_metrics(samples) | branches.length_correlations()
-            with stage.timers("discriminator"):
-                lr = discriminator.learning_rate(iteration, run.train_iters)
-                pairs = branches.pairs + replay.pairs(iteration, processor, config)
-                count = config.discriminator_steps
-                steps = [
-                    discriminator_step(discriminator, pairs, processor, config, adversary, lr, step)
-                    for step in range(count * iteration, count * (iteration + 1))
-                ]
-                measured |= steps[0]  # the others measure on pairs that were just trained on
-                replay.add(samples)
-            with stage.timers("train"):
-                lr = policy.learning_rate(iteration, run.train_iters)
-                measured |= policy_gradient_step(
-                    policy, reference, samples, advantages, processor, objective, config, lr, iteration
-                )
-            stage.log.log(iteration + 1, measured | stage.timers.pop())
-            stage.log.rollouts(iteration + 1, branches.gallery(samples, advantages, iteration + 1, config))
+            turn = take_turn(players, samples, replay, processor, config, iteration, stage.timers)
+            stage.log.log(iteration + 1, turn.measured | stage.timers.pop())
+            stage.log.rollouts(iteration + 1, turn.branches.gallery(samples, turn.advantages, iteration + 1, config))
             stage.save_if_due(iteration + 1, parts, replay.kept)
 
-        discriminator.export(stage.dir / "discriminator_hf")
-        conclude(stage, policy, processor, engine)
+        players.discriminator.export(stage.dir / "discriminator_hf")
+        conclude(stage, players.policy, processor, engine)
+
+
+@dataclass(frozen=True)
+class Players:
+    """The policy, what it is held to where there is a KL term, and its adversary."""
+
+    policy: Trained
+    reference: Trained | None
+    discriminator: Trained
+
+
+def load_players(config: AlignConfig) -> Players:
+    return Players(
+        load_policy(config),
+        load_reference(config) if config.kl_coeff else None,
+        load_discriminator(config, config.discriminator_optimizer),
+    )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What an iteration made of its samples: ``advantages`` are theirs, ``pairs`` what the discriminator trained on."""
+
+    branches: ScoredBranches
+    advantages: list[float]
+    pairs: list[Pair]
+    measured: dict[str, float | None]
+
+
+def take_turn(
+    players: Players,
+    samples: Sequence[Sample],
+    replay: Replay,
+    processor: ChatProcessor,
+    config: AlignConfig,
+    iteration: int,
+    timers: Timers,
+) -> Turn:
+    """An iteration's training: the samples are scored, then the discriminator learns from them, then the policy."""
+    policy, discriminator, train_iters = players.policy, players.discriminator, config.run.train_iters
+    with timers("score"):
+        branches = score_branches(discriminator, samples, processor, config)
+    advantages = branches.advantages(samples, config)
+    measured = response_metrics(samples) | branches.length_correlations()
+    with timers("discriminator"):
+        lr = discriminator.learning_rate(iteration, train_iters)
+        adversary, count = discriminator_objective(config), config.discriminator_steps
+        pairs = branches.pairs + replay.pairs(iteration, processor, config)
+        steps = [
+            discriminator_step(discriminator, pairs, processor, config, adversary, lr, step)
+            for step in range(count * iteration, count * (iteration + 1))
+        ]
+        measured |= steps[0]  # the others measure on pairs that were just trained on
+        replay.add(samples)
+    with timers("train"):
+        lr = policy.learning_rate(iteration, train_iters)
+        objective = policy_objective(config)
+        measured |= policy_gradient_step(
+            policy, players.reference, samples, advantages, processor, objective, config, lr, iteration
+        )
+    return Turn(branches, advantages, pairs, measured)
 
 
 def discriminator_objective(config: AlignConfig) -> DiscriminatorObjective:

@@ -113,8 +113,8 @@ def policy_gradient_step(
     computed once, before the first update. Also measures how far they are from the engine's, on the very tokens that
     were sampled by the policy of this ``version``.
     """
-    mini_batches = []
-    for part in _mini_batches(samples, config.mini_batches_per_iteration):
+    prepared = []
+    for part in mini_batches(samples, config.mini_batches_per_iteration):
         chosen = [samples[i] for i in part]
         batches = _microbatches(
             [sample.sequence() for sample in chosen],
@@ -127,18 +127,18 @@ def policy_gradient_step(
             objective.aggregation,
         )
         batches = [replace(batch, temperature=config.rollout.temperature) for batch in batches]
-        if config.mini_batches_per_iteration * config.epochs_per_iteration > 1:
+        if has_several_updates(config):
             old = _logprobs(policy, batches)
             batches = [replace(batch, old_logprobs=values) for batch, values in zip(batches, old, strict=True)]
         if reference is not None:
             held = _logprobs(reference, batches)
             batches = [replace(batch, reference_logprobs=values) for batch, values in zip(batches, held, strict=True)]
-        mini_batches.append(batches)
+        prepared.append(batches)
 
     loss = partial(policy_gradient_loss, objective)
     totals: dict[str, float] = defaultdict(float)
     grad_norms: list[float] = []
-    for batches in mini_batches * config.epochs_per_iteration:
+    for batches in prepared * config.epochs_per_iteration:
         measured, grad_norm = train_step(policy.chunks, policy.optimizer, batches, _forward, loss, lr)
         grad_norms.append(grad_norm)
         difference = max(totals["difference"], measured.pop("difference"))
@@ -197,7 +197,12 @@ def policy_gradient_loss(objective: Objective, batch: PolicyMicrobatch, scores: 
     return losses.sum(), Stats(sums, {"difference": ((old - batch.rollout_logprobs).abs() * batch.fresh).max()})
 
 
-def _mini_batches(samples: Sequence[Sample], count: int) -> list[list[int]]:
+def has_several_updates(config: PolicyGradientConfig) -> bool:
+    """Whether the policy moves within an iteration, away from the one that its ratios are taken to."""
+    return config.mini_batches_per_iteration * config.epochs_per_iteration > 1
+
+
+def mini_batches(samples: Sequence[Sample], count: int) -> list[list[int]]:
     """Samples dealt out so that each mini-batch has as many of every group, whatever rank the group is on."""
     seen: dict[int, int] = defaultdict(int)
     parts: list[list[int]] = [[] for _ in range(count)]

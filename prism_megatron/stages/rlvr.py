@@ -54,9 +54,7 @@ def run_rlvr(config: RLVRConfig) -> None:
                 sampled = sample_groups(engine, processor, rows, iteration, config, surplus)
                 engine.sleep()
             samples, surplus = sampled.samples, sampled.surplus
-            rewards = torch.tensor([reward(sample, config) for sample in samples])
-            groups = torch.tensor([sample.group for sample in samples])
-            advantages = group_normalize(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
+            advantages = verified_advantages(samples, config)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
                 measured = policy_gradient_step(
@@ -182,6 +180,14 @@ def sampling_metrics(sampled: Sampled, config: RLVRConfig) -> dict[str, float | 
         return measured
     means = {names.REWARD: total / count, names.VALID_GROUPS: informative / count}
     return measured | means | response_metrics(samples)
+
+
+def verified_advantages(samples: Sequence[Sample], config: RLVRConfig) -> list[float]:
+    """Rewards, normalised within each group."""
+    rewards = torch.tensor([reward(sample, config) for sample in samples])
+    groups = torch.tensor([sample.group for sample in samples])
+    advantages: list[float] = group_normalize(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
+    return advantages
 
 
 def reward(sample: Sample, config: RLVRConfig) -> float:

@@ -10,10 +10,10 @@ from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_pairs
 from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, branch_pairs, discriminator_step
 from prism_megatron.stages.setup import finish, load_discriminator, load_processor, open_stage, rows_of_iteration
-from prism_megatron.types import PreferencePair
+from prism_megatron.types import EncodedPrompt, PreferencePair
 
 # The loss is the mean over the pairs of both branches (spec 3.3), and every line of the file gives one of each.
-_OBJECTIVE = DiscriminatorObjective(branch_weights=(0.5, 0.5))
+OBJECTIVE = DiscriminatorObjective(branch_weights=(0.5, 0.5))
 
 
 def run_warmup(config: WarmupConfig) -> None:
@@ -35,7 +35,7 @@ def run_warmup(config: WarmupConfig) -> None:
                 pairs = preference_pairs(mine, processor, config)
             with stage.timers("train"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
-                measured = discriminator_step(discriminator, pairs, processor, config, _OBJECTIVE, lr)
+                measured = discriminator_step(discriminator, pairs, processor, config, OBJECTIVE, lr)
             stage.log.log(iteration + 1, measured | stage.timers.pop())
             stage.save_if_due(iteration + 1, parts)
 
@@ -45,9 +45,16 @@ def run_warmup(config: WarmupConfig) -> None:
 
 def preference_pairs(rows: list[PreferencePair], processor: ChatProcessor, config: WarmupConfig) -> list[Pair]:
     """A perception and a reasoning pair from every line."""
-    pairs = []
-    for row, prompt in zip(rows, processor.encode_prompts(rows), strict=True):
-        teacher = branch_sequences(processor, prompt, row.teacher_caption, row.teacher_reasoning)
-        student = branch_sequences(processor, prompt, row.student_caption, row.student_reasoning)
-        pairs += branch_pairs(teacher, student, row.id, config)
-    return pairs
+    prompts = processor.encode_prompts(rows)
+    return [
+        pair for row, prompt in zip(rows, prompts, strict=True) for pair in pairs_of_row(row, prompt, processor, config)
+    ]
+
+
+def pairs_of_row(
+    row: PreferencePair, prompt: EncodedPrompt, processor: ChatProcessor, config: WarmupConfig
+) -> list[Pair]:
+    """A perception and a reasoning pair about an encoded prompt."""
+    teacher = branch_sequences(processor, prompt, row.teacher_caption, row.teacher_reasoning)
+    student = branch_sequences(processor, prompt, row.student_caption, row.student_reasoning)
+    return branch_pairs(teacher, student, row.id, config)
