@@ -20,7 +20,9 @@ _PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 class Workload:
     """What is trained on: tokens of each sequence, patches of each distinct image frame, tokens that are scored.
 
-    ``scored_sequences`` are a discriminator's: each is read once by ``score_heads`` heads.
+    ``scored_sequences`` are a discriminator's: each is read once by ``score_heads`` heads. ``known_prefixes`` are
+    lengths of beginnings that were computed with another sequence already. The last layer's MLP is needed for
+    ``read_tokens`` only; None: for all.
     """
 
     sequence_lengths: Sequence[int]
@@ -28,6 +30,8 @@ class Workload:
     scored_tokens: int = 0
     scored_sequences: int = 0
     score_heads: int = 0
+    known_prefixes: Sequence[int] = ()
+    read_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def training_flops(
     text_trained = "language_model" not in frozen
     any_trained = vision_trained or merger_trained or text_trained
 
-    language, attention = _language(text, work.sequence_lengths)
+    language, attention = _language(text, work)
     head = 2.0 * work.scored_tokens * text["hidden_size"] * text["vocab_size"]
     scores = 2.0 * work.scored_sequences * work.score_heads * text["hidden_size"]
     embed, layers, vision_attention = _vision(vision, work.frame_patches)
@@ -81,6 +85,11 @@ def training_flops(
     return TrainingFlops(parts, again)
 
 
+def forward_flops(text: Mapping[str, Any], vision: Mapping[str, Any], work: Workload) -> TrainingFlops:
+    """Operations of one pass over ``work`` without gradient."""
+    return training_flops(text, vision, work, ("vision", "merger", "language_model"))
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense BF16 FLOP/s of a GPU by its name, None where we do not know it."""
     return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
@@ -91,7 +100,7 @@ def _passes(trained: bool, input_needs_gradient: bool) -> int:
     return 1 + trained + input_needs_gradient
 
 
-def _language(text: Mapping[str, Any], lengths: Sequence[int]) -> tuple[float, float]:
+def _language(text: Mapping[str, Any], work: Workload) -> tuple[float, float]:
     """Forward operations of the decoder's linear layers, and of its causal attention."""
     hidden, width = text["hidden_size"], text["num_attention_heads"] * text["head_dim"]
     grouped = text["num_key_value_heads"] * text["head_dim"]
@@ -100,10 +109,18 @@ def _language(text: Mapping[str, Any], lengths: Sequence[int]) -> tuple[float, f
         mlp = 3 * hidden * text["intermediate_size"]
     else:
         mlp = text["num_experts_per_tok"] * 3 * hidden * text["moe_intermediate_size"] + hidden * experts
-    weights = hidden * (width + 2 * grouped) + width * hidden + mlp
-    seen = sum(length * (length + 1) // 2 for length in lengths)
+    around = hidden * (width + 2 * grouped) + width * hidden
+    tokens = sum(work.sequence_lengths) - sum(work.known_prefixes)
+    read = tokens if work.read_tokens is None else work.read_tokens
     layers = text["num_hidden_layers"]
-    return 2.0 * layers * weights * sum(lengths), 4.0 * layers * width * seen
+    seen = sum(map(_triangle, work.sequence_lengths)) - sum(map(_triangle, work.known_prefixes))
+    linear = layers * around * tokens + mlp * ((layers - 1) * tokens + read)
+    return 2.0 * linear, 4.0 * layers * width * seen
+
+
+def _triangle(length: int) -> int:
+    """Pairs of a token and one that it sees."""
+    return length * (length + 1) // 2
 
 
 def _vision(vision: Mapping[str, Any], frames: Sequence[int]) -> tuple[float, float, float]:

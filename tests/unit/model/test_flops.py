@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prism_megatron.config import DiscriminatorConfig, ModelConfig, ParallelConfig
 from prism_megatron.data.pack import TrainingSequence, pack
-from prism_megatron.observe.flops import Workload, peak_flops, training_flops
+from prism_megatron.observe.flops import Workload, forward_flops, peak_flops, training_flops
 from prism_megatron.types import EncodedPrompt, InputSpec, Visual
 from tools.make_tiny_model import MOE_CONFIG, TEXT_CONFIG, VISION_CONFIG
 
@@ -88,6 +88,24 @@ def test_packing_pays_for_what_tokens_see_only() -> None:
     apart, together = (training_flops(TEXT, VISION, Workload(lengths, [])) for lengths in ([50, 50], [100]))
     assert apart.parts["language"] == together.parts["language"]
     assert together.parts["attention"] / apart.parts["attention"] == pytest.approx(100 * 101 / (2 * 50 * 51))
+
+
+def test_what_is_known_or_never_read_is_not_paid_for() -> None:
+    text = TEXT | MOE_CONFIG
+    whole = training_flops(text, VISION, Workload([50, 50], []))
+    shared = training_flops(text, VISION, Workload([50, 50], [], known_prefixes=[20]))
+    assert shared.parts["language"] / whole.parts["language"] == pytest.approx(80 / 100)
+    assert shared.parts["attention"] / whole.parts["attention"] == pytest.approx(
+        (2 * 50 * 51 - 20 * 21) / (2 * 50 * 51)
+    )
+    unread, one = (forward_flops(text, VISION, Workload([100], [], read_tokens=read)) for read in (0, 1))
+    expert = 3 * text["hidden_size"] * text["moe_intermediate_size"]
+    router = text["hidden_size"] * text["num_experts"]
+    mlp = 2 * (text["num_experts_per_tok"] * expert + router)
+    assert one.model - unread.model == mlp
+    assert 3 * (unread.model + 100 * mlp) == pytest.approx(
+        whole.model - whole.parts["attention"] + 3 * unread.parts["attention"]
+    )
 
 
 def test_peak_of_a_known_card_only() -> None:
