@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def test_every_second_of_a_step_is_in_one_part() -> None:
     timers("forward-backward").stop()
     timers("optimizer-inner-step").start()
     timers("optimizer-inner-step").stop()
+    before = timers.layout
+    time.sleep(0.02)
+    timers("forward-backward").start()
+    assert timers.layout - before >= 0.02, "what comes before a second pass is layout, too"
+    timers("forward-compute").start()
+    timers("forward-compute").stop()
+    timers("forward-backward").stop()
     timers.end_step()
     parts = timers.mean(steps=1)
     total = parts.pop("step")
