@@ -1,18 +1,18 @@
-"""What the training benchmark trains: a recipe's configuration, a random model of any size, and rows with images."""
+"""What the training benchmark trains: a recipe's configuration, random models of any size, and rows with images."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from prism_megatron.config import SFTConfig, apply_overrides
+from prism_megatron.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, apply_overrides
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from prism_megatron.model.build import HFSizes
@@ -21,8 +21,10 @@ from recipes import STAGE_RECIPES, stage_recipe
 from recipes.memory import PUBLISHED
 from tools.make_tiny_model import MOE_CONFIG, PATCH, TEXT_CONFIG, VISION_CONFIG, VOCAB_SIZE, make_tiny_model
 
+BATCHES = 4  # distinct ones, taken in turn
 _SIZES = Path(__file__).parent / "sizes"
 _MOCK_TEXT = 32  # tokens around an image that is made up
+TrainingConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 
 
 @dataclass(frozen=True)
@@ -30,53 +32,103 @@ class Settings:
     """What is measured. ``images`` is shapes, mock or a directory; ``resolutions`` are mock images' (width, height).
 
     ``size`` is tiny, tiny_moe, a published size, a name in tools/sizes, or a JSON file as ``tools/make_tiny_model.py``
-    takes it.
+    takes it. ``discriminator_size`` is one of these, too, if the discriminator is not made from the policy.
     """
 
     recipe: str = "tiny_sft"
     size: str = "tiny"
     images: str = "shapes"
     resolutions: tuple[tuple[int, int], ...] = ((64, 64), (128, 96))
-    response_tokens: int = 96  # of a mock row
+    response_tokens: int = 96  # of a mock row, or a made-up response
     overrides: tuple[str, ...] = ()
     steps: int = 12
     warmup: int = 3
     vs_hf: bool = False
+    discriminator_size: str | None = None
 
 
-def read_config(settings: Settings, folder: Path) -> SFTConfig:
-    """The recipe on a model and data in ``folder``. Raises ValueError for what is not an SFT recipe."""
+def read_config(settings: Settings, folder: Path) -> TrainingConfig:
+    """The recipe on models and data in ``folder``. Raises ValueError for one that cannot be measured as asked."""
     name = settings.recipe if settings.recipe in STAGE_RECIPES else f"{settings.recipe}_sft"
-    paths = [f"model.hf_checkpoint={folder}/base", f"data={folder}/data/sft.jsonl", f"run.dir={folder}/runs"]
-    config = apply_overrides(stage_recipe(name)(), [*paths, *settings.overrides])
-    if not isinstance(config, SFTConfig):
-        raise ValueError(f"recipe {name} is not of stage sft, whose step is measured; take tiny_sft or sft_qwen3_vl_*")
+    config = stage_recipe(name)()
+    if not isinstance(config, TrainingConfig):
+        raise ValueError(f"recipe {name} is of stage {config.stage}, which trains nothing; take one of another stage")
+    if settings.vs_hf and not isinstance(config, SFTConfig):
+        raise ValueError(
+            f"--vs hf is for SFT: HF transformers has no training step of stage {config.stage}, of which recipe {name} "
+            "is; leave it out"
+        )
+    data = "sft.jsonl" if isinstance(config, SFTConfig) else "alignment.parquet"
+    paths = [f"model.hf_checkpoint={folder}/base", f"data={folder}/data/{data}", f"run.dir={folder}/runs"]
+    if isinstance(config, WarmupConfig | AlignConfig):
+        made_from = "base" if settings.discriminator_size is None else "discriminator"
+        paths.append(f"discriminator.hf_checkpoint={folder}/{made_from}")
+    config = apply_overrides(config, [*paths, *settings.overrides])
+    if isinstance(config, AlignConfig) and config.replay.prompts and settings.images == "mock":
+        raise ValueError(
+            f"replay.prompts ({config.replay.prompts}) encodes past images anew, and --images mock has none that could "
+            "be; take shapes or a directory, or replay.prompts=0"
+        )
     return config
 
 
-def make_model(settings: Settings, folder: Path, batches: int) -> SFTConfig:
-    """Open the ranks' groups, and make model and rows for ``batches`` steps in rank 0's ``folder``.
+def read_sft_config(settings: Settings, folder: Path) -> SFTConfig:
+    """Raises ValueError for a recipe of another stage."""
+    config = read_config(settings, folder)
+    if not isinstance(config, SFTConfig):
+        raise ValueError(f"recipe {settings.recipe} is of stage {config.stage}; take tiny_sft or sft_qwen3_vl_*")
+    return config
+
+
+def rows_per_step(config: TrainingConfig) -> int:
+    return config.global_batch_size if isinstance(config, SFTConfig | WarmupConfig) else config.prompts_per_iteration
+
+
+def make_model(settings: Settings, folder: Path, batches: int) -> TrainingConfig:
+    """Open the ranks' groups, and make models and rows for ``batches`` steps in rank 0's ``folder``.
 
     Raises ValueError for what cannot be run.
     """
     from prism_megatron.model.fp8 import check_hardware
     from prism_megatron.parallel import groups
 
-    config, sizes = read_config(settings, folder), model_sizes(settings.size)
-    groups.check_degrees(config.parallel, int(os.environ.get("WORLD_SIZE", "1")), sizes.degrees())
+    config = read_config(settings, folder)
+    models = _models(settings, config)
+    experts = config.discriminator.num_experts if isinstance(config, WarmupConfig | AlignConfig) else None
+    for size in models.values():
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        groups.check_degrees(config.parallel, world_size, model_sizes(size).degrees(experts))
     check_hardware(config.model)
     groups.initialize(config.parallel, seed=1)
     shared = [str(folder)]
     dist.broadcast_object_list(shared, device=groups.device())
     if groups.is_main_rank() and not (folder / "base").is_dir():
-        moe = sizes.num_experts is not None
-        make_tiny_model(folder / "base", seed=1, moe=moe, overrides=model_overrides(settings.size))
+        for name, size in models.items():
+            moe = model_sizes(size).num_experts is not None
+            make_tiny_model(folder / name, seed=1, moe=moe, overrides=model_overrides(size))
         if settings.images == "shapes":
-            count = config.global_batch_size * batches
-            data = ShapesConfig(sft_rows=count, alignment_rows=1, rlvr_rows=1, heldout_rows=1)
+            count = rows_per_step(config) * batches
+            sft, others = (count, 1) if isinstance(config, SFTConfig) else (1, count)
+            data = ShapesConfig(sft_rows=sft, alignment_rows=others, rlvr_rows=1, heldout_rows=1)
             write_shapes_data(Path(config.data).parent, data)
     dist.barrier()
     return read_config(settings, Path(shared[0]))
+
+
+def _models(settings: Settings, config: TrainingConfig) -> dict[str, str]:
+    """The size of each model that is made, by its folder."""
+    given = settings.discriminator_size
+    if not isinstance(config, WarmupConfig | AlignConfig):
+        if given is not None:
+            raise ValueError(f"--discriminator-size is for stages that have one; {config.stage} has none, leave it out")
+        return {"base": settings.size}
+    dense = given or settings.size
+    if (experts := model_sizes(dense).num_experts) is not None:
+        raise ValueError(
+            f"{dense} has {experts} experts, and the discriminator is made from a model without; give the size of one "
+            "as --discriminator-size"
+        )
+    return {"base": settings.size} | ({"discriminator": given} if given else {})
 
 
 def model_sizes(size: str) -> HFSizes:
@@ -113,7 +165,7 @@ def model_overrides(size: str) -> dict[str, dict[str, Any]]:
 
 
 def training_sequences(settings: Settings, config: SFTConfig, processor: Any, count: int) -> list[TrainingSequence]:
-    """``count`` encoded rows that show what the settings say."""
+    """``count`` encoded demonstrations on what the settings say. Raises ValueError where there is no such image."""
     from prism_megatron.data.dataset import read_sft
     from prism_megatron.stages.sft import demonstrations
 
@@ -121,6 +173,13 @@ def training_sequences(settings: Settings, config: SFTConfig, processor: Any, co
         return [mock_row(processor.input_spec, settings, number) for number in range(count)]
     if settings.images == "shapes":
         return demonstrations(read_sft(Path(config.data)), processor)
+    return demonstrations(
+        [replace(row, response="Something. " * 20) for row in shown_files(settings, count)], processor
+    )
+
+
+def shown_files(settings: Settings, count: int) -> list[Example]:
+    """A question about each of ``count`` images of a folder, taken in turn. Raises ValueError where it has none."""
     kinds = (".png", ".jpg", ".jpeg")
     folder = Path(settings.images)
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds) if folder.is_dir() else []
@@ -128,8 +187,7 @@ def training_sequences(settings: Settings, config: SFTConfig, processor: Any, co
         raise ValueError(f"--images {settings.images} is neither shapes nor mock nor a directory of {', '.join(kinds)}")
     chat = (Message("user", "<image>What is shown?"),)
     chosen = [files[number % len(files)] for number in range(count)]
-    rows = [Example(str(p), chat, (p.read_bytes(),), str(p), response="Something. " * 20) for p in chosen]
-    return demonstrations(rows, processor)
+    return [Example(f"{number} {p}", chat, (p.read_bytes(),), str(p)) for number, p in enumerate(chosen)]
 
 
 def resolutions(text: str) -> tuple[tuple[int, int], ...]:

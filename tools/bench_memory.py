@@ -111,14 +111,15 @@ def measure_case(settings: Settings, folder: Path) -> tuple[int, dict[str, int],
 
     from prism_megatron.parallel import groups
     from prism_megatron.stages.setup import load_policy, load_processor
-    from tools.bench_train import our_step
+    from tools.bench_stages import sft_training
 
     config = make_model(settings, folder, batches=1)
+    assert isinstance(config, SFTConfig)
     processor = load_processor(config)
     rows = training_sequences(settings, config, processor, config.global_batch_size)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         policy = load_policy(config)
-        step = our_step(policy, config, processor)
+        step = sft_training(policy, config, processor)
         step(rows)
         with record_function(_MARK):
             step(rows)

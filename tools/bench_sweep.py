@@ -4,7 +4,8 @@
     python tools/bench_sweep.py --out runs/scaling runs/scaling/*.json                          # of runs on a cluster
 
 A sweep runs every combination of its keys, one after the other; keys joined by a colon vary together. ``ranks``,
-``size``, ``images``, ``resolutions`` and ``response_tokens`` are the benchmark's own, other keys the recipe's.
+``recipe``, ``size``, ``discriminator_size``, ``images``, ``resolutions`` and ``response_tokens`` are the benchmark's
+own, other keys the recipe's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools import bench
 
-_OPTIONS = ("recipe", "size", "images", "resolutions", "response_tokens", "ranks", "steps", "warmup", "vs")
+_OPTIONS = (
+    *("recipe", "size", "discriminator_size", "images", "resolutions", "response_tokens"),
+    *("ranks", "steps", "warmup", "vs"),
+)
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {  # of the table: what it shows of a result's side of ours
     "tokens/s/rank": lambda ours: f"{ours['tokens_per_second_per_rank']:.0f}",
     "tokens/s": lambda ours: f"{ours['tokens_per_second']:.0f}",

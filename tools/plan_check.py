@@ -19,7 +19,7 @@ from recipes.memory import Memory, estimate
 from recipes.step_time import Costs, Rows, StepTime, predict
 from recipes.tiny import tiny_rlvr
 from tools import bench, bench_sync
-from tools.bench_inputs import Settings, mock_shape, model_sizes, read_config, sizes_of, training_sequences
+from tools.bench_inputs import Settings, mock_shape, model_sizes, read_sft_config, sizes_of, training_sequences
 from tools.make_tiny_model import make_tiny_model
 
 _FREE = Costs(
@@ -69,11 +69,13 @@ def check(paths: Sequence[Path]) -> str:
 
 
 def training_runs(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The runs of bench_train whose rows can be made again."""
+    """The runs of bench_train that are of SFT and whose rows can be made again."""
     return {
         name: result
         for name, result in results.items()
-        if result["benchmark"] == "train" and result["config"]["images"] in ("mock", "shapes")
+        if result["benchmark"] == "train"
+        and result.get("stage", "sft") == "sft"
+        and result["config"]["images"] in ("mock", "shapes")
     }
 
 
@@ -170,7 +172,7 @@ def _run(result: Mapping[str, Any]) -> tuple[SFTConfig, HFSizes, Rows, Memory]:
     asked = dict(result["config"])
     asked |= {"resolutions": tuple(map(tuple, asked["resolutions"])), "overrides": tuple(asked["overrides"])}
     settings = Settings(**asked)
-    config, sizes = read_config(settings, Path("nowhere")), model_sizes(settings.size)
+    config, sizes = read_sft_config(settings, Path("nowhere")), model_sizes(settings.size)
     count = config.global_batch_size
     if settings.images == "shapes":
         work = _built_in(settings, count)
@@ -188,7 +190,7 @@ def _built_in(settings: Settings, count: int) -> Workload:
     from prism_megatron.stages.setup import load_processor
 
     with tempfile.TemporaryDirectory() as folder:
-        config = read_config(settings, Path(folder))
+        config = read_sft_config(settings, Path(folder))
         make_tiny_model(Path(config.model.hf_checkpoint), seed=1)  # for its processor, which all sizes share
         data = ShapesConfig(sft_rows=count, alignment_rows=1, rlvr_rows=1, heldout_rows=1)
         write_shapes_data(Path(config.data).parent, data)

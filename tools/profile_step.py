@@ -1,6 +1,7 @@
 """Where a training step's time goes: a torch profiler trace, and the ten largest costs with their share.
 
     python tools/profile_step.py --out runs/profile [--recipe tiny] [global_batch_size=8 ...]
+    python tools/profile_step.py --out runs/profile --recipe tiny_align
 
 Writes ``trace.json`` (open it in Perfetto or chrome://tracing) and ``costs.json``, and prints the costs. A cost is an
 operator's own time, without what it calls; shares are of the profiled steps' wall-clock time on a CPU, of the kernels'
@@ -32,7 +33,7 @@ _SHOWN = 10
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--recipe", default="tiny", help="family of recipes whose SFT stage is run")
+    parser.add_argument("--recipe", default="tiny", help="of any stage that trains, or the family of an SFT recipe")
     parser.add_argument("--images", default="shapes", help="shapes, mock, or a directory of images")
     parser.add_argument("--steps", type=int, default=3, help="profiled steps, after as many that are not")
     parser.add_argument("overrides", nargs="*", help="of the recipe")
@@ -66,12 +67,12 @@ def costs(settings: Settings, folder: Path, trace: Path) -> dict[str, Any]:
     step = prepared.sides["ours"]
     on_gpu = torch.cuda.is_available()
     for number in range(settings.warmup):
-        step(prepared.batches[number % len(prepared.batches)])
+        step(number)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     began = time.perf_counter()
     with profile(activities=activities) as profiler:
         for number in range(settings.steps):
-            step(prepared.batches[number % len(prepared.batches)])
+            step(number)
     seconds = time.perf_counter() - began
     groups.shutdown()
     profiler.export_chrome_trace(str(trace))

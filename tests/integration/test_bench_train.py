@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from prism_megatron.observe.flops import Workload, forward_flops, training_flops
+from prism_megatron.parallel.groups import free_port
+from tools.bench_inputs import model_sizes
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("global_batch_size=4",)
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    # Unit tests that were a rank of their own leave its name and port behind.
+    lone = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
+    environment = lone | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, f"tools/{tool}.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
@@ -49,6 +58,46 @@ def test_one_process_and_two_pipeline_stages_beside_hf(tmp_path: Path) -> None:
     slower = run("bench_train", "--compare", str(tmp_path / "faster.json"), *same)
     assert slower.returncode == 1, slower.stderr
     assert "ours.tokens_per_second is" in slower.stderr
+
+
+ROLLOUTS = ("prompts_per_iteration=2", "rollout.samples_per_prompt=2")
+STAGES = {
+    "warmup": ("global_batch_size=2", "parallel.expert_model_parallel_size=2"),
+    "align": (*ROLLOUTS, "parallel.pipeline_model_parallel_size=2", "model.freeze=[vision,merger]"),
+    "rlvr": (*ROLLOUTS, "algorithm=gspo", "mini_batches_per_iteration=2", "kl_coeff=0.1"),
+}
+
+
+def test_every_stage_on_two_ranks(launch: Callable[..., str], tmp_path: Path) -> None:
+    mock = ("--steps", "2", "--warmup", "0", "--images", "mock", "--resolutions", "64x64", "--response-tokens", "60")
+    runs = [
+        (free_port(), ["--recipe", f"tiny_{stage}", "--out", f"{tmp_path}/{stage}.json", *mock, *overrides])
+        for stage, overrides in STAGES.items()
+    ]
+    launch(2, ["tests/integration/bench_train_worker.py", json.dumps(runs)])
+    results = {stage: json.loads((tmp_path / f"{stage}.json").read_text()) for stage in STAGES}
+    for stage, result in results.items():
+        ours = result["ours"]
+        assert (result["stage"], result["ranks"]) == (stage, 2)
+        assert math.isfinite(ours["first_loss"])
+        assert all(math.isfinite(value) for value in ours["first_step"].values())
+        assert min(value for name, value in ours["first_step"].items() if "grad_norm" in name) > 0
+        split = ours["split"]
+        assert split["step"] == pytest.approx(sum(value for name, value in split.items() if name != "step"))
+        assert min(split["forward"], split["backward"], split["optimizer"], split["layout"]) > 0
+        assert ours["tokens_per_second"] > 0
+        assert ours["flops_per_step"] < ours["hardware_flops_per_step"] or stage == "warmup"
+        assert ours["mfu"] is None or ours["mfu"] > 0
+    # Two prompts of 32 tokens of text and 4 of an image, two responses of 60 tokens each.
+    assert [results[stage]["tokens_per_step"] for stage in ("align", "rlvr")] == [4 * (32 + 4 + 60)] * 2
+    align = results["align"]["ours"]
+    assert align["phases"].keys() == {"score", "discriminator", "train"}
+    assert 0.5 * align["split"]["step"] < sum(align["phases"].values()) <= align["split"]["step"]
+    assert align["split"]["pipeline"] > 0
+    # Each rank has a prompt, each mini-batch one of its responses: updated on once, after two passes forward.
+    sizes, work = model_sizes("tiny"), Workload([32 + 4 + 60], [16], scored_tokens=60)
+    update, held = (count(sizes.text, sizes.vision, work).model for count in (training_flops, forward_flops))
+    assert results["rlvr"]["ours"]["flops_per_step"] == pytest.approx(2 * 2 * (update + 2 * held))
 
 
 def test_the_ten_largest_costs_of_a_step(tmp_path: Path) -> None:
