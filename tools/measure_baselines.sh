@@ -28,6 +28,8 @@ kept sync_tensor_parallel "$python" -m torch.distributed.run --standalone --npro
 kept profile "$python" tools/profile_step.py --out "$out/profile"
 cp "$out/profile/costs.json" "$out/profile.json"
 tool train bench_train --vs hf
+tool train_align bench_train --recipe tiny_align --steps 8
+tool train_rlvr bench_train --recipe tiny_rlvr --steps 8
 mock calibrate_large --response-tokens 160 --steps 8 global_batch_size=32
 mock calibrate_small global_batch_size=4
 wide calibrate_wide global_batch_size=8
