@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -76,7 +78,7 @@ def launch() -> Callable[..., str]:
 
 
 def _launch(
-    ranks: int, arguments: Sequence[str], cwd: Path = ROOT, timeout: float = 300, expect: int | None = 0
+    ranks: int, arguments: Sequence[str], cwd: Path = ROOT, timeout: float = 420, expect: int | None = 0
 ) -> str:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -111,7 +113,9 @@ def _launch(
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # ranks have sessions of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         output, _ = process.communicate()
         pytest.fail(f"{' '.join(arguments)}: no end after {timeout} s\n{output[-8000:]}")
     if expect is not None and process.returncode != expect:
