@@ -10,8 +10,9 @@ and how long sequences are.
 The built-in pictures are enlarged to 192 x 288 pixels, 54 tokens, about as many as a response has; the paper's of up to
 560 pixels a side have up to 306. ``--image-scale 1`` leaves them at 6 tokens, where there is less to save.
 
-The reference does more for each sequence (spec 4.3, 9.4), which is left out here: it decodes token by token to find
-where the caption ends, computes every expert for every token, and scores a demonstration once for every response.
+The reference's way takes all tokens through the last layer, not only those that are read. It does more for each sequence
+(spec 4.3, 9.4), which is left out here: it decodes token by token to find where the caption ends, computes every expert
+for every token, and scores a demonstration once for every response.
 """
 
 from __future__ import annotations
@@ -169,8 +170,13 @@ def _sides(
     def packed() -> Tensor:
         return score(trained, sequences, owners, processor, config)
 
+    scorer, skips = trained.chunks[-1].module, trained.chunks[-1].module.may_skip
+
     def one_at_a_time() -> Tensor:
-        return torch.cat([score(trained, [sequence], ["x"], processor, config) for sequence in sequences])
+        scorer.may_skip = False
+        scores = torch.cat([score(trained, [sequence], ["x"], processor, config) for sequence in sequences])
+        scorer.may_skip = skips
+        return scores
 
     return {"packed": packed, "one_at_a_time": one_at_a_time}, sequences, processor.input_spec.image_token_id
 
