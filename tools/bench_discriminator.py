@@ -10,9 +10,9 @@ and how long sequences are.
 The built-in pictures are enlarged to 192 x 288 pixels, 54 tokens, about as many as a response has; the paper's of up to
 560 pixels a side have up to 306. ``--image-scale 1`` leaves them at 6 tokens, where there is less to save.
 
-The reference's way takes all tokens through the last layer, not only those that are read. It does more for each sequence
-(spec 4.3, 9.4), which is left out here: it decodes token by token to find where the caption ends, computes every expert
-for every token, and scores a demonstration once for every response.
+The reference's way takes all tokens through the last layer, not only those that are read. It does more for each
+sequence (spec 4.3, 9.4), which is left out here: it decodes token by token to find where the caption ends, computes
+every expert for every token, and scores a demonstration once for every response.
 """
 
 from __future__ import annotations
