@@ -15,6 +15,9 @@ import torch.distributed as dist
 from prism_megatron.config import ParallelConfig
 from prism_megatron.parallel import cpu
 
+_LONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # what a launcher would say
+_set_here: list[str] = []
+
 
 @dataclass(frozen=True)
 class ModelDegrees:
@@ -107,8 +110,9 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
     if not dist.is_initialized():
         if "RANK" not in os.environ:
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-            os.environ["MASTER_PORT"] = str(free_port())
+            lone = _LONE | {"MASTER_PORT": str(free_port())}
+            os.environ.update(lone)
+            _set_here.extend(lone)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -158,6 +162,8 @@ def shutdown() -> None:
     dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    while _set_here:  # or a process that this one starts would look for the others of its world
+        os.environ.pop(_set_here.pop(), None)
 
 
 def free_port() -> int:
