@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tests beside each other share the cores: threads that wait for one spin, and a run takes ten times as long.
-_CORES = max((os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 1)
-os.environ["OMP_NUM_THREADS"] = str(_CORES)
+_CORES = os.cpu_count() or 1
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests beside each other share the cores: threads that wait for one spin
+    _CORES = max(_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
+    os.environ["OMP_NUM_THREADS"] = str(_CORES)
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -183,10 +183,8 @@ def test_started_from_a_converted_directory(stages: dict[str, list[str]], launch
 
 def start_and_kill(command: list[str], iteration: int, delay: float, ranks: int = 1) -> None:
     """Start a stage and kill -9 all its ranks ``delay`` seconds after it has logged ``iteration``."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": str(max(int(os.environ["OMP_NUM_THREADS"]) // ranks, 1)),
-    }
+    cores = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max(cores // ranks, 1))}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *torchrun, "-m", "prism_megatron.train", *command],
