@@ -91,7 +91,8 @@ class PackedSDPA(MegatronModule):
     ) -> Tensor:
         """Sequences that go on from the same one attend together, each padded to the longest of them.
 
-        Padding stands behind a sequence's last token, where the causal mask hides it.
+        Padding stands behind a sequence's last token, where the causal mask hides it, and repeats it: what is not
+        finite in one sequence must not come into another by way of a weight of zero.
         """
         device = query.device
         starts = torch.tensor(bounds, device=device)
@@ -100,7 +101,7 @@ class PackedSDPA(MegatronModule):
         attended, rows = [], 0
         for before, members in _together(prefix, bounds):
             along = torch.arange(int(lengths[members].max()), device=device)
-            own = (starts[members, None] + along).clamp(max=len(query) - 1)
+            own = starts[members, None] + along.minimum(lengths[members, None] - 1).clamp(min=0)
             first, end = (bounds[before], bounds[before + 1]) if before >= 0 else (0, 0)
             shared = torch.arange(first, end, device=device).expand(len(members), -1)
             seen = torch.cat((shared, own), dim=1)

@@ -29,25 +29,26 @@ class HostMemory:
         """None on a GPU, or where ranks are on several hosts or behind several containers' walls."""
         if groups.device().type != "cpu":
             return None
-        owner = dist.get_global_rank(group, 0)
-        with open(os.devnull, "rb") as probe:
-            place = [(os.uname().nodename, f"/proc/{os.getpid()}/fd", probe.fileno())]
-            dist.broadcast_object_list(place, src=owner, group=group)
-            host, files, descriptor = place[0]
-            seen = [False] * group.size()
-            mine = host == os.uname().nodename and os.access(f"{files}/{descriptor}", os.R_OK)
-            dist.all_gather_object(seen, mine, group=group)
+        owner, token = dist.get_global_rank(group, 0), os.urandom(16)
+        probe = os.memfd_create("prism_probe")
+        os.write(probe, token)
+        told = [(f"/proc/{os.getpid()}/fd", probe, token)]
+        dist.broadcast_object_list(told, src=owner, group=group)
+        files, descriptor, token = told[0]
+        seen = [False] * group.size()
+        dist.all_gather_object(seen, _holds(f"{files}/{descriptor}", token), group=group)
+        os.close(probe)
         return cls(group, owner, files) if all(seen) else None
 
     def gather(self, own: Sequence[Tensor]) -> Tensor:
         """What every rank of the group has, end to end, [ranks, n]: ``own`` are as many numbers, n, of one dtype."""
         ranks, row = self._group.size(), sum(part.nbytes for part in own)
-        described = torch.zeros(1, dtype=torch.long)
+        descriptor = torch.zeros(1, dtype=torch.long)
         if dist.get_rank() == self._owner:
-            described[0] = os.memfd_create("prism_gathered")
-            os.ftruncate(int(described), ranks * row)
-        dist.broadcast(described, src=self._owner, group=self._group)
-        mapped = os.open(f"{self._files}/{int(described)}", os.O_RDWR)
+            descriptor[0] = os.memfd_create("prism_gathered")
+            os.ftruncate(int(descriptor), ranks * row)
+        dist.broadcast(descriptor, src=self._owner, group=self._group)
+        mapped = os.open(f"{self._files}/{int(descriptor)}", os.O_RDWR)
         try:
             memory = torch.frombuffer(mmap.mmap(mapped, 0), dtype=own[0].dtype).view(ranks, -1)
         finally:
@@ -55,5 +56,19 @@ class HostMemory:
         torch.cat([part.flatten() for part in own], out=memory[self._group.rank()])
         dist.barrier(self._group)  # every rank has opened it, and written
         if dist.get_rank() == self._owner:
-            os.close(int(described))
+            os.close(int(descriptor))
         return memory
+
+
+def _holds(path: str, token: bytes) -> bool:
+    """Is this the owner's file? Elsewhere there is none, or one of another process of the same number."""
+    try:
+        found = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # which may be another process's pipe
+    except OSError:
+        return False
+    try:
+        return os.pread(found, len(token), 0) == token
+    except OSError:
+        return False
+    finally:
+        os.close(found)

@@ -50,3 +50,23 @@ def test_packed_sequences_attend_as_under_one_mask(prefix: Sequence[int]) -> Non
     torch.testing.assert_close(ours, gradients)
     # A slice's gradient is as long as the batch: as many of them as there are sequences took a fifth of a step.
     assert "aten::slice_backward" not in {event.key for event in profiler.key_averages()}
+
+
+def test_a_sequence_that_is_not_finite_spoils_no_other() -> None:
+    """The last of two that go on from the first is longer, and the one before it padded to its length."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from prism_megatron.model.attention import PackedSDPA
+
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
+    attention = PackedSDPA(config, 1, AttnMaskType.padding_causal, "self")
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor((0, 3, 7, 12)))
+    packed.prefix = torch.tensor((-1, 0, 0))
+    inputs = [torch.randn(12, heads, 8, generator=torch.Generator().manual_seed(1)) for heads in (4, 2, 2)]
+    for one in inputs:
+        one[7] = torch.nan
+    found = attention(*inputs, None, AttnMaskType.padding_causal, packed)
+    assert found[:7].isfinite().all()
+    assert found[7:].isnan().all()
