@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prism_megatron.errors import UserError
+
 MISSING: Any = "???"  # omegaconf's, which only reading overrides and writing YAML need
 FINISHED = "finished.json"  # written last into a stage's folder
 REFERENCE_TEACHER_TOKENS = 512  # of a demonstration's branch, all that the paper's code shows (spec 1.3)
@@ -53,11 +55,9 @@ class FP8Config:
         _one_of("model.fp8.recipe", self.recipe, "delayed", "tensorwise", "blockwise", "mxfp8")
         first, last = self.first_layers_bf16, self.last_layers_bf16
         if min(first, last) < 0:
-            raise ValueError(
-                f"model.fp8.first_layers_bf16 and last_layers_bf16 must be at least 0, got {first}, {last}"
-            )
+            raise UserError(f"model.fp8.first_layers_bf16 and last_layers_bf16 must be at least 0, got {first}, {last}")
         if self.recipe == "delayed" and (first or last):
-            raise ValueError(
+            raise UserError(
                 f"model.fp8.recipe delayed keeps one history for all layers, so first_layers_bf16 ({first}) and "
                 f"last_layers_bf16 ({last}) must be 0; use recipe tensorwise"
             )
@@ -132,22 +132,22 @@ class RolloutConfig:
         _one_of("rollout.engine", self.engine, "colocated", "child")
         _one_of("rollout.transport", self.transport, "auto", "shared_memory", "collective", "cuda_ipc")
         if self.transport != "auto" and self.engine != "child":
-            raise ValueError(
+            raise UserError(
                 f"rollout.transport ({self.transport}) is for rollout.engine=child; leave it at auto: an engine inside "
                 "the ranks is given their own tensors"
             )
         if self.sleep_level not in (0, 1, 2):
-            raise ValueError(f"rollout.sleep_level must be 0, 1 or 2, got {self.sleep_level}")
+            raise UserError(f"rollout.sleep_level must be 0, 1 or 2, got {self.sleep_level}")
         if self.timeout_seconds < 0:
-            raise ValueError(f"rollout.timeout_seconds must be at least 0 (none), got {self.timeout_seconds}")
+            raise UserError(f"rollout.timeout_seconds must be at least 0 (none), got {self.timeout_seconds}")
         for name in ("sync_bucket_mib", "images_per_prompt"):
             if getattr(self, name) < 1:
-                raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("guard_interval", "guard_max_logprob_diff"):
             if getattr(self, name) < 0:
-                raise ValueError(f"rollout.{name} must be 0 or more, got {getattr(self, name)}")
+                raise UserError(f"rollout.{name} must be 0 or more, got {getattr(self, name)}")
         if self.tensor_model_parallel_size < 0:
-            raise ValueError(
+            raise UserError(
                 f"rollout.tensor_model_parallel_size must be 0 (the trainer's) or more, got "
                 f"{self.tensor_model_parallel_size}"
             )
@@ -229,18 +229,18 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         _one_of("discriminator.experts", self.experts, "dedicated", "shared")
         if self.max_branch_tokens and self.max_branch_tokens < MIN_BRANCH_TOKENS:
-            raise ValueError(
+            raise UserError(
                 f"discriminator.max_branch_tokens must be 0 (all that fits) or at least {MIN_BRANCH_TOKENS}, got "
                 f"{self.max_branch_tokens}"
             )
         if self.topk != MISSING and self.topk < 2:
-            raise ValueError(
+            raise UserError(
                 f"discriminator.topk must be at least 2, got {self.topk}: a single expert's weight is always 1, "
                 "from which the router learns nothing; raise it, and discriminator.num_experts if need be"
             )
         known = MISSING not in (self.num_experts, self.topk, self.load_balance_coeff)
         if known and self.experts == "dedicated" and 2 * self.topk == self.num_experts and self.load_balance_coeff > 0:
-            raise ValueError(
+            raise UserError(
                 f"discriminator.load_balance_coeff must be 0, got {self.load_balance_coeff:g}: with dedicated experts "
                 f"and discriminator.topk ({self.topk}) half of discriminator.num_experts ({self.num_experts}) a token "
                 "takes every expert of its branch, and there is nothing to balance; set it to 0, or raise "
@@ -290,16 +290,16 @@ class PolicyGradientConfig(StageConfig):
         _one_of("kl_estimator", self.kl_estimator, "k1", "k2", "k3")
         _one_of("compat", self.compat, "fixed", "reference")
         if self.epochs_per_iteration < 1:
-            raise ValueError(f"epochs_per_iteration must be at least 1, got {self.epochs_per_iteration}")
+            raise UserError(f"epochs_per_iteration must be at least 1, got {self.epochs_per_iteration}")
         if self.rollout.temperature <= 0 or self.rollout.top_p != 1:
-            raise ValueError(
+            raise UserError(
                 f"rollout.temperature ({self.rollout.temperature:g}) must be above 0 and rollout.top_p "
                 f"({self.rollout.top_p:g}) 1 where a policy gradient is taken: it is that of the policy that samples, "
                 "and greedy or cut-off sampling has none; leave both at 1"
             )
         parts, samples = self.mini_batches_per_iteration, self.rollout.samples_per_prompt
         if parts < 1 or samples % parts:
-            raise ValueError(
+            raise UserError(
                 f"mini_batches_per_iteration ({parts}) must divide rollout.samples_per_prompt ({samples}), "
                 "since each mini-batch has its part of every prompt's responses"
             )
@@ -334,7 +334,7 @@ class ReplayConfig:
     def __post_init__(self) -> None:
         sizes = (self.prompts, self.responses_per_prompt, self.responses_per_iteration)
         if min(sizes) < 0 or (self.prompts and min(sizes) < 1):
-            raise ValueError(
+            raise UserError(
                 f"replay.prompts, responses_per_prompt and responses_per_iteration must be at least 1, got {sizes}; "
                 "replay.prompts=0 turns it off"
             )
@@ -367,17 +367,17 @@ class AlignConfig(PolicyGradientConfig):
         PolicyGradientConfig.__post_init__(self)
         _one_of("combine", self.combine, "per_branch", "weighted_sum")
         if self.discriminator_steps < 1:
-            raise ValueError(f"discriminator_steps must be at least 1, got {self.discriminator_steps}")
+            raise UserError(f"discriminator_steps must be at least 1, got {self.discriminator_steps}")
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+            raise UserError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.gradient_penalty < 0 or (self.gradient_penalty and self.gradient_penalty_std <= 0):
-            raise ValueError(
+            raise UserError(
                 f"gradient_penalty ({self.gradient_penalty}) must not be negative, and needs a gradient_penalty_std "
                 f"above 0, got {self.gradient_penalty_std}"
             )
         knobs = (self.label_smoothing, self.gradient_penalty, self.replay.prompts, self.discriminator.max_branch_tokens)
         if self.compat == "reference" and any(knobs):
-            raise ValueError(
+            raise UserError(
                 "compat=reference is the paper's code, which has no label_smoothing, gradient_penalty, replay or "
                 "discriminator.max_branch_tokens; turn them off, or use compat=fixed"
             )
@@ -405,9 +405,9 @@ class RLVRConfig(PolicyGradientConfig):
     def __post_init__(self) -> None:
         PolicyGradientConfig.__post_init__(self)
         if self.max_sampling_rounds < 1:
-            raise ValueError(f"max_sampling_rounds must be at least 1, got {self.max_sampling_rounds}")
+            raise UserError(f"max_sampling_rounds must be at least 1, got {self.max_sampling_rounds}")
         if self.oversampling < 1 or (self.oversampling > 1 and (self.algorithm != "dapo" or not self.importance_cap)):
-            raise ValueError(
+            raise UserError(
                 f"oversampling must be at least 1, and above it needs algorithm=dapo and an importance_cap, got "
                 f"{self.oversampling}, {self.algorithm} and {self.importance_cap}"
             )
@@ -416,7 +416,7 @@ class RLVRConfig(PolicyGradientConfig):
 def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[str]) -> ConfigT:
     """Apply dotted overrides such as ``optimizer.lr=1e-5`` and check that nothing is missing.
 
-    Raises ValueError naming the override, its key and the keys that exist there.
+    Raises UserError naming the override, its key and the keys that exist there.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -425,15 +425,15 @@ def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[s
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator or not key:
-            raise ValueError(f"override {override!r} is not of the form key=value, for example optimizer.lr=1e-5")
+            raise UserError(f"override {override!r} is not of the form key=value, for example optimizer.lr=1e-5")
         _check_key(config, key)
         try:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
         except OmegaConfBaseException as error:
-            raise ValueError(f"override {override!r} is refused: {str(error).splitlines()[0]}") from error
+            raise UserError(f"override {override!r} is refused: {str(error).splitlines()[0]}") from error
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
-        raise ValueError(f"recipe leaves {', '.join(missing)} unset; give {missing[0]}=VALUE on the command line")
+        raise UserError(f"recipe leaves {', '.join(missing)} unset; give {missing[0]}=VALUE on the command line")
     resolved = OmegaConf.to_object(tree)
     assert isinstance(resolved, type(config))
     return resolved
@@ -456,7 +456,7 @@ def _check_pairs_fit(config: WarmupConfig | AlignConfig) -> None:
         needed = 2 * prompt + REFERENCE_TEACHER_TOKENS + rollout.max_response_tokens
         remedy = "rollout.max_response_tokens and max_model_len"
     if needed > room:
-        raise ValueError(
+        raise UserError(
             f"max_tokens_per_microbatch ({room}) must hold a demonstration beside a response, {needed} tokens with "
             f"prompts of up to {prompt} (rollout.max_model_len - max_response_tokens) and "
             f"discriminator.max_branch_tokens {limit}; raise it to {needed}, or lower {remedy}"
@@ -465,7 +465,7 @@ def _check_pairs_fit(config: WarmupConfig | AlignConfig) -> None:
 
 def _one_of(key: str, value: str, *allowed: str) -> None:
     if value not in allowed:
-        raise ValueError(f"{key} must be {' or '.join(allowed)}, got {value!r}")
+        raise UserError(f"{key} must be {' or '.join(allowed)}, got {value!r}")
 
 
 def _check_key(config: Any, key: str) -> None:
@@ -475,7 +475,7 @@ def _check_key(config: Any, key: str) -> None:
         names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if part not in names:
             place = ".".join(walked) or "this recipe"
-            raise ValueError(f"unknown key {key!r}: {place} has {', '.join(sorted(names)) or 'no keys'}")
+            raise UserError(f"unknown key {key!r}: {place} has {', '.join(sorted(names)) or 'no keys'}")
         walked.append(part)
         node = getattr(node, part, None)
 

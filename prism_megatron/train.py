@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from prism_megatron import config as cfg
+from prism_megatron.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,9 +44,7 @@ def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
             print(f"{stop}; the same command goes on from there", flush=True)
         groups.shutdown()
         return EXIT_STATUS
-    except ValueError as error:
-        if not _is_a_refusal(error):
-            raise
+    except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -57,15 +54,8 @@ def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
     return 0
 
 
-def _is_a_refusal(error: ValueError) -> bool:
-    """Whether a ``raise`` of ours refuses what a user gave: not torch's own errors, whose traceback is needed."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = {Path(__file__).resolve().parent, Path(__file__).resolve().parents[1] / "recipes"}
-    return bool(ours & set(Path(last.filename).parents)) and (last.line or "").startswith("raise ")
-
-
 def load(recipe: str, overrides: Sequence[str]) -> cfg.StageConfig:
-    """The recipe's configuration with dotted overrides applied. Raises ValueError for unknown names and keys."""
+    """The recipe's configuration with dotted overrides applied. Raises UserError for unknown names and keys."""
     from recipes import stage_recipe
 
     return cfg.apply_overrides(stage_recipe(recipe)(), overrides)

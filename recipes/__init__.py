@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from prism_megatron.config import StageConfig
+from prism_megatron.errors import UserError
 from recipes import qwen3_vl, tiny
 
 STAGE_RECIPES: dict[str, Callable[[], StageConfig]] = {
@@ -21,10 +22,10 @@ _SHAPE = re.compile(r"_(\d+)n(\d+)g_")
 
 
 def stage_recipe(name: str) -> Callable[[], StageConfig]:
-    """Raises ValueError for an unknown name, with the nearest ones that exist."""
+    """Raises UserError for an unknown name, with the nearest ones that exist."""
     if name in STAGE_RECIPES:
         return STAGE_RECIPES[name]
-    raise ValueError(f"unknown recipe {name!r}; {nearest(name, STAGE_RECIPES)}")
+    raise UserError(f"unknown recipe {name!r}; {nearest(name, STAGE_RECIPES)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -16,6 +16,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from prism_megatron.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 _SECRET = re.compile(r"\w*(?:token|secret|password|credential|api_?key)\w*", re.IGNORECASE)
 _ASSIGNED_SECRET = re.compile(rf"({_SECRET.pattern})=(?!\$)", re.IGNORECASE)
@@ -58,20 +60,20 @@ class ClusterConfig:
 
 
 def read_cluster(path: Path) -> ClusterConfig:
-    """Raises ValueError for a file that is not there, has unknown keys or a secret in it, or leaves something unset."""
+    """Raises UserError for a file that is not there, has unknown keys or a secret in it, or leaves something unset."""
     if not path.is_file():
-        raise ValueError(f"no cluster file {path}; slurm/clusters/ has examples")
+        raise UserError(f"no cluster file {path}; slurm/clusters/ has examples")
     try:
         cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(path)))
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(cluster, ClusterConfig)
     secrets = [name for name in cluster.environment if _SECRET.fullmatch(name)]
     secrets += [found[1] for line in cluster.setup if (found := _ASSIGNED_SECRET.search(line))]
     if secrets:
-        raise ValueError(f"{path} would write {secrets[0]} into a script; name it in pass_environment instead")
+        raise UserError(f"{path} would write {secrets[0]} into a script; name it in pass_environment instead")
     if unset := [name for name in cluster.pass_environment if name not in os.environ and not cluster.ssh.host]:
-        raise ValueError(f"{path}: pass_environment names {unset[0]}, which is not set here; export it first")
+        raise UserError(f"{path}: pass_environment names {unset[0]}, which is not set here; export it first")
     return cluster
 
 
@@ -80,11 +82,11 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
     run = nemo_run()
     gpus = cluster.gpus_per_node
     if gpus and ranks_per_node != gpus:
-        raise ValueError(f"the recipe needs {ranks_per_node} GPUs per node, the cluster file says gpus_per_node {gpus}")
+        raise UserError(f"the recipe needs {ranks_per_node} GPUs per node, the cluster file says gpus_per_node {gpus}")
     # Where there is no container, NeMo-Run puts the job's folder in place of this name, wherever the script has it.
     paths = (cluster.ssh.job_dir or os.environ["NEMORUN_HOME"], cluster.workdir or os.getcwd(), str(stage_dir))
     if not cluster.container_image and (clashing := [path for path in paths if "/nemo_run" in path]):
-        raise ValueError(f"NeMo-Run cannot work in {clashing[0]}: no path may contain /nemo_run; rename that folder")
+        raise UserError(f"NeMo-Run cannot work in {clashing[0]}: no path may contain /nemo_run; rename that folder")
     folders = ("prism_megatron", "recipes", "slurm", "tools")
     return run.Config(
         run.SlurmExecutor,

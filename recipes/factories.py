@@ -21,6 +21,7 @@ from typing import Any
 import fiddle
 
 from prism_megatron.config import stage_dir
+from prism_megatron.errors import UserError
 from prism_megatron.train import run_and_exit
 from recipes import STAGE_RECIPES, stage_recipe
 from recipes.cluster import ClusterConfig, local_executor, nemo_run, read_cluster, setup_lines, slurm_executor
@@ -57,7 +58,7 @@ class StageFolder(run.Plugin):  # type: ignore[name-defined, misc]
 
 def _cluster() -> ClusterConfig:
     if "PRISM_CLUSTER" not in os.environ:
-        raise ValueError("run.executor=slurm needs PRISM_CLUSTER=FILE; slurm/clusters/ has examples")
+        raise UserError("run.executor=slurm needs PRISM_CLUSTER=FILE; slurm/clusters/ has examples")
     return read_cluster(Path(os.environ["PRISM_CLUSTER"]))
 
 

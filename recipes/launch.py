@@ -27,6 +27,7 @@ import fiddle
 import psutil
 
 from prism_megatron.config import stage_dir
+from prism_megatron.errors import UserError
 from recipes import STAGE_RECIPES, nearest, shape_of
 from recipes.cluster import ROOT, ClusterConfig, local_executor, nemo_run, rank_command, read_cluster, slurm_executor
 from recipes.pipeline import (
@@ -68,25 +69,25 @@ def main() -> int:
             return print_estimate(steps_of(name, run_name, arguments.overrides))
         if arguments.executor == "slurm":
             if arguments.cluster is None:
-                raise ValueError("--executor slurm needs --cluster FILE; slurm/clusters/ has examples")
+                raise UserError("--executor slurm needs --cluster FILE; slurm/clusters/ has examples")
             if arguments.ranks is not None:
-                raise ValueError("--ranks is for a run here; on SLURM the recipe's name says it, or the cluster file")
+                raise UserError("--ranks is for a run here; on SLURM the recipe's name says it, or the cluster file")
             steps = steps_of(name, run_name, arguments.overrides)
             run_dir = Path("runs") / run_name if name == "tiny_pipeline" else None
             return launch_on_slurm(name, steps, arguments.cluster, arguments.dryrun, arguments.detach, run_dir)
         for option in ("cluster", "detach"):
             if getattr(arguments, option):
-                raise ValueError(f"--{option} is for SLURM; add --executor slurm, or leave it out to run here")
+                raise UserError(f"--{option} is for SLURM; add --executor slurm, or leave it out to run here")
         return launch(name, run_name, arguments.overrides, arguments.ranks, arguments.dryrun)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def steps_of(name: str, run_name: str, overrides: Sequence[str]) -> list[Step]:
-    """The steps of a pipeline or of a lone recipe. Raises ValueError for an unknown name or a bad override."""
+    """The steps of a pipeline or of a lone recipe. Raises UserError for an unknown name or a bad override."""
     if name == "tiny_study":
-        raise ValueError("tiny_study runs here only; submit tiny_pipeline with stage.run.seed=N for each seed")
+        raise UserError("tiny_study runs here only; submit tiny_pipeline with stage.run.seed=N for each seed")
     if name == "tiny_pipeline":
         steps = tiny_steps(run_name, overrides)
     elif name in PRODUCTION_PIPELINES:
@@ -94,7 +95,7 @@ def steps_of(name: str, run_name: str, overrides: Sequence[str]) -> list[Step]:
     elif name in STAGE_RECIPES:
         steps = [Step(name, name, tuple(overrides))]
     else:
-        raise ValueError(f"unknown recipe or pipeline {name!r}; {nearest(name, [*PIPELINES, *STAGE_RECIPES])}")
+        raise UserError(f"unknown recipe or pipeline {name!r}; {nearest(name, [*PIPELINES, *STAGE_RECIPES])}")
     for step in steps:
         step.config()  # refuse a bad override before anything runs
     return steps
@@ -108,7 +109,7 @@ def launch_on_slurm(
     if dryrun:
         return submit(title, steps, cluster, dryrun, detach)
     if run_dir and cluster.ssh.host:
-        raise ValueError(f"{title} makes its data here; submit it from the cluster, without ssh")
+        raise UserError(f"{title} makes its data here; submit it from the cluster, without ssh")
     _enter_workdir(cluster)
     if run_dir:
         _prepare(run_dir, seed=1)
@@ -155,7 +156,7 @@ def _enter_workdir(cluster: ClusterConfig) -> None:
     if not cluster.workdir or cluster.ssh.host:
         return
     if not Path(cluster.workdir).is_dir():
-        raise ValueError(f"workdir {cluster.workdir} is not here; submit where it is mounted, or over ssh")
+        raise UserError(f"workdir {cluster.workdir} is not here; submit where it is mounted, or over ssh")
     os.chdir(cluster.workdir)
 
 
@@ -168,14 +169,14 @@ def _tell_why(step: Step) -> None:
 
 
 def print_estimate(steps: Sequence[Step]) -> int:
-    """Memory on the fullest GPU of each step. Raises ValueError at the first where that is more than there is."""
+    """Memory on the fullest GPU of each step. Raises UserError at the first where that is more than there is."""
     from recipes.memory import estimate, published_sizes
     from recipes.qwen3_vl import size_of
 
     for step in steps:
         shape = shape_of(step.recipe)
         if shape is None:
-            raise ValueError(f"--estimate is for recipes of published sizes, not {step.recipe!r}; --help lists them")
+            raise UserError(f"--estimate is for recipes of published sizes, not {step.recipe!r}; --help lists them")
         with tempfile.TemporaryDirectory() as folder:
             policy, discriminator = (published_sizes(size, Path(folder)) for size in (size_of(step.recipe), "2b"))
         memory = estimate(step.config(), shape[0] * shape[1], policy, discriminator)
@@ -189,7 +190,7 @@ def print_estimate(steps: Sequence[Step]) -> int:
 def launch(name: str, run_name: str, overrides: Sequence[str], ranks: int | None, dryrun: bool = False) -> int:
     """Run every unfinished step in order, here, or print the commands of all; returns the exit status."""
     if name in PRODUCTION_PIPELINES:
-        raise ValueError(f"{name} is for SLURM: its stages take different numbers of GPUs; give --executor slurm")
+        raise UserError(f"{name} is for SLURM: its stages take different numbers of GPUs; give --executor slurm")
     runs = runs_of(name, run_name, overrides)
     ranks = ranks_here(name, ranks)
     if dryrun:
@@ -226,15 +227,15 @@ def runs_of(name: str, run_name: str, overrides: Sequence[str]) -> list[tuple[st
 def ranks_here(name: str, asked: int | None) -> int:
     """Processes on this machine: as many as asked for, else as the recipe's name says, 1 where any number will do.
 
-    Raises ValueError for a recipe of several nodes, unless a number is asked for.
+    Raises UserError for a recipe of several nodes, unless a number is asked for.
     """
     if asked is not None:
         if asked < 1:
-            raise ValueError(f"--ranks is {asked}; it must be at least 1")
+            raise UserError(f"--ranks is {asked}; it must be at least 1")
         return asked
     nodes, ranks = shape_of(name) or (1, 1)
     if nodes > 1:
-        raise ValueError(
+        raise UserError(
             f"{name} needs {nodes} nodes of {ranks} GPUs; "
             "give --executor slurm --cluster FILE, or --ranks N to run it here"
         )

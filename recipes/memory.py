@@ -39,6 +39,7 @@ from prism_megatron.config import (
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import export_bytes
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import HFSizes, read_sizes
 from prism_megatron.model.fp8 import check_sizes
 from prism_megatron.parallel.groups import check_degrees
@@ -78,9 +79,9 @@ class Memory:
         return for_good + max(self.activations + self.asleep, self.push + self.engine)
 
     def check(self) -> None:
-        """Raises ValueError where trainer and engine do not fit a GPU together."""
+        """Raises UserError where trainer and engine do not fit a GPU together."""
         if self.total > GPU_BYTES:
-            raise ValueError(
+            raise UserError(
                 f"the fullest GPU needs {self.total / 1e9:.0f} GB of {GPU_BYTES / 1e9:.0f}:\n{self.table()}\n"
                 "lower rollout.gpu_memory_utilization or max_tokens_per_microbatch, raise a parallel degree, or set "
                 "rollout.sleep_level=1"
@@ -97,7 +98,7 @@ def estimate(
 ) -> Memory:
     """Of the fullest pipeline stage, for a full micro-batch where ``load`` is not given.
 
-    Raises ValueError for degrees that do not fit, or an engine that cannot.
+    Raises UserError for degrees that do not fit, or an engine that cannot.
     """
     stages = stage_estimates(config, world_size, policy, dense_discriminator, load)
     return max(stages, key=lambda memory: memory.total)
@@ -152,14 +153,14 @@ def check_layout(config: StageConfig, world_size: int, policy: HFSizes, dense_di
     for name in ("global_batch_size", "prompts_per_iteration"):
         rows = getattr(config, name, replicas)
         if rows % replicas:
-            raise ValueError(
+            raise UserError(
                 f"{name} ({rows}) must be divisible by the data-parallel size ({replicas}), or ranks have nothing to "
                 "do; raise it, or a parallel degree, or take fewer nodes"
             )
     engine, same_rows = config.rollout.tensor_model_parallel_size, parallel.tensor_model_parallel_size
     same_rows *= parallel.context_parallel_size
     if engine and same_rows % engine:
-        raise ValueError(
+        raise UserError(
             f"rollout.tensor_model_parallel_size ({engine}) must divide tensor times context parallel size "
             f"({same_rows}), since all ranks of an engine must hold the same prompts"
         )
@@ -260,7 +261,7 @@ def _engine_bytes(config: StageConfig, policy: HFSizes, table: Sequence[Rule]) -
     needed = weights + _ENGINE_SEQUENCES * cache + _ENGINE_OVERHEAD
     share = rollout.gpu_memory_utilization * GPU_BYTES
     if needed > share:
-        raise ValueError(
+        raise UserError(
             f"rollout.gpu_memory_utilization ({rollout.gpu_memory_utilization:g}) gives the engine "
             f"{share / 1e9:.0f} GB, its weights and {_ENGINE_SEQUENCES} responses take {needed / 1e9:.0f} GB; raise "
             "it, or rollout.tensor_model_parallel_size"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_megatron import config as cfg
+from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from recipes import stage_recipe
 from recipes.layouts import LAYOUTS, SIZES
@@ -108,7 +109,7 @@ def _by_stage(extra: Sequence[str], stages: Collection[str]) -> dict[str, list[s
     for override in extra:
         stage, separator, rest = override.partition(".")
         if not separator or stage not in stages:
-            raise ValueError(
+            raise UserError(
                 f"override {override!r} must start with a stage ({', '.join(stages)}), "
                 "for example rlvr.run.train_iters=40"
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from prism_megatron.config import StageConfig
 from prism_megatron.convert.qwen3_vl import policy_table
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import HFSizes
 from prism_megatron.observe.flops import TrainingFlops, Workload, training_flops
 from recipes.activations import layer_elements, vision_layer_elements
@@ -84,13 +85,13 @@ class Rows:
 
 
 def read_costs(path: Path) -> Costs:
-    """Raises ValueError for a file that is not there or lacks a cost or its source."""
+    """Raises UserError for a file that is not there or lacks a cost or its source."""
     try:
         found = json.loads(path.read_text())
         return Costs(**{f.name: found[f.name]["value"] for f in dataclasses.fields(Costs) if found[f.name]["source"]})
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         wanted = ", ".join(f.name for f in dataclasses.fields(Costs))
-        raise ValueError(f"{path} must give value and source of each of {wanted} ({error!r})") from error
+        raise UserError(f"{path} must give value and source of each of {wanted} ({error!r})") from error
 
 
 def predict(config: StageConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs, memory: Memory) -> StepTime:

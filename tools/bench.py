@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from prism_megatron.errors import UserError
 from prism_megatron.parallel.groups import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +116,7 @@ def hardware() -> str:
 def start_ranks(ranks: int, command: Sequence[str]) -> int:
     """Run a tool in ``ranks`` processes here; returns the exit status.
 
-    Raises ValueError with the first error that a rank reports in one line.
+    Raises UserError with the first error that a rank reports in one line.
     """
     cores = len(os.sched_getaffinity(0))
     environment = {"OMP_NUM_THREADS": str(max(cores // ranks, 1)), "PYTHONWARNINGS": "ignore", **os.environ}
@@ -124,20 +125,20 @@ def start_ranks(ranks: int, command: Sequence[str]) -> int:
     done = subprocess.run([*torchrun, *command], env=environment, stderr=subprocess.PIPE, text=True, check=False)
     refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     if done.returncode and refusals:
-        raise ValueError(refusals[0].removeprefix("error: "))
+        raise UserError(refusals[0].removeprefix("error: "))
     if done.returncode:
         print(done.stderr, file=sys.stderr)
     return done.returncode
 
 
 def read_baseline(path: Path) -> dict[str, Any]:
-    """Raises ValueError if it cannot be read."""
+    """Raises UserError if it cannot be read."""
     try:
         baseline = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"baseline {path} cannot be read ({error}); write one with --out") from error
+        raise UserError(f"baseline {path} cannot be read ({error}); write one with --out") from error
     if not isinstance(baseline, dict):
-        raise ValueError(f"baseline {path} is not a benchmark's JSON; write one with --out")
+        raise UserError(f"baseline {path} is not a benchmark's JSON; write one with --out")
     return baseline
 
 
@@ -146,17 +147,17 @@ def regressions(
 ) -> list[str]:
     """A line for each figure that is worse than the baseline's by more than ``tolerance`` of it.
 
-    Figures are named by their path, such as "ours.tokens_per_second". Raises ValueError if the two were not measured
+    Figures are named by their path, such as "ours.tokens_per_second". Raises UserError if the two were not measured
     on the same thing, or have no such figure in common.
     """
     for key in ("benchmark", "config", "hardware", "threads", "ranks"):
         then, now = baseline.get(key), result.get(key)
         if then != now:
-            raise ValueError(f"the baseline's {key} is {then!r}, this run's is {now!r}; compare like with like")
+            raise UserError(f"the baseline's {key} is {then!r}, this run's is {now!r}; compare like with like")
     pairs = [(name, _figure(result, name), _figure(baseline, name)) for name in higher_is_better]
     both = [(name, new, old) for name, new, old in pairs if new is not None and old is not None]
     if not both:
-        raise ValueError(f"the baseline has none of {', '.join(higher_is_better)}")
+        raise UserError(f"the baseline has none of {', '.join(higher_is_better)}")
     return [
         f"{name} is {new:.4g}, the baseline's {old:.4g}: worse by more than {tolerance:.0%}"
         for name, new, old in both

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from prism_megatron.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, apply_overrides
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import HFSizes
 from prism_megatron.types import EncodedPrompt, Example, InputSpec, Message, Visual
 from recipes import STAGE_RECIPES, stage_recipe
@@ -48,13 +49,13 @@ class Settings:
 
 
 def read_config(settings: Settings, folder: Path) -> TrainingConfig:
-    """The recipe on models and data in ``folder``. Raises ValueError for one that cannot be measured as asked."""
+    """The recipe on models and data in ``folder``. Raises UserError for one that cannot be measured as asked."""
     name = settings.recipe if settings.recipe in STAGE_RECIPES else f"{settings.recipe}_sft"
     config = stage_recipe(name)()
     if not isinstance(config, TrainingConfig):
-        raise ValueError(f"recipe {name} is of stage {config.stage}, which trains nothing; take one of another stage")
+        raise UserError(f"recipe {name} is of stage {config.stage}, which trains nothing; take one of another stage")
     if settings.vs_hf and not isinstance(config, SFTConfig):
-        raise ValueError(
+        raise UserError(
             f"--vs hf is for SFT: HF transformers has no training step of stage {config.stage}, of which recipe {name} "
             "is; leave it out"
         )
@@ -65,7 +66,7 @@ def read_config(settings: Settings, folder: Path) -> TrainingConfig:
         paths.append(f"discriminator.hf_checkpoint={folder}/{made_from}")
     config = apply_overrides(config, [*paths, *settings.overrides])
     if isinstance(config, AlignConfig) and config.replay.prompts and settings.images == "mock":
-        raise ValueError(
+        raise UserError(
             f"replay.prompts ({config.replay.prompts}) encodes past images anew, and --images mock has none that could "
             "be; take shapes or a directory, or replay.prompts=0"
         )
@@ -73,10 +74,10 @@ def read_config(settings: Settings, folder: Path) -> TrainingConfig:
 
 
 def read_sft_config(settings: Settings, folder: Path) -> SFTConfig:
-    """Raises ValueError for a recipe of another stage."""
+    """Raises UserError for a recipe of another stage."""
     config = read_config(settings, folder)
     if not isinstance(config, SFTConfig):
-        raise ValueError(f"recipe {settings.recipe} is of stage {config.stage}; take tiny_sft or sft_qwen3_vl_*")
+        raise UserError(f"recipe {settings.recipe} is of stage {config.stage}; take tiny_sft or sft_qwen3_vl_*")
     return config
 
 
@@ -87,7 +88,7 @@ def rows_per_step(config: TrainingConfig) -> int:
 def make_model(settings: Settings, folder: Path, batches: int) -> TrainingConfig:
     """Open the ranks' groups, and make models and rows for ``batches`` steps in rank 0's ``folder``.
 
-    Raises ValueError for what cannot be run.
+    Raises UserError for what cannot be run.
     """
     from prism_megatron.model.fp8 import check_hardware
     from prism_megatron.parallel import groups
@@ -120,11 +121,11 @@ def _models(settings: Settings, config: TrainingConfig) -> dict[str, str]:
     given = settings.discriminator_size
     if not isinstance(config, WarmupConfig | AlignConfig):
         if given is not None:
-            raise ValueError(f"--discriminator-size is for stages that have one; {config.stage} has none, leave it out")
+            raise UserError(f"--discriminator-size is for stages that have one; {config.stage} has none, leave it out")
         return {"base": settings.size}
     dense = given or settings.size
     if (experts := model_sizes(dense).num_experts) is not None:
-        raise ValueError(
+        raise UserError(
             f"{dense} has {experts} experts, and the discriminator is made from a model without; give the size of one "
             "as --discriminator-size"
         )
@@ -144,14 +145,14 @@ def sizes_of(overrides: Mapping[str, dict[str, Any]]) -> HFSizes:
 
 
 def model_overrides(size: str) -> dict[str, dict[str, Any]]:
-    """Sizes of the random model that are not the tiny one's. Raises ValueError for what is no size."""
+    """Sizes of the random model that are not the tiny one's. Raises UserError for what is no size."""
     if size in ("tiny", "tiny_moe"):
         return {"text_config": dict(MOE_CONFIG) if size == "tiny_moe" else {}, "vision_config": {}}
     named = {path.stem: path for folder in (PUBLISHED, _SIZES) for path in folder.glob("*.json")}
     path = named.get(size, Path(size))
     if not path.is_file():
         known = ", ".join(("tiny", "tiny_moe", *sorted(named)))
-        raise ValueError(f"--size {size} is neither one of {known}, nor a JSON file of sizes")
+        raise UserError(f"--size {size} is neither one of {known}, nor a JSON file of sizes")
     found = json.loads(path.read_text())
     overrides = {part: dict(found.get(part, {})) for part in ("text_config", "vision_config")}
     text = overrides["text_config"]
@@ -165,7 +166,7 @@ def model_overrides(size: str) -> dict[str, dict[str, Any]]:
 
 
 def training_sequences(settings: Settings, config: SFTConfig, processor: Any, count: int) -> list[TrainingSequence]:
-    """``count`` encoded demonstrations on what the settings say. Raises ValueError where there is no such image."""
+    """``count`` encoded demonstrations on what the settings say. Raises UserError where there is no such image."""
     from prism_megatron.data.dataset import read_sft
     from prism_megatron.stages.sft import demonstrations
 
@@ -179,24 +180,24 @@ def training_sequences(settings: Settings, config: SFTConfig, processor: Any, co
 
 
 def shown_files(settings: Settings, count: int) -> list[Example]:
-    """A question about each of ``count`` images of a folder, taken in turn. Raises ValueError where it has none."""
+    """A question about each of ``count`` images of a folder, taken in turn. Raises UserError where it has none."""
     kinds = (".png", ".jpg", ".jpeg")
     folder = Path(settings.images)
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds) if folder.is_dir() else []
     if not files:
-        raise ValueError(f"--images {settings.images} is neither shapes nor mock nor a directory of {', '.join(kinds)}")
+        raise UserError(f"--images {settings.images} is neither shapes nor mock nor a directory of {', '.join(kinds)}")
     chat = (Message("user", "<image>What is shown?"),)
     chosen = [files[number % len(files)] for number in range(count)]
     return [Example(f"{number} {p}", chat, (p.read_bytes(),), str(p)) for number, p in enumerate(chosen)]
 
 
 def resolutions(text: str) -> tuple[tuple[int, int], ...]:
-    """Raises ValueError for anything but WIDTHxHEIGHT, and commas between."""
+    """Raises UserError for anything but WIDTHxHEIGHT, and commas between."""
     sizes = []
     for item in text.split(","):
         width, _, height = item.partition("x")
         if not (width.isdigit() and height.isdigit()):
-            raise ValueError(f"--resolutions has {item!r}; give WIDTHxHEIGHT in pixels, for example 448x448,1024x768")
+            raise UserError(f"--resolutions has {item!r}; give WIDTHxHEIGHT in pixels, for example 448x448,1024x768")
         sizes.append((int(width), int(height)))
     return tuple(sizes)
 

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from prism_megatron.config import SFTConfig
 from prism_megatron.data.loader import rank_share
 from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.errors import UserError
 from recipes.activations import Load
 from recipes.memory import stage_estimates
 from tools import bench
@@ -58,7 +59,7 @@ def main() -> int:
         return 2
     try:
         if unknown := set(arguments.cases.split(",")) - CASES.keys():
-            raise ValueError(f"--cases has {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+            raise UserError(f"--cases has {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
         if "RANK" not in os.environ:
             return bench.start_ranks(arguments.ranks, ["tools/bench_memory.py", *sys.argv[1:]])
         with tempfile.TemporaryDirectory() as folder:

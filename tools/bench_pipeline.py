@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import OmegaConf
 
 from prism_megatron.config import FINISHED
+from prism_megatron.errors import UserError
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.logger import METRICS
 from prism_megatron.observe.report import STAGES
@@ -49,11 +50,11 @@ def main() -> int:
 
 
 def measure(run: Path) -> dict[str, Any]:
-    """Raises ValueError where no stage has logged anything."""
+    """Raises UserError where no stage has logged anything."""
     found = {name: stage_times(run / name) for name in STAGES if (run / name / METRICS).is_file()}
     stages = {name: times for name, times in found.items() if times is not None}
     if not stages:
-        raise ValueError(f"{run} holds no stage with a line in {METRICS}; give a run, for example runs/quickstart")
+        raise UserError(f"{run} holds no stage with a line in {METRICS}; give a run, for example runs/quickstart")
     total = sum(times["seconds"] for times in stages.values())
     engine = sum(times["parts"].get(_ENGINE, 0.0) for times in stages.values())
     return {
@@ -135,10 +136,10 @@ def _p90(values: Sequence[float]) -> float:
 
 def _launch(run: Path, overrides: Sequence[str]) -> None:
     if run.parent.resolve() != Path("runs").resolve():
-        raise ValueError(f"--launch runs in runs/, not in {run}; give runs/NAME")
+        raise UserError(f"--launch runs in runs/, not in {run}; give runs/NAME")
     command = [sys.executable, "-m", "recipes.launch", "tiny_pipeline", "--name", run.name, *overrides]
     if subprocess.run(command, check=False).returncode:
-        raise ValueError(f"the pipeline in {run} did not finish; its last lines say why")
+        raise UserError(f"the pipeline in {run} did not finish; its last lines say why")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 from prism_megatron.config import AlignConfig, RLVRConfig, WarmupConfig
 from prism_megatron.data.dataset import read_alignment
 from prism_megatron.data.response import parse_response, render_response
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import read_sizes
 from prism_megatron.stages.discriminator import Pair
 from prism_megatron.stages.rollouts import Sample
@@ -112,13 +113,13 @@ def _demonstrated(row: Example, texts: _MadeUp) -> Example:
 
 
 class _MadeUp:
-    """Texts in the grammar of random words, each of which is one token. Raises ValueError where there is no room."""
+    """Texts in the grammar of random words, each of which is one token. Raises UserError where there is no room."""
 
     def __init__(self, processor: Any, tokens: int) -> None:
         bare = len(processor.encode_text(render_response(" x", " x", " x"))) - 3 * len(processor.encode_text(" x"))
         tags = bare + 1  # the terminator
         if tokens < tags + 3:
-            raise ValueError(
+            raise UserError(
                 f"--response-tokens must be at least {tags + 3}, got {tokens}: tags and terminator take {tags}, and "
                 "each of the three blocks has a word"
             )

@@ -66,7 +66,7 @@ class Training:
 
 
 def load_training(settings: Settings, config: TrainingConfig, processor: ChatProcessor) -> Training:
-    """Encode rows and load the stage's models. Raises ValueError for what cannot be run."""
+    """Encode rows and load the stage's models. Raises UserError for what cannot be run."""
     if isinstance(config, SFTConfig):
         return _sft(settings, config, processor)
     if isinstance(config, WarmupConfig):

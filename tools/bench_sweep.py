@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from prism_megatron.errors import UserError
 from tools import bench
 
 _OPTIONS = (
@@ -54,7 +55,7 @@ def main() -> int:
 def sweep(wanted: Sequence[str], arguments: argparse.Namespace) -> int:
     """Run every point; exit status 1 where one was not refused but broke."""
     if arguments.out is None or arguments.compare is not None:
-        raise ValueError("--sweep needs --out FOLDER, and takes no --compare")
+        raise UserError("--sweep needs --out FOLDER, and takes no --compare")
     points = [dict(pairs) for pairs in combinations(wanted)]
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -82,14 +83,14 @@ def sweep(wanted: Sequence[str], arguments: argparse.Namespace) -> int:
 
 
 def combinations(wanted: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """Every combination of ``KEY=V,W`` (or ``A:B=V:W,X:Y``) as (key, value) pairs. Raises ValueError."""
+    """Every combination of ``KEY=V,W`` (or ``A:B=V:W,X:Y``) as (key, value) pairs. Raises UserError."""
     axes = []
     for axis in wanted:
         names, separator, values = axis.partition("=")
         keys = names.split(":")
         choices = [value.split(":") for value in values.split(",")]
         if not separator or not all(keys) or any(len(choice) != len(keys) or not all(choice) for choice in choices):
-            raise ValueError(f"--sweep {axis!r} is not KEY=V,W or A:B=V:W,X:Y with a value for each key")
+            raise UserError(f"--sweep {axis!r} is not KEY=V,W or A:B=V:W,X:Y with a value for each key")
         axes.append([list(zip(keys, choice, strict=True)) for choice in choices])
     return [list(itertools.chain(*parts)) for parts in itertools.product(*axes)]
 

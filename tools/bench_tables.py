@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from prism_megatron.errors import UserError
 from tools import bench
 from tools.bench_memory import PARTS
 from tools.plan_check import check
@@ -40,9 +41,9 @@ def main() -> int:
 
 
 def with_tables(text: str, made: str) -> str:
-    """``text`` with what is between the marks replaced. Raises ValueError where they are not there once each."""
+    """``text`` with what is between the marks replaced. Raises UserError where they are not there once each."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README must hold the lines {BEGIN.strip()!r} and {END.strip()!r} once each")
+        raise UserError(f"README must hold the lines {BEGIN.strip()!r} and {END.strip()!r} once each")
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + made + END + rest.partition(END)[2]
 

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch.distributed as dist
 
 from prism_megatron.config import SFTConfig
+from prism_megatron.errors import UserError
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.flops import peak_flops
 from tools import bench
@@ -81,7 +82,7 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.steps < 2:
-        raise ValueError(f"--steps must be at least 2 for a median and a p90, got {arguments.steps}")
+        raise UserError(f"--steps must be at least 2 for a median and a p90, got {arguments.steps}")
     if arguments.ranks is not None and "RANK" not in os.environ:
         return bench.start_ranks(arguments.ranks, ["tools/bench_train.py", *sys.argv[1:]])
     settings = Settings(
@@ -113,7 +114,7 @@ class Prepared:
 
 
 def prepare(settings: Settings, folder: Path) -> Prepared:
-    """Make models and data in rank 0's ``folder`` and build both sides. Raises ValueError for what cannot be run."""
+    """Make models and data in rank 0's ``folder`` and build both sides. Raises UserError for what cannot be run."""
     config = make_model(settings, folder, batches=BATCHES)
     from prism_megatron.stages.setup import load_processor
     from tools.bench_stages import Done, load_training

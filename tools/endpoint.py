@@ -16,6 +16,7 @@ from typing import Any
 import openai
 
 from prism_megatron.data.chat import IMAGE_PLACEHOLDER
+from prism_megatron.errors import UserError
 from prism_megatron.types import Example, Message
 
 # Bad request, too large, unprocessable: this request's own fault. The client tries again what may pass (time-outs, 409,
@@ -39,7 +40,7 @@ class Endpoint:
         key = os.environ.get(self.key_variable, "")
         local = self.url.startswith(("http://localhost", "http://127.0.0.1"))
         if not key and not local:
-            raise ValueError(f"{self.url} needs a key; set the environment variable {self.key_variable}")
+            raise UserError(f"{self.url} needs a key; set the environment variable {self.key_variable}")
         return openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=retries, timeout=timeout)
 
 
@@ -89,7 +90,7 @@ class Answers:
             except json.JSONDecodeError:
                 continue  # the line that was being written when it was stopped
             if "request" not in record:
-                raise ValueError(
+                raise UserError(
                     f"{path} has replies without a hash of what was asked, so nobody knows what they answer; "
                     "choose another --out, or move the file away"
                 )

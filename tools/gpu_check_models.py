@@ -15,6 +15,7 @@ import torch
 from prism_megatron.config import FP8Config, ModelConfig, OptimizerConfig, SFTConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import HFSizes
 from prism_megatron.stages.setup import Trained
 from recipes.activations import Load
@@ -115,7 +116,7 @@ def fitting_layers(memory: float) -> int:
     for layers in range(whole.text["num_hidden_layers"], levels - 1, -1):
         if step_bytes(layers, fp8) <= _TAKEN * memory:
             return layers
-    raise ValueError(
+    raise UserError(
         f"a GPU of {memory / 2**30:.0f} GiB is too small to train a few layers of 4B; take one of 48 or more"
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
+from prism_megatron.errors import UserError
 
 
 def load_config(path: Path) -> ShapesConfig:
@@ -19,7 +20,7 @@ def load_config(path: Path) -> ShapesConfig:
     values: dict[str, Any] = json.loads(path.read_text())
     unknown = sorted(set(values) - {field.name for field in fields(ShapesConfig)})
     if unknown:
-        raise ValueError(f"{path}: unknown key(s) {unknown}; known: {[field.name for field in fields(ShapesConfig)]}")
+        raise UserError(f"{path}: unknown key(s) {unknown}; known: {[field.name for field in fields(ShapesConfig)]}")
     changed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     return replace(ShapesConfig(), **changed)
 

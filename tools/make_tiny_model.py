@@ -36,6 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from prism_megatron.data.response import SYSTEM_PROMPT
 from prism_megatron.data.shapes import sample_texts
+from prism_megatron.errors import UserError
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -129,7 +130,7 @@ def make_tiny_model(
     ``overrides`` changes sizes: ``{"text_config": {...}, "vision_config": {...}}`` with Hugging Face's keys.
 
     Raises:
-        ValueError: an override that the configuration does not know.
+        UserError: an override that the configuration does not know.
     """
     out = Path(out)
     processor = _processor(_tokenizer(sample_texts(CORPUS_QUESTIONS)))
@@ -229,11 +230,11 @@ def _config(tokenizer: Qwen2Tokenizer, moe: bool, overrides: Mapping[str, Mappin
     parts = {"text_config": text, "vision_config": dict(VISION_CONFIG)}
     for part, values in overrides.items():
         if part not in parts:
-            raise ValueError(f"unknown section {part!r} in the overrides; use {' or '.join(parts)}")
+            raise UserError(f"unknown section {part!r} in the overrides; use {' or '.join(parts)}")
         known = {*config_class.sub_configs[part]().to_dict(), *parts[part]}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"unknown key(s) {unknown} in the overrides' {part}; known: {sorted(known)}")
+            raise UserError(f"unknown key(s) {unknown} in the overrides' {part}; known: {sorted(known)}")
         parts[part].update(values)
     # The merger must hand the language model vectors of its own width, whichever width was asked for.
     parts["vision_config"]["out_hidden_size"] = parts["text_config"]["hidden_size"]

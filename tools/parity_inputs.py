@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.shapes import ShapesConfig, sample_scenes
+from prism_megatron.errors import UserError
 from prism_megatron.types import EncodedPrompt, Visual
 
 
@@ -50,7 +51,7 @@ def default_chats() -> list[list[dict[str, Any]]]:
 def read_chats(path: Path) -> list[list[dict[str, Any]]]:
     """One chat per line, in HF's messages format, images by path (relative to the file).
 
-    Raises ValueError naming the line that is not one.
+    Raises UserError naming the line that is not one.
     """
     chats = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -62,10 +63,10 @@ def read_chats(path: Path) -> list[list[dict[str, Any]]]:
                     if isinstance(part.get("image"), str):
                         part["image"] = str(path.parent / part["image"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: not a chat in HF's messages format ({error!r})") from error
+            raise UserError(f"{path}, line {number}: not a chat in HF's messages format ({error!r})") from error
         chats.append(chat)
     if not chats:
-        raise ValueError(f"{path}: no chats; write one per line")
+        raise UserError(f"{path}: no chats; write one per line")
     return chats
 
 

@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prism_megatron.config import ParallelConfig, SFTConfig, StageConfig, apply_overrides
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import HFSizes
 from prism_megatron.observe.flops import Workload, training_flops
 from recipes import qwen3_vl
@@ -99,7 +100,7 @@ def main() -> int:
 def plan(arguments: argparse.Namespace) -> int:
     costs = read_costs(arguments.costs)
     if arguments.nodes < 1:
-        raise ValueError(f"--nodes must be at least 1, got {arguments.nodes}")
+        raise UserError(f"--nodes must be at least 1, got {arguments.nodes}")
     with tempfile.TemporaryDirectory() as folder:
         sizes = published_sizes(arguments.model, Path(folder))
     config = apply_overrides(qwen3_vl.sft(arguments.model, "bf16"), arguments.overrides)
@@ -108,7 +109,7 @@ def plan(arguments: argparse.Namespace) -> int:
     world_size = arguments.nodes * costs.ranks_per_node
     plans, reasons = ranked(config, sizes, rows, world_size, costs)
     if not plans:
-        raise ValueError(f"no layout of {world_size} GPUs can train {arguments.model}: {reasons[-1]}")
+        raise UserError(f"no layout of {world_size} GPUs can train {arguments.model}: {reasons[-1]}")
     shown = [found.row() for found in plans[: arguments.top]]
     if arguments.json:
         print(json.dumps({"assumed": json.loads(arguments.costs.read_text()), "layouts": shown}))
@@ -129,7 +130,7 @@ def equal_rows(arguments: argparse.Namespace, config: SFTConfig, sizes: HFSizes)
     patches = max(round(width / unit), 1) * max(round(height / unit), 1) * merge**2
     length = arguments.text_tokens + patches // merge**2 + arguments.response_tokens
     if length > config.max_tokens_per_microbatch:
-        raise ValueError(
+        raise UserError(
             f"a row of {length} tokens does not fit max_tokens_per_microbatch ({config.max_tokens_per_microbatch}); "
             "raise it"
         )

@@ -13,6 +13,7 @@ import torch
 
 from prism_megatron.config import ParallelConfig, SFTConfig
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import HFSizes
 from prism_megatron.observe.flops import Workload
 from recipes.memory import Memory, estimate
@@ -40,13 +41,13 @@ _CALIBRATION = 3  # of the unit costs of compute are fitted, so as many single-r
 
 
 def check(paths: Sequence[Path]) -> str:
-    """A table of measured and predicted step times. Raises ValueError where there is too little to fit to."""
+    """A table of measured and predicted step times. Raises UserError where there is too little to fit to."""
     results = {path.stem: bench.read_baseline(path) for path in paths}
     runs = training_runs(results)
     collectives = next((r for r in results.values() if r["benchmark"] == "collectives"), None)
     fitted = [name for name in runs if name.startswith("train_calibrate")]
     if len(fitted) < _CALIBRATION or collectives is None:
-        raise ValueError(
+        raise UserError(
             f"a check needs {_CALIBRATION} runs of bench_train on one rank with --images mock, in files named "
             f"train_calibrate*.json, and one of bench_collectives; got {', '.join(results)}"
         )
@@ -101,13 +102,13 @@ def predicted(result: Mapping[str, Any], costs: Costs) -> StepTime:
 def refit_errors(syncs: Mapping[str, Mapping[str, Any]], costs: Costs) -> dict[str, float]:
     """(predicted - measured) / measured of each run of bench_sync: the push of all weights.
 
-    Raises ValueError where none is of one rank, to which the cost of loading is fitted.
+    Raises UserError where none is of one rank, to which the cost of loading is fitted.
     """
     if not syncs:
         return {}
     alone = [result for result in syncs.values() if result["ranks"] == 1]
     if not alone:
-        raise ValueError(
+        raise UserError(
             f"the cost of loading is fitted to a run of bench_sync on one rank; got only {', '.join(syncs)}"
         )
     seconds = sum(result["push"]["seconds"]["median"] for result in alone)
@@ -128,7 +129,7 @@ def calibrate(runs: Sequence[Mapping[str, Any]], collectives: Mapping[str, Any])
     rows, seconds = [], []
     for result in runs:
         if result["ranks"] != 1:
-            raise ValueError(f"unit costs are fitted to runs of one rank, not of {result['ranks']}")
+            raise UserError(f"unit costs are fitted to runs of one rank, not of {result['ranks']}")
         # A step's time is linear in these three: what it would be if each were one and all else free.
         each = (
             replace(_FREE, peak_flops=1.0),
@@ -164,7 +165,7 @@ def non_negative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> l
         if min(costs) >= 0:
             return [costs[kept.index(i)] if i in kept else 0.0 for i in range(matrix.shape[1])]
         kept.pop(costs.index(min(costs)))
-    raise ValueError("the calibrating runs fit no positive cost; measure them again on a quiet machine")
+    raise UserError("the calibrating runs fit no positive cost; measure them again on a quiet machine")
 
 
 def _run(result: Mapping[str, Any]) -> tuple[SFTConfig, HFSizes, Rows, Memory]:

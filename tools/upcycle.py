@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from prism_megatron.errors import UserError
 from prism_megatron.parallel import cpu
 
 cpu.install()  # before anything imports megatron
@@ -67,7 +68,7 @@ def upcycle(args: argparse.Namespace) -> None:
     )
     check_discriminator(wanted, sizes)
     if args.out.exists():
-        raise ValueError(f"{args.out} exists; remove it or give another --out")
+        raise UserError(f"{args.out} exists; remove it or give another --out")
     heads = 2 if args.experts == "dedicated" else 1
     with HFWeights(args.hf) as weights:
         source, changes = _source(args, weights, sizes, wanted, heads)
@@ -83,11 +84,11 @@ def _source(
 ) -> tuple[TensorSource, dict[str, object]]:
     if sizes.num_experts is None:
         if args.init_score_head:
-            raise ValueError(f"{args.hf} is dense: it gets score heads with its experts, without --init-score-head")
+            raise UserError(f"{args.hf} is dense: it gets score heads with its experts, without --init-score-head")
         changes = upcycled_config(sizes, args.num_experts, args.top_k, args.load_balance_coeff)
         return UpcycledWeights(weights, sizes, wanted, args.seed, args.noise), dict(changes)
     if not args.init_score_head:
-        raise ValueError(f"{args.hf} has experts already; --init-score-head gives it the score heads it may lack")
+        raise UserError(f"{args.hf} has experts already; --init-score-head gives it the score heads it may lack")
     return WithScoreHead(weights, heads, sizes.text["hidden_size"], args.seed), {}
 
 
@@ -104,7 +105,7 @@ def language_model_loss(directory: Path, text: str) -> float:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     if ids.shape[1] < 2:
-        raise ValueError("--text must be at least two tokens long")
+        raise UserError("--text must be at least two tokens long")
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, :-1].float()

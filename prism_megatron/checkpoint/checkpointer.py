@@ -29,6 +29,7 @@ from prism_megatron.checkpoint.writer import results_in, take_digests
 from prism_megatron.convert.hf_io import replace_directory
 from prism_megatron.convert.manifest import digest_file, fsync, write_durably, write_manifest
 from prism_megatron.convert.native import first_common_fault, load_weights_of, sharded_weights
+from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -52,7 +53,7 @@ class Checkpointer:
     def latest(self) -> int:
         """Newest whole iteration, 0 if nothing was ever saved; says which it passed over and why.
 
-        Collective. Raises ValueError if there are checkpoints and none is whole.
+        Collective. Raises UserError if there are checkpoints and none is whole.
         """
         passed: list[str] = []
         for iteration in sorted(self._iterations(), reverse=True):
@@ -63,7 +64,7 @@ class Checkpointer:
                 return iteration
             passed.append(f"{self._folder(iteration).name} ({fault})")
         if passed:
-            raise ValueError(
+            raise UserError(
                 f"no checkpoint in {self.directory} is whole: {'; '.join(passed)}. Remove them to start over"
             )
         return 0
@@ -115,12 +116,12 @@ class Checkpointer:
         try:
             loaded = dist_checkpointing.load(wanted, str(folder))
         except _MISFITS as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder} does not fit this configuration ({_last_line(error)}); it is of another model, "
                 "or of another optimizer.use_distributed_optimizer. Give the run another run.name, or remove it"
             ) from error
         if loaded["seed"] != self.seed:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was trained with run.seed {loaded['seed']}, not {self.seed}; use that, or another run.name"
             )
         for name, (model, optimizer) in parts.items():

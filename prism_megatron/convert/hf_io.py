@@ -22,6 +22,7 @@ from torch import Tensor
 from prism_megatron.convert.manifest import JOURNAL, check_finite, fsync
 from prism_megatron.convert.rules import SCORE_HEAD
 from prism_megatron.convert.safetensors_writer import DTYPES, ShardWriter
+from prism_megatron.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 _UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
@@ -62,16 +63,16 @@ class OpenFiles:
         self._mapped = 0
 
     def header(self, path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor. Raises ValueError if the file is damaged or holds another kind of number."""
+        """Shape and dtype of every tensor. Raises UserError if the file is damaged or holds another kind of number."""
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or truncated ({error}); copy it again") from error
+            raise UserError(f"{path} is damaged or truncated ({error}); copy it again") from error
         header = {}
         for name in list(file.keys()):
             part = file.get_slice(name)
             if part.get_dtype() not in DTYPES:
-                raise ValueError(f"{path}: {name} is {part.get_dtype()}; this trainer reads {', '.join(DTYPES)}")
+                raise UserError(f"{path}: {name} is {part.get_dtype()}; this trainer reads {', '.join(DTYPES)}")
             header[name] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
         return header
 
@@ -105,7 +106,7 @@ class _Counted:
 class HFWeights:
     """The tensors of an HF checkpoint directory, read piece by piece (close it when done).
 
-    ``experts_swapped`` tells the dialect its experts are stored in. Raises ValueError, naming the file, when the
+    ``experts_swapped`` tells the dialect its experts are stored in. Raises UserError, naming the file, when the
     directory has no weights, a file is damaged or missing, or the index and the files disagree.
     """
 
@@ -117,7 +118,7 @@ class HFWeights:
             for name, (shape, dtype) in self._files.header(path).items():
                 canonical = name.removeprefix("base_model.")  # how the released trainer's wrapper saves a backbone
                 if canonical in stored:
-                    raise ValueError(f"{directory}: {canonical} is in {stored[canonical].file.name} and in {path.name}")
+                    raise UserError(f"{directory}: {canonical} is in {stored[canonical].file.name} and in {path.name}")
                 stored[canonical] = StoredTensor(self._files, path, name, shape, dtype)
         self.experts_swapped = _experts_swapped(directory, {name: t.shape for name, t in stored.items()})
         if self.experts_swapped:
@@ -143,7 +144,7 @@ class HFWeights:
     def lazy(self, name: str) -> StoredTensor | Tensor:
         """Shape, dtype and, when indexed, values of one tensor."""
         if name not in self._tensors:
-            raise ValueError(f"{self.directory} has no tensor {name}; is it a checkpoint of another model?")
+            raise UserError(f"{self.directory} has no tensor {name}; is it a checkpoint of another model?")
         return self._tensors[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -158,24 +159,22 @@ class HFWeights:
             held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
             names = [n for n in _VALUE_HEAD_NAMES if n in held]
             if len(names) != 1:
-                raise ValueError(f"{path} holds {sorted(held)}; it must hold one of {', '.join(_VALUE_HEAD_NAMES)}")
+                raise UserError(f"{path} holds {sorted(held)}; it must hold one of {', '.join(_VALUE_HEAD_NAMES)}")
             known = self._tensors.setdefault(SCORE_HEAD, held[names[0]])
             if not torch.equal(known[:].float(), held[names[0]].float()):
-                raise ValueError(
-                    f"{path} and {SCORE_HEAD} of {self.directory} differ; remove the one that is not meant"
-                )
+                raise UserError(f"{path} and {SCORE_HEAD} of {self.directory} differ; remove the one that is not meant")
 
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         if not (directory / "model.safetensors").is_file():
-            raise ValueError(f"{directory} holds no model.safetensors (or its index); give a complete HF checkpoint")
+            raise UserError(f"{directory} holds no model.safetensors (or its index); give a complete HF checkpoint")
         return [directory / "model.safetensors"]
     files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in files:
         if not (directory / name).is_file():
-            raise ValueError(f"{index} lists {name}, which is missing; copy the checkpoint again")
+            raise UserError(f"{index} lists {name}, which is missing; copy the checkpoint again")
     return [directory / name for name in files]
 
 
@@ -195,10 +194,10 @@ def _experts_swapped(directory: Path, shapes: dict[str, Sequence[int]]) -> bool:
             if tuple(down) == (up[0], *((hidden, width / 2) if swapped else (width / 2, hidden)))
         ]
         if len(fits) != 1:
-            raise ValueError(f"{directory}: {name} {tuple(up)} and its down_proj {tuple(down)} fit no expert layout")
+            raise UserError(f"{directory}: {name} {tuple(up)} and its down_proj {tuple(down)} fit no expert layout")
         found.add(fits[0])
     if len(found) > 1:
-        raise ValueError(f"{directory}: experts of some layers are stored input-first, of others output-first")
+        raise UserError(f"{directory}: experts of some layers are stored input-first, of others output-first")
     return found == {True}
 
 
@@ -212,7 +211,7 @@ def save_hf(
     """Write a checkpoint directory that HF and vLLM load; every file but the weights comes from ``template``.
 
     ``config_changes`` is merged into the template's ``config.json``. The directory appears only when complete; one that
-    was there before is replaced. Raises ValueError at a value that is not finite.
+    was there before is replaced. Raises UserError at a value that is not finite.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_megatron.errors import UserError
+
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"  # of a directory that is not finished
 _CHECKED_AT_ONCE = 1 << 22  # elements
@@ -59,19 +61,19 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Raises ValueError if there is none or it cannot be read."""
+    """Raises UserError if there is none or it cannot be read."""
     path = directory / MANIFEST
     if not path.is_file():
-        raise ValueError(f"it has no {MANIFEST}: it was never finished")
+        raise UserError(f"it has no {MANIFEST}: it was never finished")
     try:
         text = path.read_bytes().decode()
         content: dict[str, Any] = json.loads(text)
         if text != _text({key: value for key, value in content.items() if key != "sha256"}):
-            raise ValueError("its own checksum is wrong")
+            raise UserError("its own checksum is wrong")
         files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
         tensors = [TensorEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in content["tensors"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name} is damaged ({error})") from error
+        raise UserError(f"{path.name} is damaged ({error})") from error
     return {**content, "files": files, "tensors": tensors}
 
 
@@ -101,10 +103,10 @@ def first_fault(directory: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises ValueError if a value is infinite or not a number."""
+    """Raises UserError if a value is infinite or not a number."""
     for piece in torch.split(tensor.detach().flatten(), _CHECKED_AT_ONCE):
         if piece.is_floating_point() and not bool(torch.isfinite(torch.stack(torch.aminmax(piece))).all()):
-            raise ValueError(f"{name} holds values that are infinite or not a number; this checkpoint is broken")
+            raise UserError(f"{name} holds values that are infinite or not a number; this checkpoint is broken")
 
 
 def append_line(journal: Path, content: Any) -> None:

@@ -15,6 +15,7 @@ from prism_megatron.convert.hf_io import HFWeights
 from prism_megatron.convert.manifest import first_fault, is_converted
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import load_weights, unwrap
+from prism_megatron.errors import UserError
 
 
 def load_checkpoint(model: Any, table: Sequence[Rule], directory: Path, part: str) -> None:
@@ -29,10 +30,10 @@ def load_checkpoint(model: Any, table: Sequence[Rule], directory: Path, part: st
 def load_megatron(model: Any, directory: Path, part: str) -> None:
     """Fill a module, or a list of virtual pipeline chunks, from a directory that ``tools/convert.py`` wrote.
 
-    ``part`` is policy or discriminator. Raises ValueError if a file does not have its checksum or the model differs.
+    ``part`` is policy or discriminator. Raises UserError if a file does not have its checksum or the model differs.
     """
     if fault := first_common_fault(directory):
-        raise ValueError(f"{directory}: {fault}; convert it again")
+        raise UserError(f"{directory}: {fault}; convert it again")
     state = sharded_weights(model, f"{part}.")
     for chunk in state.values():
         # State of Transformer Engine's own that a converted checkpoint cannot have.
@@ -42,7 +43,7 @@ def load_megatron(model: Any, directory: Path, part: str) -> None:
     try:
         loaded = dist_checkpointing.load(state, str(directory), strict=strict)
     except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
-        raise ValueError(
+        raise UserError(
             f"{directory} is of another model than its config.json: {str(error).splitlines()[0][:300]}"
         ) from error
     load_weights_of(model, loaded)

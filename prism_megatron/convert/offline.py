@@ -39,6 +39,7 @@ from prism_megatron.convert.rules import EMBEDDING, OUTPUT, SCORE_HEAD, Rule
 from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, ShardWriter
 from prism_megatron.convert.torch_dist import TorchDistReader, TorchDistWriter, place, whole_shapes
 from prism_megatron.convert.transfer import check_source
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import HFSizes, read_sizes
 
 PARTS = ("policy", "discriminator")  # what a training checkpoint holds, and the prefix of its keys
@@ -68,7 +69,7 @@ def hf_to_megatron(
     """Write ``out`` as a distributed checkpoint that loads at any layout and needs no resharding at ``parallel``'s.
 
     Parameters are stored in the blocks that tensor-parallel ranks hold, and a pipeline stage begins a file; layers and
-    experts are blocks of their own at any degree. Raises ValueError at tensors that are missing, extra, of another
+    experts are blocks of their own at any degree. Raises UserError at tensors that are missing, extra, of another
     shape or not finite, and where ``parallel`` does not fit the model.
     """
     sizes = read_sizes(hf)
@@ -120,11 +121,11 @@ def megatron_to_hf(
     """Write ``out`` as an HF checkpoint from a converted directory or from one iteration of a training run.
 
     ``template`` gives config, tokenizer and processor to the latter; ``part`` tells policy and discriminator apart.
-    With ``verify`` every tensor must be, bit by bit, that of another HF directory. Raises ValueError as
+    With ``verify`` every tensor must be, bit by bit, that of another HF directory. Raises UserError as
     :func:`hf_to_megatron`, and for files that do not have their checksums.
     """
     if fault := first_fault(megatron):
-        raise ValueError(f"{megatron}: {fault}; convert or save it again")
+        raise UserError(f"{megatron}: {fault}; convert or save it again")
     template = template or megatron
     sizes = read_sizes(template)
     about = read_manifest(megatron)  # whole, as was just checked
@@ -227,7 +228,7 @@ def _store(unit: list[Rule], weights: HFWeights, writer: TorchDistWriter) -> lis
 
 
 def verify_against(hf: Path, entries: Sequence[TensorEntry]) -> None:
-    """Raises ValueError unless an HF directory holds exactly these tensors, bit by bit."""
+    """Raises UserError unless an HF directory holds exactly these tensors, bit by bit."""
     with HFWeights(hf) as weights:
         _check_complete(weights.names, entries)
         for entry in entries:
@@ -237,7 +238,7 @@ def verify_against(hf: Path, entries: Sequence[TensorEntry]) -> None:
             for part in (tensor[i] for i in range(entry.shape[0])) if swapped else [tensor[:]]:
                 digest.update(_raw(part.T if swapped else part))
             if _entry(entry.name, tensor, swapped, digest.hexdigest()) != entry:
-                raise ValueError(f"{entry.name} is not what {hf} holds")
+                raise UserError(f"{entry.name} is not what {hf} holds")
 
 
 def _entry(name: str, tensor: StoredTensor | Tensor, swapped: bool, sha256: str) -> TensorEntry:
@@ -258,7 +259,7 @@ def _part_and_table(sizes: HFSizes, weights: HFWeights) -> tuple[str, list[Rule]
     if SCORE_HEAD not in weights.names:
         return "policy", policy_table(sizes)
     if sizes.num_experts is None:
-        raise ValueError(f"{weights.directory} has a score head but no experts in config.json; upcycle it first")
+        raise UserError(f"{weights.directory} has a score head but no experts in config.json; upcycle it first")
     return "discriminator", discriminator_table(sizes, sizes.num_experts, weights.lazy(SCORE_HEAD).shape[0])
 
 
@@ -267,14 +268,14 @@ def _stored_table(sizes: HFSizes, stored: dict[str, tuple[tuple[int, ...], torch
     if head is None:
         return policy_table(sizes)
     if sizes.num_experts is None:
-        raise ValueError("the checkpoint is a discriminator; give the config.json of one with --template")
+        raise UserError("the checkpoint is a discriminator; give the config.json of one with --template")
     return discriminator_table(sizes, sizes.num_experts, head[0][0])
 
 
 def _only_part(directory: Path, stored: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
     held = [part for part in PARTS if any(key.startswith(f"{part}.") for key in stored)]
     if len(held) != 1:
-        raise ValueError(f"{directory} holds {' and '.join(held) or 'no model'}; say which with --part")
+        raise UserError(f"{directory} holds {' and '.join(held) or 'no model'}; say which with --part")
     return held[0]
 
 
@@ -284,7 +285,7 @@ def _check_stored(table: Sequence[Rule], stored: dict[str, tuple[tuple[int, ...]
     _compare("the checkpoint", expected.keys(), held.keys())
     for key, shape in expected.items():
         if held[key] != shape:
-            raise ValueError(f"{key} has shape {held[key]}, not {shape}; config.json is of another model")
+            raise UserError(f"{key} has shape {held[key]}, not {shape}; config.json is of another model")
 
 
 def _check_complete(names: set[str], entries: Sequence[TensorEntry]) -> None:
@@ -294,9 +295,9 @@ def _check_complete(names: set[str], entries: Sequence[TensorEntry]) -> None:
 
 def _compare(what: str, expected: Collection[str], held: Collection[str]) -> None:
     if missing := sorted(set(expected) - set(held)):
-        raise ValueError(f"{what} lacks {len(missing)} tensors of this model: {', '.join(missing[:3])}")
+        raise UserError(f"{what} lacks {len(missing)} tensors of this model: {', '.join(missing[:3])}")
     if extra := sorted(set(held) - set(expected)):
-        raise ValueError(f"{what} holds {len(extra)} tensors this model has no place for: {', '.join(extra[:3])}")
+        raise UserError(f"{what} holds {len(extra)} tensors this model has no place for: {', '.join(extra[:3])}")
 
 
 def _check_unchanged(before: Sequence[TensorEntry], after: Sequence[TensorEntry]) -> None:
@@ -304,12 +305,12 @@ def _check_unchanged(before: Sequence[TensorEntry], after: Sequence[TensorEntry]
     known = {entry.name: entry for entry in before}
     for entry in after:
         if known and entry.name in known and known[entry.name] != entry:
-            raise ValueError(f"{entry.name} is not what was converted: {entry} against {known[entry.name]}")
+            raise UserError(f"{entry.name} is not what was converted: {entry} against {known[entry.name]}")
 
 
 def _check_tied(hf: Path, weights: HFWeights) -> None:
     if not torch.equal(weights[OUTPUT], weights[EMBEDDING]):
-        raise ValueError(f"{hf} ties lm_head.weight to the embedding in config.json but stores another matrix")
+        raise UserError(f"{hf} ties lm_head.weight to the embedding in config.json but stores another matrix")
 
 
 def _check_layout(parallel: ParallelConfig, sizes: HFSizes) -> None:
@@ -323,7 +324,7 @@ def _check_layout(parallel: ParallelConfig, sizes: HFSizes) -> None:
         ("num_experts", degrees.num_moe_experts or 1, "--ep", parallel.expert_model_parallel_size),
     ):
         if degree < 1 or count % degree:
-            raise ValueError(f"{name} ({count}) must be divisible by {option} ({degree})")
+            raise UserError(f"{name} ({count}) must be divisible by {option} ({degree})")
 
 
 def _stage(rule: Rule, sizes: HFSizes, parallel: ParallelConfig) -> int:
@@ -344,7 +345,7 @@ def _fingerprint(directory: Path) -> list[list[Any]]:
 def _unfinished(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """A directory beside ``out`` that becomes ``out`` at the end; that of an interrupted run is taken up again."""
     if out.exists():
-        raise ValueError(f"{out} exists; remove it or give another --out")
+        raise UserError(f"{out} exists; remove it or give another --out")
     partial = out.with_name(f".{out.name}.partial")
     note, text = partial / _INPUTS, json.dumps(inputs)
     if not note.is_file() or note.read_text() != text:

@@ -24,6 +24,7 @@ from prism_megatron.convert.rules import (
     grouped_qkv,
     headwise_qkv,
 )
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import HFSizes
 
 
@@ -55,7 +56,7 @@ def discriminator_table(sizes: HFSizes, num_experts: int, num_heads: int) -> lis
 def _language_model(sizes: HFSizes, num_experts: int | None, width: int) -> Iterator[Rule]:
     text = sizes.text
     if num_experts is not None and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
-        raise ValueError(
+        raise UserError(
             "config.json mixes dense and expert layers (mlp_only_layers, decoder_sparse_step); no released Qwen3-VL "
             "does and this trainer needs experts in every layer"
         )

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from prism_megatron.convert.manifest import JOURNAL, FileEntry, TensorEntry, append_line, digest_file, fsync, read_lines
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, DTYPES
+from prism_megatron.errors import UserError
 
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)(\..*)")
 _EXPERT = re.compile(r"(.*\.experts)\.local_experts\.(\d+)(\..*)")
@@ -79,12 +80,12 @@ def whole_shapes(table: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
 class TorchDistReader:
     """The tensors of a distributed checkpoint, in whatever blocks they were saved (close it when done).
 
-    Raises ValueError if the directory is not one.
+    Raises UserError if the directory is not one.
     """
 
     def __init__(self, directory: Path) -> None:
         if not (directory / _METADATA).is_file() or not (directory / _CONFIG).is_file():
-            raise ValueError(f"{directory} is not a Megatron checkpoint: it has no {_METADATA} and {_CONFIG}")
+            raise UserError(f"{directory} is not a Megatron checkpoint: it has no {_METADATA} and {_CONFIG}")
         self.directory = directory
         metadata = FileSystemReader(directory).read_metadata()
         self._storage = metadata.storage_data
@@ -121,7 +122,7 @@ class TorchDistReader:
             whole[tuple(slice(start, start + size) for start, size in spans)] = inside
             filled += inside.numel()
         if filled != whole.numel():
-            raise ValueError(f"{self.directory}: {key} {where.lead} has {filled} of {whole.numel()} values")
+            raise UserError(f"{self.directory}: {key} {where.lead} has {filled} of {whole.numel()} values")
         return whole
 
     def _chunks(self, key: str, depth: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:

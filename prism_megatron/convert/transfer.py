@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prism_megatron.convert.buckets import plan_buckets, route_of, units
 from prism_megatron.convert.manifest import check_finite
 from prism_megatron.convert.rules import OUTPUT, SCORE_HEAD, Rule, Sliceable
+from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
@@ -61,28 +62,28 @@ class InMemory:
 
 
 def check_source(table: Sequence[Rule], source: TensorSource) -> None:
-    """Raises ValueError if a tensor of the table is missing or has another shape, or one of the source has no place.
+    """Raises UserError if a tensor of the table is missing or has another shape, or one of the source has no place.
 
     ``lm_head.weight`` may be left over: tied to the embedding, or of a model that becomes a discriminator.
     """
     expected = {name: shape for rule in table for name, shape in zip(rule.hf, rule.shapes, strict=True)}
     if SCORE_HEAD in expected.keys() - source.names:
-        raise ValueError(
+        raise UserError(
             f"checkpoint has no score head ({SCORE_HEAD}, value_head.safetensors or value_head.pt); tools/upcycle.py "
             "makes one with --init-score-head"
         )
     if missing := sorted(expected.keys() - source.names):
-        raise ValueError(f"checkpoint lacks {len(missing)} tensors of this model: {', '.join(missing[:3])}")
+        raise UserError(f"checkpoint lacks {len(missing)} tensors of this model: {', '.join(missing[:3])}")
     if extra := sorted(source.names - expected.keys() - {OUTPUT}):
-        raise ValueError(f"checkpoint holds {len(extra)} tensors this model has no place for: {', '.join(extra[:3])}")
+        raise UserError(f"checkpoint holds {len(extra)} tensors this model has no place for: {', '.join(extra[:3])}")
     for name, shape in expected.items():
         if name == SCORE_HEAD and source.lazy(name).shape[0] != shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {source.lazy(name).shape[0]} score heads, not {shape[0]}; discriminator.experts=shared "
                 "has one, dedicated has one per branch"
             )
         if tuple(source.lazy(name).shape) != shape:
-            raise ValueError(
+            raise UserError(
                 f"{name} has shape {tuple(source.lazy(name).shape)}, not {shape}; config.json and the weights are of "
                 "different models"
             )
@@ -91,7 +92,7 @@ def check_source(table: Sequence[Rule], source: TensorSource) -> None:
 def load_weights(model: Any, table: Sequence[Rule], source: TensorSource) -> None:
     """Fill every parameter on this rank, of one module or of a list of virtual pipeline chunks, from HF tensors.
 
-    Reads this rank's part of each tensor only. Raises ValueError as :func:`check_source`, and at values that are not
+    Reads this rank's part of each tensor only. Raises UserError as :func:`check_source`, and at values that are not
     finite.
     """
     check_source(table, source)

@@ -13,6 +13,7 @@ from torch import Tensor
 from prism_megatron.config import DiscriminatorConfig
 from prism_megatron.convert.rules import SCORE_HEAD, Sliceable
 from prism_megatron.convert.transfer import TensorSource
+from prism_megatron.errors import UserError
 from prism_megatron.model.build import HFSizes
 
 _ROUTER_STD = 0.02  # spec 3.2
@@ -25,7 +26,7 @@ class WithScoreHead:
 
     def __init__(self, source: TensorSource, heads: int, hidden_size: int, seed: int) -> None:
         if SCORE_HEAD in source.names:
-            raise ValueError("the checkpoint has a score head already; initialise none")
+            raise UserError("the checkpoint has a score head already; initialise none")
         self._source = source
         self._head = initial_head(heads, hidden_size, seed)
 
@@ -52,7 +53,7 @@ class UpcycledWeights:
         self, dense: TensorSource, sizes: HFSizes, config: DiscriminatorConfig, seed: int, noise: str = "relative"
     ) -> None:
         if noise not in NOISES:
-            raise ValueError(f"noise must be {' or '.join(NOISES)}, got {noise!r}")
+            raise UserError(f"noise must be {' or '.join(NOISES)}, got {noise!r}")
         self._dense, self._config, self._seed, self._noise = dense, config, seed, noise
         hidden, width, experts = sizes.text["hidden_size"], sizes.text["intermediate_size"], config.num_experts
         self._made: dict[str, tuple[int, ...]] = {SCORE_HEAD: (2 if config.experts == "dedicated" else 1, hidden)}

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prism_megatron.errors import UserError
 from prism_megatron.types import EncodedPrompt, Example, InputSpec, Message, PreferencePair, Visual
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -24,7 +25,7 @@ class ChatProcessor:
         from transformers import AutoProcessor
 
         if not (checkpoint_dir / "config.json").is_file():
-            raise ValueError(f"{checkpoint_dir} has no config.json; give the directory of an HF Qwen3-VL checkpoint")
+            raise UserError(f"{checkpoint_dir} has no config.json; give the directory of an HF Qwen3-VL checkpoint")
         self._processor = AutoProcessor.from_pretrained(checkpoint_dir)
         self.tokenizer: Any = self._processor.tokenizer
         self.terminator_id = self._special("<|im_end|>")
@@ -43,7 +44,7 @@ class ChatProcessor:
     def _special(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None:
-            raise ValueError(f"the checkpoint's tokenizer has no {token}; it is not a Qwen3-VL tokenizer")
+            raise UserError(f"the checkpoint's tokenizer has no {token}; it is not a Qwen3-VL tokenizer")
         return int(token_id)
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -67,7 +68,7 @@ class ChatProcessor:
     def encode_prompts(self, rows: Sequence[Example | PreferencePair]) -> list[EncodedPrompt]:
         """Encode prompts with their images, each distinct image once; image tokens become one per merged patch.
 
-        Raises ValueError where a prompt's placeholders and its images are not as many.
+        Raises UserError where a prompt's placeholders and its images are not as many.
         """
         distinct = list(dict.fromkeys(data for row in rows for data in row.images))
         visuals = dict(zip(distinct, self._encode_images(distinct), strict=True))
@@ -80,7 +81,7 @@ class ChatProcessor:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], source: str) -> EncodedPrompt:
         """Encode a whole chat in HF's messages format, images and videos (lists of frames) included.
 
-        Raises ValueError, quoting ``source``, for a chat the processor cannot read.
+        Raises UserError, quoting ``source``, for a chat the processor cannot read.
         """
         try:
             encoded = self._processor.apply_chat_template(
@@ -90,7 +91,7 @@ class ChatProcessor:
                 processor_kwargs={"return_tensors": "pt", "videos_kwargs": {"do_sample_frames": False}},
             )
         except (ValueError, TypeError, KeyError, OSError) as error:
-            raise ValueError(f"{source}: not a chat this checkpoint's processor can read ({error})") from error
+            raise UserError(f"{source}: not a chat this checkpoint's processor can read ({error})") from error
         images = iter(_visuals(encoded.get("pixel_values"), encoded.get("image_grid_thw"), is_video=False))
         videos = iter(_visuals(encoded.get("pixel_values_videos"), encoded.get("video_grid_thw"), is_video=True))
         parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
@@ -108,7 +109,7 @@ class ChatProcessor:
         spec = self.input_spec
         found = token_ids.count(spec.image_token_id)
         if found != len(visuals):
-            raise ValueError(f"{source}: the chat shows {found} images, the row has {len(visuals)}; make them match")
+            raise UserError(f"{source}: the chat shows {found} images, the row has {len(visuals)}; make them match")
         remaining = iter(visuals)
         expanded: list[int] = []
         for token in token_ids:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from prism_megatron.data.response import SYSTEM_PROMPT, Response, parse_response
+from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.types import Example, Message, PreferencePair
 
@@ -62,7 +63,7 @@ def check_rlvr(path: str | Path, rows: int) -> None:
     path = Path(path)
     found = _footer(path, _RLVR_COLUMNS).num_rows
     if found < rows:
-        raise ValueError(f"{path} has {found} rows, and {rows} are asked for; lower the number, or give another file")
+        raise UserError(f"{path} has {found} rows, and {rows} are asked for; lower the number, or give another file")
 
 
 def read_pool(path: str | Path) -> list[Example]:
@@ -109,14 +110,14 @@ def write_prompts(path: str | Path, examples: Sequence[Example]) -> None:
     """Write prompts as parquet for ``read_rlvr``, and for ``read_alignment`` where every example has a demonstration.
 
     Raises:
-        ValueError: there is nothing to write, or an example has no answer to verify against.
+        UserError: there is nothing to write, or an example has no answer to verify against.
     """
     path = Path(path)
     if not examples:
-        raise ValueError(f"{path}: no examples to write; a data set needs at least one")
+        raise UserError(f"{path}: no examples to write; a data set needs at least one")
     for example in examples:
         if example.answer is None:
-            raise ValueError(f"{path}: {example.source} has no answer; a prompt without one cannot be verified")
+            raise UserError(f"{path}: {example.source} has no answer; a prompt without one cannot be verified")
     columns: dict[str, list[Any]] = {
         "id": [e.id for e in examples],
         "data_source": [e.data_source for e in examples],
@@ -146,7 +147,7 @@ def _sft_example(row: Mapping[str, Any], path: Path, source: str) -> Example:
     turns = _require(row, ("conversations", "messages"), source)
     messages = _messages(turns, source)
     if len(messages) < 2 or messages[-1].role != "assistant":
-        raise ValueError(f"{source}: the last turn must be the assistant's demonstration, after a user's turn")
+        raise UserError(f"{source}: the last turn must be the assistant's demonstration, after a user's turn")
     *prompt, demonstration = messages
     if row.get("system"):
         prompt.insert(0, Message("system", row["system"]))
@@ -174,7 +175,7 @@ def _rlvr_example(row: Mapping[str, Any], source: str) -> Example:
     reward_model = row["reward_model"] or {}
     answer = row.get("answer") or reward_model.get("ground_truth")
     if answer is None:
-        raise ValueError(f"{source}: no answer; fill reward_model.ground_truth (the verifier compares with it)")
+        raise UserError(f"{source}: no answer; fill reward_model.ground_truth (the verifier compares with it)")
     return Example(
         id=str(row.get("id") or extra.get("index", source)),
         messages=messages,
@@ -242,12 +243,12 @@ def _pair_messages(row: Mapping[str, Any], images: int, source: str) -> tuple[Me
 
 def _messages(turns: Any, source: str) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{source}: a chat is a non-empty list of turns, got {turns!r}")
+        raise UserError(f"{source}: a chat is a non-empty list of turns, got {turns!r}")
     messages = []
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in _SHAREGPT_ROLES or not isinstance(content, str):
-            raise ValueError(
+            raise UserError(
                 f"{source}: cannot read the turn {turn!r}; a turn is from/value or role/content, "
                 f"with a role of {sorted(_SHAREGPT_ROLES)} and text that marks each image with {IMAGE_PLACEHOLDER}"
             )
@@ -257,10 +258,10 @@ def _messages(turns: Any, source: str) -> tuple[Message, ...]:
 
 def _check_placeholders(messages: Sequence[Message], images: Sequence[bytes], source: str) -> None:
     if messages[-1].role != "user":
-        raise ValueError(f"{source}: the prompt must end with the user's turn, it ends with {messages[-1].role!r}")
+        raise UserError(f"{source}: the prompt must end with the user's turn, it ends with {messages[-1].role!r}")
     found = sum(m.content.count(IMAGE_PLACEHOLDER) for m in messages)
     if found != len(images):
-        raise ValueError(
+        raise UserError(
             f"{source}: {found} {IMAGE_PLACEHOLDER} placeholder(s) for {len(images)} image(s); write one per image"
         )
 
@@ -268,7 +269,7 @@ def _check_placeholders(messages: Sequence[Message], images: Sequence[bytes], so
 def _parse_demonstration(text: str, source: str) -> Response:
     response = parse_response(text)
     if response is None:
-        raise ValueError(
+        raise UserError(
             f"{source}: the demonstration breaks the response grammar (caption, think, answer: each once, in this "
             f"order, none empty, nothing between them); correct or drop it. It begins {text[:80]!r}"
         )
@@ -277,21 +278,21 @@ def _parse_demonstration(text: str, source: str) -> Response:
 
 def _load_images(names: Any, path: Path, source: str) -> tuple[bytes, ...]:
     if not names:
-        raise ValueError(f"{source}: no image; PRISM trains on image questions, list at least one path")
+        raise UserError(f"{source}: no image; PRISM trains on image questions, list at least one path")
     images = []
     for name in names:
         file = path.parent / name
         if not file.is_file():
-            raise ValueError(f"{source}: image {file} does not exist; paths are relative to {path.name}'s folder")
+            raise UserError(f"{source}: image {file} does not exist; paths are relative to {path.name}'s folder")
         images.append(_verified(file.read_bytes(), f"{source}, image {name}"))
     return tuple(images)
 
 
 def _embedded_images(structs: Any, source: str) -> tuple[bytes, ...]:
     if not structs:
-        raise ValueError(f"{source}: no image; PRISM trains on image questions, embed at least one")
+        raise UserError(f"{source}: no image; PRISM trains on image questions, embed at least one")
     if any(not isinstance(item, dict) or not item.get("bytes") for item in structs):
-        raise ValueError(f"{source}: an image is a struct with its encoded file in 'bytes'; embed it there")
+        raise UserError(f"{source}: an image is a struct with its encoded file in 'bytes'; embed it there")
     return tuple(_verified(item["bytes"], f"{source}, image {i}") for i, item in enumerate(structs))
 
 
@@ -300,7 +301,7 @@ def _verified(encoded: bytes, source: str) -> bytes:
         with Image.open(io.BytesIO(encoded)) as image:
             image.verify()
     except (UnidentifiedImageError, OSError, SyntaxError) as fault:  # Pillow reports a broken PNG as SyntaxError
-        raise ValueError(f"{source}: not a readable image ({fault}); replace the file or drop the row") from fault
+        raise UserError(f"{source}: not a readable image ({fault}); replace the file or drop the row") from fault
     return encoded
 
 
@@ -309,7 +310,7 @@ def _require(row: Mapping[str, Any], keys: Sequence[str], source: str) -> Any:
     for key in keys:
         if row.get(key) is not None:
             return row[key]
-    raise ValueError(f"{source}: needs the key {' or '.join(map(repr, keys))}, has {sorted(row)}")
+    raise UserError(f"{source}: needs the key {' or '.join(map(repr, keys))}, has {sorted(row)}")
 
 
 def _store_image(folder: Path, encoded: bytes) -> str:
@@ -329,17 +330,17 @@ def _json_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     _check_exists(path)
     text = path.read_text(encoding="utf-8")
     if not text.strip():
-        raise ValueError(f"{path}: empty data set; check that the file was written to its end")
+        raise UserError(f"{path}: empty data set; check that the file was written to its end")
     if text.lstrip().startswith("["):
         rows = [(f"{path}, row {i}", row) for i, row in enumerate(_parse_json(text, str(path)))]
     else:
         lines = enumerate(text.splitlines(), start=1)
         rows = [(f"{path}, line {i}", _parse_json(line, f"{path}, line {i}")) for i, line in lines if line.strip()]
     if not rows:
-        raise ValueError(f"{path}: empty data set; check that the file was written to its end")
+        raise UserError(f"{path}: empty data set; check that the file was written to its end")
     for source, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{source}: a row is a JSON object, got {type(row).__name__}")
+            raise UserError(f"{source}: a row is a JSON object, got {type(row).__name__}")
         yield row, source
 
 
@@ -347,7 +348,7 @@ def _parse_json(text: str, source: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as fault:
-        raise ValueError(f"{source}: not JSON ({fault}); the file may be cut off, fetch or write it again") from fault
+        raise UserError(f"{source}: not JSON ({fault}); the file may be cut off, fetch or write it again") from fault
 
 
 def _read_parquet(
@@ -358,20 +359,20 @@ def _read_parquet(
 
 
 def _footer(path: Path, columns: Sequence[str]) -> pq.FileMetaData:
-    """What a parquet file says of itself. Raises ValueError where it is none, empty or without one of ``columns``."""
+    """What a parquet file says of itself. Raises UserError where it is none, empty or without one of ``columns``."""
     _check_exists(path)
     try:
         footer = pq.read_metadata(path)
     except pa.ArrowInvalid as fault:
-        raise ValueError(f"{path}: not a parquet file ({fault}); the file may be cut off, fetch it again") from fault
+        raise UserError(f"{path}: not a parquet file ({fault}); the file may be cut off, fetch it again") from fault
     names = footer.schema.to_arrow_schema().names
     if missing := [column for column in columns if column not in names]:
-        raise ValueError(f"{path}: column(s) {missing} missing, has {names}; this file needs {columns}")
+        raise UserError(f"{path}: column(s) {missing} missing, has {names}; this file needs {columns}")
     if footer.num_rows == 0:
-        raise ValueError(f"{path}: empty data set; check the filter that wrote it")
+        raise UserError(f"{path}: empty data set; check the filter that wrote it")
     return footer
 
 
 def _check_exists(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: no such data file; correct it, or write the built-in task with make tiny-data")
+        raise UserError(f"{path}: no such data file; correct it, or write the built-in task with make tiny-data")

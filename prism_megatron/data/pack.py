@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prism_megatron.data.positions import mrope_positions
+from prism_megatron.errors import UserError
 from prism_megatron.types import EncodedPrompt, InputSpec, PackedBatch, Visual
 
 
@@ -116,7 +117,7 @@ def pack_shared(sequences: Sequence[TrainingSequence], spec: InputSpec, padding:
     moved = torch.tensor([0 if before < 0 else ends[before] for before in prefix])
     positions = batch.position_ids + moved[batch.sequence_ids]
     if int(positions.max()) >= spec.max_positions:
-        raise ValueError(
+        raise UserError(
             f"a sequence of {int(positions.max()) + 1} positions does not fit the model's max_position_embeddings "
             f"({spec.max_positions}); shorten its text or its images"
         )
@@ -129,14 +130,14 @@ def split_by_tokens(
     """Indices of ``sequences`` in groups of at most ``max_tokens``, order kept.
 
     With ``share_prompts`` a prompt counts once for all of a group's branch, as :func:`pack_shared` lays it down.
-    Raises ValueError for a sequence longer than that on its own.
+    Raises UserError for a sequence longer than that on its own.
     """
     groups: list[list[int]] = []
     room = 0
     held: set[tuple[int, int | None]] = set()
     for index, sequence in enumerate(sequences):
         if len(sequence) > max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"a sequence of {len(sequence)} tokens does not fit max_tokens_per_microbatch ({max_tokens}); raise it"
             )
         prompt = _prompt_of(sequence)
@@ -194,10 +195,10 @@ class _Images:
 def _response_positions(prompt_positions: Tensor, response: Sequence[int], spec: InputSpec, extra: int) -> Tensor:
     """Positions of the text after a prompt and of ``extra`` padding, [3, R + extra]."""
     if not {spec.image_token_id, spec.video_token_id}.isdisjoint(response):
-        raise ValueError("a response contains an image or video token, which has no picture behind it; drop the row")
+        raise UserError("a response contains an image or video token, which has no picture behind it; drop the row")
     start = int(prompt_positions.max()) + 1 if prompt_positions.numel() else 0
     if start + len(response) > spec.max_positions:
-        raise ValueError(
+        raise UserError(
             f"a sequence of {start + len(response)} positions does not fit the model's max_position_embeddings "
             f"({spec.max_positions}); shorten its text or its images"
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from prism_megatron.errors import UserError
 from prism_megatron.types import InputSpec, Visual
 
 
@@ -15,7 +16,7 @@ def mrope_positions(token_ids: Sequence[int], visuals: Sequence[Visual], spec: I
 
     Text advances all three axes together. The tokens of an image, or of one frame of a video, share a time step and
     spread over height and width from the position where it starts; text goes on after its longer side. (Frames are told
-    apart by the timestamps written between them.) Raises ValueError when the visual tokens in the sequence are not
+    apart by the timestamps written between them.) Raises UserError when the visual tokens in the sequence are not
     those that ``visuals`` need, and when a position lies outside the model's table.
     """
     visual_tokens = (spec.image_token_id, spec.video_token_id)
@@ -33,17 +34,17 @@ def mrope_positions(token_ids: Sequence[int], visuals: Sequence[Visual], spec: I
             continue
         what, height, width, token = next(frames, ("", 0, 0, -1))
         if not what:
-            raise ValueError(f"sequence shows more images than the {len(visuals)} it came with")
+            raise UserError(f"sequence shows more images than the {len(visuals)} it came with")
         if any(found != token for found in token_ids[index : index + height * width]):
-            raise ValueError(f"{what} needs {height * width} visual tokens, the sequence has fewer")
+            raise UserError(f"{what} needs {height * width} visual tokens, the sequence has fewer")
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         pieces.append(torch.stack((torch.zeros_like(rows), rows, columns)).flatten(1) + start)
         start += max(height, width)
         index += height * width
     if left := next(frames, None):
-        raise ValueError(f"sequence came with {len(visuals)} images but does not show {left[0]}")
+        raise UserError(f"sequence came with {len(visuals)} images but does not show {left[0]}")
     if start > spec.max_positions:
-        raise ValueError(
+        raise UserError(
             f"a sequence of {start} positions does not fit the model's max_position_embeddings "
             f"({spec.max_positions}); shorten its text or its images"
         )
@@ -56,7 +57,7 @@ def _frames(visuals: Sequence[Visual], spec: InputSpec) -> Iterator[tuple[str, i
     for number, visual in enumerate(visuals):
         time, height, width = visual.grid
         if height % merge or width % merge or not time * height * width:
-            raise ValueError(
+            raise UserError(
                 f"image {number} is {time} x {height} x {width} patches; height and width must be multiples of the "
                 f"merge size ({merge}): resize it"
             )

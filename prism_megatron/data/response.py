@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from prism_megatron.errors import UserError
+
 SYSTEM_PROMPT = """\
 You are a helpful scientific assistant.
 Answer the user's question based on the image provided.
@@ -92,10 +94,10 @@ def render_response(caption: str, think: str, answer: str) -> str:
     """Write a response in the canonical layout: one block after the other, a line break between them.
 
     Raises:
-        ValueError: a block is empty or contains a tag, so that the text could not be parsed back.
+        UserError: a block is empty or contains a tag, so that the text could not be parsed back.
     """
     response = Response(caption, think, answer)
     text = f"{response.caption_block}\n{response.reasoning_block}"
     if parse_response(text) != response:
-        raise ValueError(f"caption, think and answer must be non-empty and free of {' '.join(TAGS)}; got {response!r}")
+        raise UserError(f"caption, think and answer must be non-empty and free of {' '.join(TAGS)}; got {response!r}")
     return text

@@ -40,6 +40,7 @@ from prism_megatron.data.shapes_text import (
     solve,
     step_correct,
 )
+from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.types import Example, Message
 
@@ -83,10 +84,10 @@ class ShapesConfig:
     def __post_init__(self) -> None:
         for name in ("sft_rows", "alignment_rows", "rlvr_rows", "heldout_rows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: every file needs at least one row")
+                raise UserError(f"{name}={getattr(self, name)}: every file needs at least one row")
         cells = len(ROWS) * len(COLUMNS)
         if not 1 <= self.min_objects <= self.max_objects <= cells:
-            raise ValueError(
+            raise UserError(
                 f"min_objects={self.min_objects}, max_objects={self.max_objects}: the grid has {cells} cells, "
                 f"choose 1 <= min_objects <= max_objects <= {cells}"
             )
@@ -95,7 +96,7 @@ class ShapesConfig:
         rates |= {f"glance_rates[{i}]": rate for i, rate in enumerate(self.glance_rates)}
         for name, rate in rates.items():
             if not 0 <= rate <= 1:
-                raise ValueError(f"{name}={rate}: a rate lies between 0 and 1")
+                raise UserError(f"{name}={rate}: a rate lies between 0 and 1")
 
 
 def write_shapes_data(out_dir: str | Path, config: ShapesConfig) -> None:

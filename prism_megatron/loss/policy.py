@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prism_megatron.errors import UserError
 from prism_megatron.loss.reduce import sequence_sums
 
 
@@ -30,17 +31,17 @@ class PolicyLossConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in ("grpo", "dapo", "gspo"):
-            raise ValueError(f"policy loss must be grpo, dapo or gspo, got {self.kind!r}")
+            raise UserError(f"policy loss must be grpo, dapo or gspo, got {self.kind!r}")
         if not 0 <= self.clip_low < 1 or self.clip_high < 0:
-            raise ValueError(f"clip_low must be in [0, 1) and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
+            raise UserError(f"clip_low must be in [0, 1) and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
         if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
+            raise UserError(f"dual_clip must be above 1, got {self.dual_clip}")
         if self.kl_coeff < 0:
-            raise ValueError(f"kl_coeff must not be negative, got {self.kl_coeff}")
+            raise UserError(f"kl_coeff must not be negative, got {self.kl_coeff}")
         if self.kl_estimator not in ("k1", "k2", "k3"):
-            raise ValueError(f"kl_estimator must be k1, k2 or k3, got {self.kl_estimator!r}")
+            raise UserError(f"kl_estimator must be k1, k2 or k3, got {self.kl_estimator!r}")
         if self.importance_cap is not None and self.importance_cap < 1:
-            raise ValueError(f"importance_cap must be at least 1, got {self.importance_cap}")
+            raise UserError(f"importance_cap must be at least 1, got {self.importance_cap}")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prism_megatron.errors import UserError
+
 Aggregation = Literal["token_mean", "sequence_mean", "reference"]
 
 
@@ -52,7 +54,7 @@ def token_weights(
         return mask / lengths[sequence_ids].clamp(min=1.0) / max(total_sequences, 1.0)
     if aggregation == "reference":
         return mask / mask.sum().clamp(min=1.0) * (lengths > 0).sum() / max(total_sequences, 1.0)
-    raise ValueError(f"aggregation must be token_mean, sequence_mean or reference, got {aggregation!r}")
+    raise UserError(f"aggregation must be token_mean, sequence_mean or reference, got {aggregation!r}")
 
 
 def require_finite(what: str, values: Tensor, owners: Sequence[str]) -> None:

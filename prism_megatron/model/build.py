@@ -15,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from prism_megatron.config import DiscriminatorConfig, ModelConfig, ParallelConfig
+from prism_megatron.errors import UserError
 from prism_megatron.model.discriminator import Discriminator
 from prism_megatron.model.fp8 import megatron_settings
 from prism_megatron.model.qwen3_vl import ChunkPlace, Qwen3VL, TextSizes
@@ -60,17 +61,17 @@ class HFSizes:
 
 
 def read_sizes(checkpoint_dir: Path) -> HFSizes:
-    """Read ``config.json``. Raises ValueError if the directory is not a Qwen3-VL checkpoint."""
+    """Read ``config.json``. Raises UserError if the directory is not a Qwen3-VL checkpoint."""
     path = checkpoint_dir / "config.json"
     if not path.is_file():
-        raise ValueError(f"{checkpoint_dir} has no config.json; give the directory of an HF Qwen3-VL checkpoint")
+        raise UserError(f"{checkpoint_dir} has no config.json; give the directory of an HF Qwen3-VL checkpoint")
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
     kind = config.get("model_type", "")
     if kind not in ("qwen3_vl", "qwen3_vl_moe"):
-        raise ValueError(f"{path} has model_type {kind!r}; this trainer needs qwen3_vl or qwen3_vl_moe")
+        raise UserError(f"{path} has model_type {kind!r}; this trainer needs qwen3_vl or qwen3_vl_moe")
     text, vision = config["text_config"], config["vision_config"]
     tie = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     return HFSizes(text, vision, bool(tie))
@@ -122,19 +123,19 @@ def _places(parallel: ParallelConfig) -> list[ChunkPlace]:
 
 
 def check_discriminator(discriminator: DiscriminatorConfig, sizes: HFSizes) -> None:
-    """Raises ValueError for an expert layout that cannot be built."""
+    """Raises UserError for an expert layout that cannot be built."""
     experts, topk = discriminator.num_experts, discriminator.topk
     if sizes.num_experts is not None and sizes.num_experts != experts:
-        raise ValueError(
+        raise UserError(
             f"discriminator.hf_checkpoint has {sizes.num_experts} experts but discriminator.num_experts is {experts}"
         )
     if discriminator.experts not in ("dedicated", "shared"):
-        raise ValueError(f"discriminator.experts must be dedicated or shared, got {discriminator.experts!r}")
+        raise UserError(f"discriminator.experts must be dedicated or shared, got {discriminator.experts!r}")
     pool = experts // 2 if discriminator.experts == "dedicated" else experts
     if discriminator.experts == "dedicated" and experts % 2:
-        raise ValueError(f"discriminator.num_experts ({experts}) must be even for dedicated experts")
+        raise UserError(f"discriminator.num_experts ({experts}) must be even for dedicated experts")
     if topk > pool:
-        raise ValueError(
+        raise UserError(
             f"discriminator.topk ({topk}) is more than the {pool} experts a token may use; "
             "raise discriminator.num_experts"
         )
@@ -205,7 +206,7 @@ def vision_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) 
 
 def _common(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     if model.precision not in _PRECISIONS:
-        raise ValueError(f"model.precision must be one of {', '.join(_PRECISIONS)}, got {model.precision!r}")
+        raise UserError(f"model.precision must be one of {', '.join(_PRECISIONS)}, got {model.precision!r}")
     dtype = _PRECISIONS[model.precision]
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -248,7 +249,7 @@ def _vision_sizes(sizes: HFSizes) -> VisionSizes:
 def _place(model: Any, freeze: Iterable[str]) -> Any:
     for part in freeze:
         if part not in _FREEZABLE:
-            raise ValueError(f"freeze names {part!r}; it may hold {', '.join(_FREEZABLE)}")
+            raise UserError(f"freeze names {part!r}; it may hold {', '.join(_FREEZABLE)}")
         for name, parameter in model.named_parameters():
             if name.startswith(_FREEZABLE[part]):
                 parameter.requires_grad_(False)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prism_megatron.config import ModelConfig, ParallelConfig
+from prism_megatron.errors import UserError
 
 if TYPE_CHECKING:  # it imports megatron, which hardware is checked before
     from prism_megatron.model.build import HFSizes
@@ -27,24 +28,24 @@ _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mx
 
 
 def check_hardware(model: ModelConfig) -> None:
-    """Refuse FP8 where it cannot run, and a GPU without its blocks, before anything is read. Raises ValueError."""
+    """Refuse FP8 where it cannot run, and a GPU without its blocks, before anything is read. Raises UserError."""
     on_gpu = torch.cuda.is_available()
     if on_gpu and importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError("on a GPU layers are made of Transformer Engine, which is not installed; run make setup-gpu")
+        raise UserError("on a GPU layers are made of Transformer Engine, which is not installed; run make setup-gpu")
     if model.precision != "fp8":
         return
     if not on_gpu:
-        raise ValueError("model.precision fp8 needs Transformer Engine on a GPU; use bf16 or fp32")
+        raise UserError("model.precision fp8 needs Transformer Engine on a GPU; use bf16 or fp32")
     needed, found = _CAPABILITY[model.fp8.recipe], torch.cuda.get_device_capability()
     if found < needed:
-        raise ValueError(
+        raise UserError(
             f"model.fp8.recipe {model.fp8.recipe} needs compute capability {needed[0]}.{needed[1]}, this GPU has "
             f"{found[0]}.{found[1]}; use model.fp8.recipe=tensorwise (8.9) or model.precision=bf16"
         )
 
 
 def check_sizes(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, upcycled: bool = False) -> None:
-    """Refuse a decoder whose FP8 layers do not divide on each rank. Raises ValueError naming layer, size and remedy.
+    """Refuse a decoder whose FP8 layers do not divide on each rank. Raises UserError naming layer, size and remedy.
 
     ``upcycled`` is for a dense model that becomes the discriminator: its experts are as wide as its MLP.
     """
@@ -66,14 +67,14 @@ def check_sizes(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, up
         layers.append(("linear_fc2's input", text["intermediate_size"], tp))
     for name, size, degree in layers:
         if size % (degree * multiple):
-            raise ValueError(
+            raise UserError(
                 f"{name} ({size}, over {degree} tensor-parallel ranks) must be a multiple of {multiple} on each for "
                 f"FP8 ({model.fp8.recipe}); lower the degree or use model.precision=bf16"
             )
     kept, per_stage = model.fp8, text["num_hidden_layers"] // parallel.pipeline_model_parallel_size
     for name, count in (("first", kept.first_layers_bf16), ("last", kept.last_layers_bf16)):
         if count > per_stage:
-            raise ValueError(
+            raise UserError(
                 f"model.fp8.{name}_layers_bf16 ({count}) must be at most the {per_stage} layers of a pipeline stage"
             )
 

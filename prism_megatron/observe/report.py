@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prism_megatron.config import FINISHED
+from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.logger import METRICS, ROLLOUTS
@@ -60,11 +61,11 @@ CHARTS = (
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` of a run, finished or not, and return its path.
 
-    Raises ValueError if ``run_dir`` holds no stage that has logged anything.
+    Raises UserError if ``run_dir`` holds no stage that has logged anything.
     """
     stages = [_stage(run_dir / name, name) for name in STAGES if (run_dir / name / METRICS).is_file()]
     if not stages:
-        raise ValueError(f"{run_dir} holds no stage with a {METRICS}; give a run, for example runs/quickstart")
+        raise UserError(f"{run_dir} holds no stage with a {METRICS}; give a run, for example runs/quickstart")
     results_file = run_dir / "results.json"
     results = json.loads(results_file.read_text()) if results_file.is_file() else []
     environment = Environment(

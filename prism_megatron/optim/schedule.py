@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from prism_megatron.config import OptimizerConfig
+from prism_megatron.errors import UserError
 
 
 def learning_rate(config: OptimizerConfig, iteration: int, train_iters: int) -> float:
@@ -20,5 +21,5 @@ def learning_rate(config: OptimizerConfig, iteration: int, train_iters: int) -> 
     elif config.decay_style == "linear":
         remaining = 1 - progress
     else:
-        raise ValueError(f"optimizer.decay_style must be constant, cosine or linear, got {config.decay_style!r}")
+        raise UserError(f"optimizer.decay_style must be constant, cosine or linear, got {config.decay_style!r}")
     return config.min_lr + (config.lr - config.min_lr) * remaining

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks
 from prism_megatron.rollout.engine import (
@@ -208,7 +209,7 @@ class _Processes:
             return
         ranks, first = self._config.tensor_parallel_size, self._first
         if torch.cuda.is_available() and first + ranks > torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"rollout.tensor_model_parallel_size ({ranks}) with rollout.transport ({self._config.transport}) needs "
                 f"GPUs {first} to {first + ranks - 1} of one host, which has {torch.cuda.device_count()}; use a "
                 "divisor of the size, or a transport that shares the GPUs of the ranks"

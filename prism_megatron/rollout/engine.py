@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prism_megatron.convert.manifest import is_converted
 from prism_megatron.data.chat import decode_image
+from prism_megatron.errors import UserError
 from prism_megatron.parallel.collectives import gather_over_ranks
 from prism_megatron.rollout.progress import progress_bar
 from prism_megatron.rollout.weight_sync import WeightSync
@@ -117,7 +118,7 @@ class RolloutEngine:
         whatever was masked for sampling: what the trainer computes. The same requests with the same seeds give the same
         responses.
 
-        Raises ValueError for a prompt that does not fit, NoWeights, and TimeoutError.
+        Raises UserError for a prompt that does not fit, NoWeights, and TimeoutError.
         """
         from vllm import SamplingParams
 
@@ -127,12 +128,12 @@ class RolloutEngine:
         prompts, parameters = [], []
         for request in requests:
             if len(request.prompt_token_ids) + sampling.max_tokens > self._config.max_model_len:
-                raise ValueError(
+                raise UserError(
                     f"a prompt of {len(request.prompt_token_ids)} tokens and {sampling.max_tokens} response tokens do "
                     f"not fit max_model_len ({self._config.max_model_len}); raise rollout.max_model_len"
                 )
             if len(request.images) > self._config.images_per_prompt:
-                raise ValueError(
+                raise UserError(
                     f"a prompt has {len(request.images)} images, rollout.images_per_prompt is "
                     f"{self._config.images_per_prompt}; raise it"
                 )
@@ -175,7 +176,7 @@ class RolloutEngine:
     def update_weights(self, named: Iterable[tuple[str, Tensor]], sync: WeightSync) -> None:
         """Replace all weights by ``named`` (HF names, full tensors) and forget everything computed with the old ones.
 
-        Collective over all ranks. Raises ValueError if ``named`` is not what the manifest of ``sync`` says or, with
+        Collective over all ranks. Raises UserError if ``named`` is not what the manifest of ``sync`` says or, with
         checksums, not the same on all ranks; the engine then refuses to generate until a complete update.
         """
         self._has_weights = False
@@ -334,22 +335,22 @@ def _process_state_kept() -> Iterator[None]:
 
 
 def check_engine(checkpoint: Path, config: EngineConfig) -> None:
-    """Refuse a checkpoint that is none, or an engine that it cannot be cut for. Raises ValueError."""
+    """Refuse a checkpoint that is none, or an engine that it cannot be cut for. Raises UserError."""
     path = checkpoint / "config.json"
     if not path.is_file():
-        raise ValueError(f"{checkpoint} has no config.json; give the directory of an HF checkpoint")
+        raise UserError(f"{checkpoint} has no config.json; give the directory of an HF checkpoint")
     written = json.loads(path.read_text())
     ranks = config.tensor_parallel_size
     for part, names in _CUT_BY_ENGINE.items():
         for name in names:
             size = written[part].get(name, 0)  # a dense model has no experts
             if size % ranks:
-                raise ValueError(
+                raise UserError(
                     f"{name} ({size}) of {part} must be divisible by rollout.tensor_model_parallel_size ({ranks})"
                 )
     groups = written["text_config"]["num_key_value_heads"]
     if groups % ranks and ranks % groups:
-        raise ValueError(
+        raise UserError(
             f"num_key_value_heads ({groups}) must be a multiple of rollout.tensor_model_parallel_size ({ranks}) or "
             "divide it, so that a rank has whole heads, or one that others have too"
         )

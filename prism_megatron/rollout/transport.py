@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import Store
 
+from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 
 _TIMEOUT = timedelta(minutes=5)  # for a half to arrive where all wait for it, and for a group to form
@@ -179,9 +180,9 @@ class CudaIpc(Transport):
 
 
 def check_transport(kind: str) -> None:
-    """Refuse what this machine does not have. Raises ValueError."""
+    """Refuse what this machine does not have. Raises UserError."""
     if kind == "cuda_ipc" and not torch.cuda.is_available():
-        raise ValueError("rollout.transport=cuda_ipc needs CUDA, which is not available; use shared_memory or auto")
+        raise UserError("rollout.transport=cuda_ipc needs CUDA, which is not available; use shared_memory or auto")
 
 
 def create_transport(kind: str, size: int) -> Transport:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prism_megatron.errors import UserError
+
 type Manifest = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by HF name
 
 
@@ -29,7 +31,7 @@ class WeightSync:
     def checked(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Pass tensors through.
 
-        Raises ValueError at one that is unknown, repeated or of another shape or dtype, and at the end if some are
+        Raises UserError at one that is unknown, repeated or of another shape or dtype, and at the end if some are
         missing.
         """
         seen: set[str] = set()
@@ -40,18 +42,18 @@ class WeightSync:
                 self.checksums[name] = checksum(tensor)
             yield name, tensor
         if missing := [name for name in self.manifest if name not in seen]:
-            raise ValueError(
+            raise UserError(
                 f"weight update {self.version}: {len(missing)} parameters did not arrive, first {missing[0]}"
             )
 
     def _check(self, name: str, tensor: Tensor, seen: set[str]) -> None:
         if name not in self.manifest:
-            raise ValueError(f"weight update {self.version}: the engine has no parameter {name}")
+            raise UserError(f"weight update {self.version}: the engine has no parameter {name}")
         if name in seen:
-            raise ValueError(f"weight update {self.version}: {name} arrived twice")
+            raise UserError(f"weight update {self.version}: {name} arrived twice")
         shape, dtype = self.manifest[name]
         if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
-            raise ValueError(
+            raise UserError(
                 f"weight update {self.version}: {name} arrived as {tensor.dtype} {tuple(tensor.shape)}, not {dtype} "
                 f"{shape}"
             )
@@ -61,12 +63,12 @@ class WeightSync:
         return {self.holder.format(number): checksums for number, checksums in enumerate(everybody)}
 
     def check_agreement(self, everybody: Mapping[str, Mapping[str, int]]) -> None:
-        """Raises ValueError naming the first parameter that ``everybody``, checksums by holder, did not get alike."""
+        """Raises UserError naming the first parameter that ``everybody``, checksums by holder, did not get alike."""
         first, *others = everybody
         for name in self.manifest:
             for other in others:
                 if everybody[other][name] != everybody[first][name]:
-                    raise ValueError(
+                    raise UserError(
                         f"weight update {self.version}: {name} is not the same on {first} and {other}; a parameter "
                         "that ranks share has drifted apart, or a bucket was corrupted on its way"
                     )

@@ -46,7 +46,7 @@ from prism_megatron.types import PERCEPTION, REASONING
 def run_align(config: AlignConfig) -> None:
     """Play the game on the prompts of ``data``; leaves checkpoints, ``hf/`` (the policy) and ``results.json``.
 
-    Raises ValueError for what it refuses, Preempted when it was told to stop and has saved.
+    Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
     """
     rows = read_alignment(Path(config.data))
     run = config.run

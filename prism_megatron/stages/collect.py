@@ -17,6 +17,7 @@ from prism_megatron.convert.manifest import is_converted
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_rlvr, write_pairs, write_prompts
 from prism_megatron.data.loader import rank_share
+from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.rollout.child import Engine
@@ -31,12 +32,12 @@ _CHUNK = 64  # prompts per engine call, so that progress is seen
 def run_collect(config: CollectConfig) -> None:
     """Sample the policy; leaves ``warmup_pairs.jsonl`` and ``rlvr.parquet`` in the stage's folder.
 
-    Raises ValueError for what it refuses.
+    Raises UserError for what it refuses.
     """
     demonstrations = read_alignment(Path(config.alignment_data))
     candidates = read_rlvr(Path(config.candidates))[: config.num_candidates or None]
     if is_converted(Path(config.model.hf_checkpoint)):
-        raise ValueError(
+        raise UserError(
             f"model.hf_checkpoint {config.model.hf_checkpoint} is converted for Megatron; collecting needs the HF "
             "directory (tools/convert.py megatron-to-hf makes one)"
         )
@@ -49,11 +50,11 @@ def run_collect(config: CollectConfig) -> None:
         rates = _pass_rates(_sample(engine, processor, candidates, config, "pass rates"))
         kept = [row for row in candidates if config.band_low <= rates[row.id] <= config.band_high]
         if not pairs:
-            raise ValueError(
+            raise UserError(
                 "no student response was in the grammar, so there is no pair to warm up on; train SFT longer"
             )
         if not kept:
-            raise ValueError(
+            raise UserError(
                 f"no candidate has a pass rate in [{config.band_low}, {config.band_high}]; widen band_low or band_high"
             )
         if groups.is_main_rank():

@@ -13,6 +13,7 @@ from prism_megatron.config import MIN_BRANCH_TOKENS, AlignConfig, StageConfig, W
 from prism_megatron.data.branches import BranchSequences, cut_alike
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence, split_by_tokens
+from prism_megatron.errors import UserError
 from prism_megatron.loss.discriminator import (
     bradley_terry_loss,
     gradient_penalty,
@@ -97,12 +98,12 @@ def branch_pairs(
     """A perception and a reasoning pair that fit a micro-batch.
 
     Where a side has more than ``discriminator.max_branch_tokens``, or than its prompt leaves room for beside the other,
-    both are cut. Raises ValueError naming the sample whose prompt leaves none.
+    both are cut. Raises UserError naming the sample whose prompt leaves none.
     """
     prompt = len(teacher[0].prompt.token_ids)
     limit = config.max_tokens_per_microbatch // sequences_per_pair(config) - prompt
     if limit < MIN_BRANCH_TOKENS:
-        raise ValueError(
+        raise UserError(
             f"{owner}: a prompt of {prompt} tokens leaves no room for a demonstration beside a response in "
             f"max_tokens_per_microbatch ({config.max_tokens_per_microbatch}); raise it, or drop the row"
         )
@@ -332,7 +333,7 @@ def group_pairs(pairs: Sequence[Pair], max_tokens: int, teachers_count: int) -> 
             held.clear()
             tokens, new = 0, tokens_of(pair)
             if new > max_tokens:
-                raise ValueError(
+                raise UserError(
                     f"a pair of {new} tokens does not fit max_tokens_per_microbatch ({max_tokens}); raise it"
                 )
         grouped[-1].append(pair)

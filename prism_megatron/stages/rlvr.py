@@ -15,6 +15,7 @@ from prism_megatron.config import RLVRConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
 from prism_megatron.data.loader import batch_indices, further_indices, rank_share
+from prism_megatron.errors import UserError
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups as ranks
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
@@ -33,7 +34,7 @@ Group = tuple[str, list[dict[str, Any]]]  # a row's id and its rollouts, as plai
 def run_rlvr(config: RLVRConfig) -> None:
     """Train on verified answers to the prompts of ``data``; leaves checkpoints, ``hf/`` and ``results.json``.
 
-    Raises ValueError for what it refuses, Preempted when it was told to stop and has saved.
+    Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
     """
     rows = read_rlvr(Path(config.data))
     run = config.run
@@ -124,7 +125,7 @@ def sample_groups(
             return Sampled(samples, generated, [])
         kept += gather_over_data_parallel(_informative(samples, config))
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"of {tried} prompts none has responses with different rewards; choose prompts that the policy solves "
             "sometimes (the collect stage does), raise rollout.samples_per_prompt, or max_sampling_rounds"
         )

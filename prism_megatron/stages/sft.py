@@ -26,7 +26,7 @@ from prism_megatron.types import Example
 def run_sft(config: SFTConfig) -> None:
     """Train on ``data``; leaves checkpoints, ``hf/`` and ``results.json`` in the stage's folder.
 
-    Raises ValueError for what it refuses, Preempted when it was told to stop and has saved.
+    Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
     """
     rows = read_sft(Path(config.data))
     run = config.run

@@ -19,7 +19,7 @@ OBJECTIVE = DiscriminatorObjective(branch_weights=(0.5, 0.5))
 def run_warmup(config: WarmupConfig) -> None:
     """Train the discriminator on the pairs of ``data``; leaves checkpoints and ``hf/`` in the stage's folder.
 
-    Raises ValueError for what it refuses, Preempted when it was told to stop and has saved.
+    Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
     """
     rows = read_pairs(Path(config.data))
     run = config.run
