@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prism_megatron.config import ParallelConfig, StageConfig
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 
 _VISUAL_FRACTION = 0.5
 _LOGITS_CHUNK = 1 << 25  # logits that exist at a time, in float32 (model/logprobs.py)

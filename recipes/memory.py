@@ -40,9 +40,9 @@ from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import export_bytes
 from prism_megatron.errors import UserError
-from prism_megatron.model.build import HFSizes, read_sizes
 from prism_megatron.model.fp8 import check_sizes
-from prism_megatron.parallel.groups import check_degrees
+from prism_megatron.model.sizes import HFSizes, read_sizes
+from prism_megatron.parallel.degrees import check_degrees
 from recipes.activations import Load, activation_bytes, full_load
 
 GPU_BYTES = 80e9

@@ -18,7 +18,7 @@ from pathlib import Path
 from prism_megatron.config import StageConfig
 from prism_megatron.convert.qwen3_vl import policy_table
 from prism_megatron.errors import UserError
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import TrainingFlops, Workload, training_flops
 from recipes.activations import layer_elements, vision_layer_elements
 from recipes.memory import Memory, decoder_layers

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from prism_megatron.convert.manifest import JOURNAL, fsync  # noqa: E402
 from prism_megatron.convert.qwen3_vl import policy_table  # noqa: E402
 from prism_megatron.convert.safetensors_writer import ShardWriter  # noqa: E402
-from prism_megatron.model.build import read_sizes  # noqa: E402
+from prism_megatron.model.sizes import read_sizes  # noqa: E402
 
 _CONVERTER = Path(__file__).resolve().with_name("convert.py")
 # Qwen3-VL-2B but for its depth, which makes the size.

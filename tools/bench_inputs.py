@@ -16,7 +16,7 @@ from prism_megatron.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConf
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from prism_megatron.errors import UserError
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 from prism_megatron.types import EncodedPrompt, Example, InputSpec, Message, Visual
 from recipes import STAGE_RECIPES, stage_recipe
 from recipes.memory import PUBLISHED
@@ -92,13 +92,14 @@ def make_model(settings: Settings, folder: Path, batches: int) -> TrainingConfig
     """
     from prism_megatron.model.fp8 import check_hardware
     from prism_megatron.parallel import groups
+    from prism_megatron.parallel.degrees import check_degrees
 
     config = read_config(settings, folder)
     models = _models(settings, config)
     experts = config.discriminator.num_experts if isinstance(config, WarmupConfig | AlignConfig) else None
     for size in models.values():
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        groups.check_degrees(config.parallel, world_size, model_sizes(size).degrees(experts))
+        check_degrees(config.parallel, world_size, model_sizes(size).degrees(experts))
     check_hardware(config.model)
     groups.initialize(config.parallel, seed=1)
     shared = [str(folder)]

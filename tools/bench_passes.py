@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from prism_megatron.config import AlignConfig, PolicyGradientConfig, StageConfig, WarmupConfig
 from prism_megatron.convert.upcycle import upcycled_config
 from prism_megatron.data.pack import TrainingSequence
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import TrainingFlops, Workload, forward_flops, training_flops
 from prism_megatron.stages.discriminator import Pair
 from prism_megatron.stages.microbatch import workload

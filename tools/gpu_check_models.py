@@ -16,7 +16,7 @@ from prism_megatron.config import FP8Config, ModelConfig, OptimizerConfig, SFTCo
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.errors import UserError
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 from prism_megatron.stages.setup import Trained
 from recipes.activations import Load
 from recipes.memory import estimate, published_sizes
@@ -143,7 +143,8 @@ def full_size(scale: Scale) -> Path:
 def random_policy(config: SFTConfig) -> Trained:
     """As ``load_policy``, with weights drawn in place: 4B's would take minutes to write and to read."""
     from prism_megatron.convert.qwen3_vl import policy_table
-    from prism_megatron.model.build import build_policy, read_sizes, wrap_for_training
+    from prism_megatron.model.build import build_policy, wrap_for_training
+    from prism_megatron.model.sizes import read_sizes
     from prism_megatron.optim.optimizer import build_optimizer
 
     source = Path(config.model.hf_checkpoint)

@@ -41,7 +41,8 @@ def round_trip(kind: str, scale: Scale) -> dict[str, Any]:
     from prism_megatron.convert.torch_dist import whole_shapes
     from prism_megatron.convert.transfer import InMemory, TensorSource, export_weights, load_weights, named_parameters
     from prism_megatron.convert.upcycle import UpcycledWeights
-    from prism_megatron.model.build import build_discriminator, build_policy, read_sizes
+    from prism_megatron.model.build import build_discriminator, build_policy
+    from prism_megatron.model.sizes import read_sizes
 
     base = make_tiny_model(scale.folder / kind, seed=1, moe=kind == "experts")
     sizes, model = read_sizes(base), ModelConfig(str(base), scale.precision)

@@ -86,7 +86,7 @@ def timed(step: Step, checkpoint: Path, processor: ChatProcessor, scale: Scale, 
 
     HFU is of what our step does twice, its decoder layers and logits.
     """
-    from prism_megatron.model.build import read_sizes
+    from prism_megatron.model.sizes import read_sizes
     from prism_megatron.stages.microbatch import workload
 
     steps, warmup, rows = (2, 1, 2) if scale.dry else (10, 3, models.ROWS)

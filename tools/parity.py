@@ -162,7 +162,8 @@ def our_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputSpec
     from prism_megatron.convert.hf_io import HFWeights
     from prism_megatron.convert.qwen3_vl import policy_table
     from prism_megatron.convert.transfer import export_weights, load_weights
-    from prism_megatron.model.build import build_policy, read_sizes, wrap_for_training
+    from prism_megatron.model.build import build_policy, wrap_for_training
+    from prism_megatron.model.sizes import read_sizes
     from prism_megatron.optim.optimizer import build_optimizer
     from prism_megatron.optim.step import Stats, evaluate_step, train_step
     from prism_megatron.parallel.collectives import (
@@ -431,10 +432,11 @@ def main() -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Compare, print, dump; the exit status."""
-    from prism_megatron.parallel import cpu, groups
+    from prism_megatron.parallel import cpu
+    from prism_megatron.parallel.degrees import check_degrees
 
     cpu.install()
-    from prism_megatron.model.build import read_sizes
+    from prism_megatron.model.sizes import read_sizes
 
     parallel = ParallelConfig(
         tensor_model_parallel_size=arguments.tp,
@@ -447,7 +449,7 @@ def report(arguments: argparse.Namespace) -> int:
     )
     ranks = arguments.tp * arguments.pp * arguments.cp * arguments.dp
     sizes = read_sizes(arguments.hf)
-    groups.check_degrees(parallel, ranks, sizes.degrees())
+    check_degrees(parallel, ranks, sizes.degrees())
     rows = encode_rows(arguments.hf, read_chats(arguments.inputs) if arguments.inputs else default_chats())
     case = Case(
         ranks,

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prism_megatron.config import ParallelConfig, SFTConfig, StageConfig, apply_overrides
 from prism_megatron.errors import UserError
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import Workload, training_flops
 from recipes import qwen3_vl
 from recipes.layouts import SIZES

@@ -14,7 +14,7 @@ import torch
 from prism_megatron.config import ParallelConfig, SFTConfig
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from prism_megatron.errors import UserError
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import Workload
 from recipes.memory import Memory, estimate
 from recipes.step_time import Costs, Rows, StepTime, predict

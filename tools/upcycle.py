@@ -34,7 +34,7 @@ from prism_megatron.convert.qwen3_vl import discriminator_table  # noqa: E402
 from prism_megatron.convert.rules import SCORE_HEAD  # noqa: E402
 from prism_megatron.convert.transfer import TensorSource, check_source  # noqa: E402
 from prism_megatron.convert.upcycle import NOISES, UpcycledWeights, WithScoreHead, upcycled_config  # noqa: E402
-from prism_megatron.model.build import HFSizes, check_discriminator, read_sizes  # noqa: E402
+from prism_megatron.model.sizes import HFSizes, check_discriminator, read_sizes  # noqa: E402
 
 _TEXT = """A lighthouse is a tower with a bright light at the top, built to guide ships at night and in fog. Its keeper
 used to climb the stairs every evening to light the lamp; today most of them are automatic and nobody lives there."""

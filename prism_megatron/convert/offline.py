@@ -40,7 +40,7 @@ from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, ShardWriter
 from prism_megatron.convert.torch_dist import TorchDistReader, TorchDistWriter, place, whole_shapes
 from prism_megatron.convert.transfer import check_source
 from prism_megatron.errors import UserError
-from prism_megatron.model.build import HFSizes, read_sizes
+from prism_megatron.model.sizes import HFSizes, read_sizes
 
 PARTS = ("policy", "discriminator")  # what a training checkpoint holds, and the prefix of its keys
 _INPUTS = "inputs.json"  # what an unfinished directory is made from

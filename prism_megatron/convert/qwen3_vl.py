@@ -25,7 +25,7 @@ from prism_megatron.convert.rules import (
     headwise_qkv,
 )
 from prism_megatron.errors import UserError
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 
 
 def policy_table(sizes: HFSizes) -> list[Rule]:

@@ -14,7 +14,7 @@ from prism_megatron.config import DiscriminatorConfig
 from prism_megatron.convert.rules import SCORE_HEAD, Sliceable
 from prism_megatron.convert.transfer import TensorSource
 from prism_megatron.errors import UserError
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 
 _ROUTER_STD = 0.02  # spec 3.2
 _HEAD_STD = 0.02  # spec 3.1

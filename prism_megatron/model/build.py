@@ -1,11 +1,8 @@
-"""From an HF ``config.json`` to a Megatron model on this rank. Sizes are read, never listed."""
+"""From the sizes of an HF ``config.json`` to a Megatron model on this rank."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +16,8 @@ from prism_megatron.errors import UserError
 from prism_megatron.model.discriminator import Discriminator
 from prism_megatron.model.fp8 import megatron_settings
 from prism_megatron.model.qwen3_vl import ChunkPlace, Qwen3VL, TextSizes
+from prism_megatron.model.sizes import HFSizes, check_discriminator
 from prism_megatron.model.vision import VisionSizes
-from prism_megatron.parallel.groups import ModelDegrees
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 _MOE = {
@@ -32,49 +29,6 @@ _FREEZABLE = {
     "merger": ("vision.merger.", "vision.deepstack_mergers."),
     "language_model": ("embedding.", "decoder.", "output_layer."),
 }
-
-
-@dataclass(frozen=True)
-class HFSizes:
-    """The two halves of an HF Qwen3-VL ``config.json``."""
-
-    text: dict[str, Any]
-    vision: dict[str, Any]
-    tie_embeddings: bool
-
-    @property
-    def num_experts(self) -> int | None:
-        # transformers 5 writes the second name.
-        return self.text.get("num_experts", self.text.get("num_local_experts"))
-
-    def degrees(self, num_moe_experts: int | None = None) -> ModelDegrees:
-        return ModelDegrees(
-            num_layers=self.text["num_hidden_layers"],
-            num_attention_heads=self.text["num_attention_heads"],
-            num_query_groups=self.text["num_key_value_heads"],
-            vision_heads=self.vision["num_heads"],
-            vocab_size=self.text["vocab_size"],
-            num_moe_experts=num_moe_experts or self.num_experts,
-            # A dense model that is about to be upcycled has experts of its own width.
-            moe_ffn_hidden_size=self.text.get("moe_intermediate_size", self.text["intermediate_size"]),
-        )
-
-
-def read_sizes(checkpoint_dir: Path) -> HFSizes:
-    """Read ``config.json``. Raises UserError if the directory is not a Qwen3-VL checkpoint."""
-    path = checkpoint_dir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{checkpoint_dir} has no config.json; give the directory of an HF Qwen3-VL checkpoint")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
-    kind = config.get("model_type", "")
-    if kind not in ("qwen3_vl", "qwen3_vl_moe"):
-        raise UserError(f"{path} has model_type {kind!r}; this trainer needs qwen3_vl or qwen3_vl_moe")
-    text, vision = config["text_config"], config["vision_config"]
-    tie = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    return HFSizes(text, vision, bool(tie))
 
 
 def build_policy(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -> list[Qwen3VL]:
@@ -120,25 +74,6 @@ def _places(parallel: ParallelConfig) -> list[ChunkPlace]:
         ChunkPlace(rank == chunk == 0, rank == last and chunk == chunks - 1, chunk if chunks > 1 else None)
         for chunk in range(chunks)
     ]
-
-
-def check_discriminator(discriminator: DiscriminatorConfig, sizes: HFSizes) -> None:
-    """Raises UserError for an expert layout that cannot be built."""
-    experts, topk = discriminator.num_experts, discriminator.topk
-    if sizes.num_experts is not None and sizes.num_experts != experts:
-        raise UserError(
-            f"discriminator.hf_checkpoint has {sizes.num_experts} experts but discriminator.num_experts is {experts}"
-        )
-    if discriminator.experts not in ("dedicated", "shared"):
-        raise UserError(f"discriminator.experts must be dedicated or shared, got {discriminator.experts!r}")
-    pool = experts // 2 if discriminator.experts == "dedicated" else experts
-    if discriminator.experts == "dedicated" and experts % 2:
-        raise UserError(f"discriminator.num_experts ({experts}) must be even for dedicated experts")
-    if topk > pool:
-        raise UserError(
-            f"discriminator.topk ({topk}) is more than the {pool} experts a token may use; "
-            "raise discriminator.num_experts"
-        )
 
 
 def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, moe: dict[str, Any]) -> TransformerConfig:

@@ -22,7 +22,7 @@ from prism_megatron.config import ModelConfig, ParallelConfig
 from prism_megatron.errors import UserError
 
 if TYPE_CHECKING:  # it imports megatron, which hardware is checked before
-    from prism_megatron.model.build import HFSizes
+    from prism_megatron.model.sizes import HFSizes
 
 _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 

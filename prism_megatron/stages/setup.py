@@ -30,21 +30,16 @@ from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import check_rlvr
 from prism_megatron.data.loader import batch_indices, rank_share
 from prism_megatron.files import write_atomic
-from prism_megatron.model.build import (
-    HFSizes,
-    build_discriminator,
-    build_policy,
-    check_discriminator,
-    read_sizes,
-    wrap_for_training,
-)
+from prism_megatron.model.build import build_discriminator, build_policy, wrap_for_training
 from prism_megatron.model.fp8 import check_sizes
+from prism_megatron.model.sizes import HFSizes, check_discriminator, read_sizes
 from prism_megatron.observe.logger import MetricsLog
 from prism_megatron.observe.timers import Timers
 from prism_megatron.optim.optimizer import build_optimizer
 from prism_megatron.optim.schedule import learning_rate
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks
+from prism_megatron.parallel.degrees import check_degrees, check_engine_ranks
 from prism_megatron.stages import preemption
 
 
@@ -123,12 +118,12 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
     if config.eval.num_questions:
         check_rlvr(config.eval.data, config.eval.num_questions)  # or training would be over before it is missed
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    groups.check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
+    check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
     check_sizes(config.model, config.parallel, sizes)
     if num_moe_experts is not None:
         check_sizes(config.model, config.parallel, sizes, upcycled=True)
     groups.initialize(config.parallel, config.run.seed)
-    groups.check_engine_ranks(
+    check_engine_ranks(
         gather_over_ranks(groups.data_parallel_rank()),
         config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
     )

@@ -72,7 +72,7 @@ def main() -> None:
 
 def run(checkpoint: Path, layouts: Sequence[str], tp: int) -> dict[str, dict[str, Any]]:
     """One engine, and one layout after the other, each with other weights."""
-    from prism_megatron.model.build import read_sizes
+    from prism_megatron.model.sizes import read_sizes
     from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
 
     engine = RolloutEngine(checkpoint, EngineConfig(tp, "float32", 512, 16, 1.0, 0.5, enforce_eager=True, seed=1))
@@ -114,7 +114,8 @@ def push(engine: Any, checkpoint: Path, parallel: ParallelConfig, version: int) 
     from prism_megatron.convert.hf_io import HFWeights
     from prism_megatron.convert.qwen3_vl import policy_table
     from prism_megatron.convert.transfer import InMemory, export_manifest, export_weights, load_weights
-    from prism_megatron.model.build import build_policy, read_sizes
+    from prism_megatron.model.build import build_policy
+    from prism_megatron.model.sizes import read_sizes
     from prism_megatron.rollout.weight_sync import WeightSync
 
     parallel_state.destroy_model_parallel()
@@ -151,7 +152,8 @@ def memory(checkpoint: Path) -> dict[str, int]:
 
     from prism_megatron.convert.qwen3_vl import policy_table
     from prism_megatron.convert.transfer import bucket_in_effect, export_bytes, export_manifest, export_weights
-    from prism_megatron.model.build import build_policy, read_sizes
+    from prism_megatron.model.build import build_policy
+    from prism_megatron.model.sizes import read_sizes
     from tools.bench import extra_peak_bytes, give_back_freed
 
     has_experts = read_sizes(checkpoint).num_experts is not None

@@ -62,7 +62,8 @@ def run(hf: str, megatron: str, part: str, degrees: dict[str, int]) -> dict[str,
 def build(hf: Path, part: str, parallel: ParallelConfig) -> tuple[list[Any], list[Any]]:
     """This rank's chunks of a model, and the table."""
     from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
-    from prism_megatron.model.build import build_discriminator, build_policy, read_sizes
+    from prism_megatron.model.build import build_discriminator, build_policy
+    from prism_megatron.model.sizes import read_sizes
 
     sizes, config = read_sizes(hf), ModelConfig(hf_checkpoint=str(hf))
     if part == "policy":

@@ -22,7 +22,7 @@ from prism_megatron.convert.hf_io import HFWeights, save_hf  # noqa: E402
 from prism_megatron.convert.manifest import first_fault  # noqa: E402
 from prism_megatron.convert.offline import hf_to_megatron, megatron_to_hf  # noqa: E402
 from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config  # noqa: E402
-from prism_megatron.model.build import read_sizes  # noqa: E402
+from prism_megatron.model.sizes import read_sizes  # noqa: E402
 from tools.make_tiny_model import make_tiny_model  # noqa: E402
 
 WORKER = Path(__file__).with_name("convert_worker.py")

@@ -64,7 +64,8 @@ def _attention(text: dict[str, Any], work: Workload) -> float:
     ],
 )
 def test_policy_as_torch_counts_it(moe: bool, freeze: list[str], recompute: bool) -> None:
-    from prism_megatron.model.build import HFSizes, build_policy
+    from prism_megatron.model.build import build_policy
+    from prism_megatron.model.sizes import HFSizes
 
     text = TEXT | (MOE_CONFIG if moe else {})
     (model,) = build_policy(
@@ -75,7 +76,8 @@ def test_policy_as_torch_counts_it(moe: bool, freeze: list[str], recompute: bool
 
 
 def test_discriminator_as_torch_counts_it() -> None:
-    from prism_megatron.model.build import HFSizes, build_discriminator
+    from prism_megatron.model.build import build_discriminator
+    from prism_megatron.model.sizes import HFSizes
 
     wanted = DiscriminatorConfig("", num_experts=4, topk=2, upcycle_noise=0.0, load_balance_coeff=0)
     (model,) = build_discriminator(ModelConfig(""), ParallelConfig(), wanted, HFSizes(TEXT, VISION, True))

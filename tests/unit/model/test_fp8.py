@@ -21,7 +21,7 @@ def fp8(recipe: str = "tensorwise", first: int = 0, last: int = 0) -> ModelConfi
 
 
 def sizes(name: str = "4b", **text: Any) -> Any:
-    from prism_megatron.model.build import HFSizes
+    from prism_megatron.model.sizes import HFSizes
 
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     return HFSizes(config["text_config"] | text, config["vision_config"], True)

@@ -20,7 +20,8 @@ def built(checkpoint: Path, freeze: Sequence[str] = ()) -> torch.nn.Module:
     from prism_megatron.convert.hf_io import HFWeights
     from prism_megatron.convert.qwen3_vl import policy_table
     from prism_megatron.convert.transfer import load_weights
-    from prism_megatron.model.build import build_policy, read_sizes
+    from prism_megatron.model.build import build_policy
+    from prism_megatron.model.sizes import read_sizes
 
     sizes = read_sizes(checkpoint)
     chunks = build_policy(ModelConfig(str(checkpoint), freeze=list(freeze)), ParallelConfig(), sizes)

@@ -23,7 +23,8 @@ def test_same_parameters_as_hf(size: str, tmp_path: Path) -> None:
 
     from prism_megatron.convert.qwen3_vl import policy_table
     from prism_megatron.convert.transfer import named_parameters
-    from prism_megatron.model.build import build_policy, read_sizes
+    from prism_megatron.model.build import build_policy
+    from prism_megatron.model.sizes import read_sizes
 
     shutil.copy(CONFIGS / f"{size}.json", tmp_path / "config.json")
     sizes = read_sizes(tmp_path)
@@ -48,7 +49,8 @@ def test_same_parameters_as_hf(size: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["8b", "30b_a3b"])
 def test_freezing_names_every_tensor_of_a_part(size: str, tmp_path: Path) -> None:
-    from prism_megatron.model.build import build_policy, read_sizes
+    from prism_megatron.model.build import build_policy
+    from prism_megatron.model.sizes import read_sizes
 
     shutil.copy(CONFIGS / f"{size}.json", tmp_path / "config.json")
     sizes = read_sizes(tmp_path)

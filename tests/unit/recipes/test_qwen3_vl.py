@@ -17,7 +17,7 @@ from prism_megatron.config import (
     WarmupConfig,
     apply_overrides,
 )
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 from recipes import STAGE_RECIPES, qwen3_vl, shape_of, stage_recipe
 from recipes.activations import layer_elements
 from recipes.layouts import LAYOUTS, SIZES

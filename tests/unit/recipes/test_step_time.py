@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prism_megatron.config import apply_overrides
-from prism_megatron.model.build import HFSizes
+from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import Workload, training_flops
 from recipes import qwen3_vl
 from recipes.layouts import LAYOUTS, SIZES

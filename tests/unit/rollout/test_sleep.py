@@ -13,7 +13,7 @@ from torch import nn
 
 from prism_megatron.config import OptimizerConfig, ParallelConfig, RolloutConfig
 from prism_megatron.convert.rules import Rule
-from prism_megatron.model.build import read_sizes
+from prism_megatron.model.sizes import read_sizes
 from prism_megatron.parallel import groups
 from prism_megatron.rollout import engine as engine_module
 from prism_megatron.rollout.engine import EngineConfig, RolloutEngine

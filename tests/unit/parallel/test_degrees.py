@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prism_megatron.config import ParallelConfig
-from prism_megatron.parallel.groups import ModelDegrees, check_degrees, check_engine_ranks
+from prism_megatron.parallel.degrees import ModelDegrees, check_degrees, check_engine_ranks
 
 SIZES = {"num_layers": 8, "num_attention_heads": 16, "num_query_groups": 8, "vision_heads": 16, "vocab_size": 160}
 DENSE = ModelDegrees(**SIZES)
