@@ -154,7 +154,7 @@ class Qwen3VL(LanguageModule):
         if not self.post_process:
             return to_next_stage(hidden, deepstack)
         hidden = self._whole_shard(hidden)
-        weight = self.shared_embedding_or_output_weight()
+        weight = self._output_weight()
         if whole_logits:
             return self._logits(hidden, weight, context)
         index = context.token_index
@@ -207,6 +207,11 @@ class Qwen3VL(LanguageModule):
             embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded)
             deepstack = tensor_parallel.scatter_to_sequence_parallel_region(deepstack)
         return embedded, deepstack
+
+    def _output_weight(self) -> Tensor:
+        """This rank's rows of the output matrix. A tied one is a parameter of its own only without the embedding."""
+        weight: Tensor | None = self.output_layer.weight
+        return self.embedding.word_embeddings.weight if weight is None else weight
 
     def _whole_shard(self, hidden: Tensor) -> Tensor:
         """This context-parallel rank's tokens [T', H] on every tensor-parallel rank, their gradients summed back."""
