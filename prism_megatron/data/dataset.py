@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +175,8 @@ def _rlvr_example(row: Mapping[str, Any], source: str) -> Example:
     messages = _messages(row["prompt"], source)
     _check_placeholders(messages, images, source)
     reward_model = row["reward_model"] or {}
-    answer = row.get("answer") or reward_model.get("ground_truth")
+    answer = _answer_text(reward_model.get("ground_truth"), "reward_model.ground_truth", source)
+    answer = answer or _answer_text(row.get("answer"), "answer", source)
     if answer is None:
         raise UserError(f"{source}: no answer; fill reward_model.ground_truth (the verifier compares with it)")
     return Example(
@@ -181,11 +184,31 @@ def _rlvr_example(row: Mapping[str, Any], source: str) -> Example:
         messages=messages,
         images=images,
         source=source,
-        answer=str(answer),
-        equivalent_answers=tuple(map(str, reward_model.get("equivalent_answers") or ())),
+        answer=answer,
+        equivalent_answers=_equivalents(reward_model.get("equivalent_answers"), source),
         data_source=row["data_source"],
         extra=extra,
     )
+
+
+def _answer_text(value: Any, column: str, source: str) -> str | None:
+    """An answer as text; None for null, blank text and NaN, which is what pandas makes of null."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str | int | float | Decimal):
+        raise UserError(
+            f"{source}: {column} is {value!r}; it must be one text or number (further right answers go into "
+            "reward_model.equivalent_answers)"
+        )
+    text = str(value)
+    return text if text.strip() and text != "nan" else None
+
+
+def _equivalents(value: Any, source: str) -> tuple[str, ...]:
+    """The further right answers: a list of them, or one."""
+    values = value if isinstance(value, list) else [value]
+    texts = (_answer_text(item, "reward_model.equivalent_answers", source) for item in values)
+    return tuple(text for text in texts if text is not None)
 
 
 def _pool_example(row: Mapping[str, Any], source: str) -> Example:

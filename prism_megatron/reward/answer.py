@@ -8,11 +8,13 @@ is none of these goes to math-verify. A prediction has to commit itself: it is r
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from prism_megatron.reward.quantity import parse_quantity, same_quantity, same_units_named
+from prism_megatron.reward.quantity import parse_quantity, same_quantity
 from prism_megatron.reward.symbolic import Budget, TooHard, same_symbolically
+from prism_megatron.reward.units import is_chinese, same_units_named
 
 _MAX_CHARS = 1024  # spec 5.3
 _MAX_SYMBOLIC_CHARS = 256  # a longer "answer" is prose
@@ -20,22 +22,22 @@ _MAX_PARTS = 16
 _MAX_DEPTH = 8  # of lists in lists
 _MAX_NESTING = 16  # of brackets, for algebra
 
+_VULGAR_FRACTIONS = {
+    chr(code): r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", chr(code)).split("⁄"))
+    for code in (0xBC, 0xBD, 0xBE, *range(0x2150, 0x215F))
+}
 _CHARACTERS = str.maketrans(
     {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
-    | {"−": "-", "–": "-", "—": "-", "、": ",", "。": ".", "“": '"', "”": '"', "’": "'", "‘": "'", "\u2009": " "}
+    | dict.fromkeys("−–—‐‑", "-")
+    | dict.fromkeys("º˚∘", "°")
+    | {"、": ",", "。": ".", "“": '"', "”": '"', "’": "'", "‘": "'", "\u2009": " ", "￥": "¥", "￡": "£", "￠": "¢"}
     | {"×": r"\times ", "÷": r"\div ", "⋅": r"\cdot ", "±": r"\pm ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le "}
-    | {
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "∪": r"\cup ",
-        "∩": r"\cap ",
-        "∈": r"\in ",
-        "²": "^2",
-        "³": "^3",
-        "½": r"\frac{1}{2}",
-    }
-    | {"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∅": r"\emptyset ", "º": "°", "℃": "°C", "℉": "°F"}
+    | {"≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "}
+    | {"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "\u2126": "Ω", "℃": "°C", "℉": "°F"}
+    | _VULGAR_FRACTIONS
 )
+_SUPERSCRIPTS = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
+_SUBSCRIPTS = re.compile("[₀-₉]+")
 _LATEX = (
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\(?:left|right|displaystyle|!)(?![a-z])"), ""),
@@ -44,22 +46,38 @@ _LATEX = (
     (re.compile(r"\\(?:[,;: ]|quad|qquad)|~"), " "),
     (re.compile(r"\^\s*\{?\\circ\s*\}?|\\degree"), "°"),
     (re.compile(r"\\%"), "%"),
+    (re.compile(r"百分之\s*([-+]?[\d.]+)"), r"\1%"),
     (re.compile(r"(?:√|\bsqrt)\s*(\d+|\{[^{}]*\}|\([^()]*\)|[a-z]\b)"), lambda m: rf"\sqrt{{{m[1].strip('{}()')}}}"),
     (re.compile(r"\*\*(?=\d)"), "^"),
 )
-_PREFIX = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is)?\s*[:=]?\s+(?=\S)", re.IGNORECASE)
-_DELIMITERS = ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"))
+_PREFIX = re.compile(
+    r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is)?\s*[:=]?\s+(?=\S)"
+    r"|(?:option|choice)\s+(?=\(?[A-J]\b)"
+    r"|[【\[]?(?:最终|正确)?(?:答案|结果)[】\]]?(?:是|为)?\s*:?\s*(?=\S)"
+    r"|故?应?选(?:项|择)?\s*:?\s*(?=\(?[A-J](?![A-Za-z]))",
+    re.IGNORECASE,
+)
+_DELIMITERS = (
+    *((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'")),
+    ("<answer>", "</answer>"),  # some data sets write the truth so
+)
+_CURRENCY = re.compile(r"([-+]?)\s*(?:US)?\\?([$¥€£₹])\s*(?=[\d.])(.*)")
+_CURRENCY_NAMES = {"$": "dollars"}
 
-_CHOICE = re.compile(r"\(?([A-H])\)?(?:[.:)]\s*(.*))?", re.DOTALL)
-_SMALL_CHOICE = re.compile(r"\(?[a-h][.:)](?:\s|$)")
-_CHOICES = re.compile(r"\(?[A-H]\)?(?:\s*(?:,|;|&|\band\b)\s*(?:and\s+)?\(?[A-H]\)?)+")
-_LOOSE_CHOICE = re.compile(r"(?i:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Ha-h])\b\)?|\(([A-H])\)")
-_OTHER_LETTER = re.compile(r"(?<![A-Za-z])([B-H])(?![A-Za-z'])|\bA\b(?!\s+[a-z]{3})")
-_NEGATION = re.compile(r"\b(?:not|neither|nor|none|isn't|except)\b", re.IGNORECASE)
+# Options are A to J: MMMU-Pro has ten.
+_CHOICE = re.compile(r"\(?([A-J])\)?(?:[.:)]\s*(.*))?", re.DOTALL)
+_SMALL_CHOICE = re.compile(r"\(?[a-j][.:)](?:\s|$)")
+_CHOICES = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|&|和|与|及|\band\b)\s*(?:and\s+)?\(?[A-J]\)?)+")
+_ENUMERATED_CHOICE = re.compile(r"([(（]?[A-JＡ-Ｊ][)）]?)\s*、\s*(?!.?[A-JＡ-Ｊ]\b)")  # A、5, but not A、C
+_LOOSE_CHOICE = re.compile(
+    r"(?:(?i:answer|option|choice)(?:\s+is)?|(?:答案|选项?|选择)(?:是|为)?)\s*:?\s*\(?([A-Ja-j])(?![A-Za-z])\)?|\(([A-J])\)"
+)
+_OTHER_LETTER = re.compile(r"(?<![A-Za-z])([B-HJ])(?![A-Za-z'])|(?<![A-Za-z])([AI])(?![A-Za-z'])(?!\s+[a-z])")
+_NEGATION = re.compile(r"\b(?:not|neither|nor|none|isn't|except)\b|[不非除]", re.IGNORECASE)
 
-_LABEL = re.compile(r"((?:[A-Za-z]|\\[a-z]+|∠|△)[\w\\ {}()'^°]*?)\s*(?<![<>!])=(?!=)\s*(.+)")
+_LABEL = re.compile(r"((?:[A-Za-z\u3400-\u9fff]|\\[a-z]+|∠|△)[\w\\ {}()'^°]*?)\s*(?<![<>!])=(?!=)\s*(.+)")
 _EQUALS = re.compile(r"=|\\equiv(?![a-z])")
-_JOINED = re.compile(r",?\s+(?:and|or)\s+")
+_JOINED = re.compile(r",?\s+(?:and|or)\s+|,?\s*(?:或者?|以?及|和|与)\s*")
 _NUMBERED = re.compile(r"\((\d)\)\s*")
 _THOUSANDS = re.compile(r",\d{3}(?!\d)")
 _FUNCTION = "sin|cos|tan|cot|sec|csc|log|exp|lim|max|min|mod|gcd|lcm"
@@ -94,9 +112,11 @@ def _answers(predicted: str, truth: str, budget: Budget) -> bool:
     if not predicted or not truth or max(len(predicted), len(truth)) >= _MAX_CHARS:
         return False
     if letters := _several_choices(truth):
-        return _several_choices(predicted) == letters
+        return _several_choices(predicted) == letters or _same_text(predicted, truth)
     if choice := _CHOICE.fullmatch(truth):
-        return _choice(predicted) == choice[1] or bool(choice[2] and _same(predicted, choice[2].strip(), budget))
+        if letter := _choice(predicted):
+            return letter == choice[1]  # also where another option's text is a letter
+        return bool(choice[2] and _same(predicted, choice[2].strip(), budget))
     return _same(predicted, truth, budget)
 
 
@@ -151,6 +171,9 @@ def _clean(text: str) -> str:
     """Without delimiters, typography and spacing that mean nothing."""
     if len(text) >= 4 * _MAX_CHARS:
         return text  # refused by its length
+    text = _ENUMERATED_CHOICE.sub(r"\1. ", text.strip(), count=1) if _ENUMERATED_CHOICE.match(text.strip()) else text
+    text = _SUPERSCRIPTS.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}".replace("−", "-"), text)
+    text = _SUBSCRIPTS.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = " ".join(text.translate(_CHARACTERS).split())
     for _ in range(4):
         before = text
@@ -166,8 +189,8 @@ def _clean(text: str) -> str:
             break
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
-    if text.startswith(("$", r"\$")):
-        text = text.lstrip("\\$").strip() + " dollars"
+    if amount := _CURRENCY.fullmatch(text):
+        text = f"{amount[1]}{amount[3]} {_CURRENCY_NAMES.get(amount[2], amount[2])}"
     return " ".join(text.split())
 
 
@@ -195,14 +218,14 @@ def _first_digit(text: str) -> int:
 def _choice(text: str) -> str | None:
     """The one option that ``text`` commits itself to, a capital letter."""
     if len(text) == 1:
-        return text.upper()
+        return text.upper() if text.upper() in "ABCDEFGHIJ" else None
     if _SMALL_CHOICE.match(text):
         text = text.upper()
     match = _CHOICE.fullmatch(text)
     if match is None and _NEGATION.search(text):
         return None
     rest = match[2] or "" if match else text
-    if match and re.search(r"(?<![A-Za-z])\(?[A-H][.:)]", rest):
+    if match and re.search(r"(?<![A-Za-z])\(?[A-J][.:)]", rest):
         return None  # a list of the options
     if match:
         return match[1]
@@ -210,15 +233,15 @@ def _choice(text: str) -> str | None:
     if loose is None:
         return None
     letter = (loose[1] or loose[2]).upper()
-    others = {m[1] or "A" for m in _OTHER_LETTER.finditer(text)} - {letter}
+    others = {m[1] or m[2] for m in _OTHER_LETTER.finditer(text)} - {letter}
     return letter if not others else None
 
 
 def _several_choices(text: str) -> frozenset[str] | None:
     """The options of a question with several right ones: ``A, C`` or ``AC``."""
     if _CHOICES.fullmatch(text):
-        return frozenset(re.findall(r"[A-H]", text))
-    if re.fullmatch(r"[A-H]{2,8}", text) and list(text) == sorted(set(text)):
+        return frozenset(re.findall(r"[A-J]", text))
+    if re.fullmatch(r"[A-J]{2,10}", text) and list(text) == sorted(set(text)):
         return frozenset(text)
     return None
 
@@ -283,7 +306,13 @@ def _without_labels(predicted: str, truth: str) -> tuple[str, str]:
 
 def _is_algebra(text: str) -> bool:
     """Whether math-verify may look at it. Words it would read as products of letters, and find dog equal to god."""
-    if len(text) > _MAX_SYMBOLIC_CHARS or "$" in text or "boxed" in text or _nesting(text) > _MAX_NESTING:
+    if (
+        len(text) > _MAX_SYMBOLIC_CHARS
+        or is_chinese(text)
+        or "$" in text
+        or "boxed" in text
+        or _nesting(text) > _MAX_NESTING
+    ):
         return False
     return not _PROSE.search(text) and not _COMMAND.sub("1", text).replace(" ", "").isalpha()
 
