@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     Commands print it as one line and exit with status 2. Any other exception is a bug and keeps its traceback.
     """
+
+
+class SharedError(UserError):
+    """A UserError that all ranks raise together, in the same words; the main rank alone prints them."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from prism_megatron import config as cfg
-from prism_megatron.errors import UserError
+from prism_megatron.errors import SharedError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,8 @@ def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        elif torch.distributed.is_initialized():  # before, all ranks see the same: the command line and its files
+        elif torch.distributed.is_initialized() and not isinstance(error, SharedError):
+            # before, all ranks see the same: the command line and its files
             print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

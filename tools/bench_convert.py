@@ -26,9 +26,10 @@ cpu.install()  # before anything imports megatron
 
 import torch  # noqa: E402
 
-from prism_megatron.convert.manifest import JOURNAL, fsync  # noqa: E402
+from prism_megatron.convert.manifest import JOURNAL  # noqa: E402
 from prism_megatron.convert.qwen3_vl import policy_table  # noqa: E402
 from prism_megatron.convert.safetensors_writer import ShardWriter  # noqa: E402
+from prism_megatron.files import fsync  # noqa: E402
 from prism_megatron.model.sizes import read_sizes  # noqa: E402
 
 _CONVERTER = Path(__file__).resolve().with_name("convert.py")

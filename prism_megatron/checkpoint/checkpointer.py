@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from prism_megatron.checkpoint.optimizer_state import restore, saved_state, wanted_state
 from prism_megatron.checkpoint.writer import results_in, take_digests
 from prism_megatron.convert.hf_io import replace_directory
-from prism_megatron.convert.manifest import digest_file, fsync, write_durably, write_manifest
+from prism_megatron.convert.manifest import digest_file, write_manifest
 from prism_megatron.convert.native import first_common_fault, load_weights_of, sharded_weights
-from prism_megatron.errors import UserError
+from prism_megatron.errors import SharedError, UserError
+from prism_megatron.files import fsync, write_atomic
 from prism_megatron.parallel import groups
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -53,7 +54,7 @@ class Checkpointer:
     def latest(self) -> int:
         """Newest whole iteration, 0 if nothing was ever saved; says which it passed over and why.
 
-        Collective. Raises UserError if there are checkpoints and none is whole.
+        Collective. Raises SharedError if there are checkpoints and none is whole.
         """
         passed: list[str] = []
         for iteration in sorted(self._iterations(), reverse=True):
@@ -64,7 +65,7 @@ class Checkpointer:
                 return iteration
             passed.append(f"{self._folder(iteration).name} ({fault})")
         if passed:
-            raise UserError(
+            raise SharedError(
                 f"no checkpoint in {self.directory} is whole: {'; '.join(passed)}. Remove them to start over"
             )
         return 0
@@ -151,7 +152,7 @@ class Checkpointer:
                 fsync(partial / name)
             write_manifest(partial, files, about={"iteration": iteration, "policy_version": iteration})
             replace_directory(partial, self._folder(iteration))
-            write_durably(self.directory / _LATEST, f"{iteration}\n")
+            write_atomic(self.directory / _LATEST, f"{iteration}\n")
             self._prune()
         dist.barrier()
 

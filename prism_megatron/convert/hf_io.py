@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prism_megatron.convert.manifest import JOURNAL, check_finite, fsync
+from prism_megatron.convert.manifest import JOURNAL, check_finite
 from prism_megatron.convert.rules import SCORE_HEAD
 from prism_megatron.convert.safetensors_writer import DTYPES, ShardWriter
 from prism_megatron.errors import UserError
+from prism_megatron.files import fsync
 
 INDEX = "model.safetensors.index.json"
 _UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prism_megatron.errors import UserError
+from prism_megatron.files import write_atomic
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"  # of a directory that is not finished
@@ -56,8 +57,7 @@ def write_manifest(
         "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
         "tensors": [dataclasses.asdict(entry) | {"shape": list(entry.shape)} for entry in tensors],
     }
-    write_durably(directory / MANIFEST, _text(content))
-    fsync(directory)
+    write_atomic(directory / MANIFEST, _text(content))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -125,25 +125,6 @@ def read_lines(journal: Path) -> list[Any]:
     if lines.pop():
         journal.write_text("".join(f"{line}\n" for line in lines))
     return [json.loads(line) for line in lines]
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole, or not at all, after a power cut."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def fsync(path: Path) -> None:
-    """Force a file, or a directory's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_converted(directory: Path) -> bool:

@@ -15,7 +15,7 @@ from prism_megatron.convert.hf_io import HFWeights
 from prism_megatron.convert.manifest import first_fault, is_converted
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import load_weights, unwrap
-from prism_megatron.errors import UserError
+from prism_megatron.errors import SharedError, UserError
 
 
 def load_checkpoint(model: Any, table: Sequence[Rule], directory: Path, part: str) -> None:
@@ -33,7 +33,7 @@ def load_megatron(model: Any, directory: Path, part: str) -> None:
     ``part`` is policy or discriminator. Raises UserError if a file does not have its checksum or the model differs.
     """
     if fault := first_common_fault(directory):
-        raise UserError(f"{directory}: {fault}; convert it again")
+        raise SharedError(f"{directory}: {fault}; convert it again")
     state = sharded_weights(model, f"{part}.")
     for chunk in state.values():
         # State of Transformer Engine's own that a converted checkpoint cannot have.

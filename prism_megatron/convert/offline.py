@@ -29,9 +29,7 @@ from prism_megatron.convert.manifest import (
     check_finite,
     digest_file,
     first_fault,
-    fsync,
     read_manifest,
-    write_durably,
     write_manifest,
 )
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
@@ -40,6 +38,7 @@ from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, ShardWriter
 from prism_megatron.convert.torch_dist import TorchDistReader, TorchDistWriter, place, whole_shapes
 from prism_megatron.convert.transfer import check_source
 from prism_megatron.errors import UserError
+from prism_megatron.files import fsync, write_atomic
 from prism_megatron.model.sizes import HFSizes, read_sizes
 
 PARTS = ("policy", "discriminator")  # what a training checkpoint holds, and the prefix of its keys
@@ -351,7 +350,7 @@ def _unfinished(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     if not note.is_file() or note.read_text() != text:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_durably(note, text)
+        write_atomic(note, text)
     yield partial
     for name in (JOURNAL, _INPUTS):
         (partial / name).unlink(missing_ok=True)

@@ -33,10 +33,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from prism_megatron.convert.manifest import JOURNAL, FileEntry, TensorEntry, append_line, digest_file, fsync, read_lines
+from prism_megatron.convert.manifest import JOURNAL, FileEntry, TensorEntry, append_line, digest_file, read_lines
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, DTYPES
 from prism_megatron.errors import UserError
+from prism_megatron.files import fsync
 
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)(\..*)")
 _EXPERT = re.compile(r"(.*\.experts)\.local_experts\.(\d+)(\..*)")

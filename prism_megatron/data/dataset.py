@@ -341,7 +341,7 @@ def _store_image(folder: Path, encoded: bytes) -> str:
         suffix = (image.format or "png").lower()
     file = folder / f"{hashlib.sha256(encoded).hexdigest()[:20]}.{suffix}"
     if not file.exists():
-        write_atomic(file, encoded)
+        write_atomic(file, encoded, durable=False)
     return f"{folder.name}/{file.name}"
 
 

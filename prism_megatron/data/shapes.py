@@ -207,7 +207,7 @@ def _write_sft(out_dir: Path, config: ShapesConfig, unseen: set[str]) -> None:
         rng, scene, question = _draw("sft", row, config, unseen)
         assert scene.key not in unseen, f"sft row {row} shows a held-out scene"
         image = f"images/{row:06d}.png"
-        write_atomic(out_dir / image, render(scene))
+        write_atomic(out_dir / image, render(scene), durable=False)
         turns = [
             {"from": "human", "value": IMAGE_PLACEHOLDER + question.text},
             {"from": "gpt", "value": _broad(rng, scene, question, config)},

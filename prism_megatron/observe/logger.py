@@ -1,7 +1,8 @@
-"""The log of a stage: metrics.jsonl, rollouts.jsonl, TensorBoard and the console."""
+"""The log of a stage: metrics.jsonl, rollouts.jsonl with its pictures, TensorBoard and the console."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -12,10 +13,10 @@ from typing import IO, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from prism_megatron.files import write_atomic
+from prism_megatron.files import drop_rows_after, write_atomic
 from prism_megatron.observe import metrics as names
 
-METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+METRICS, ROLLOUTS, PICTURES = "metrics.jsonl", "rollouts.jsonl", "pictures"
 
 
 class MetricsLog:
@@ -33,6 +34,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         stage_dir.mkdir(parents=True, exist_ok=True)
+        self._pictures = stage_dir / PICTURES
         self._metrics = _reopen(stage_dir / METRICS, resume_from)
         self._rollouts = _reopen(stage_dir / ROLLOUTS, resume_from)
         self._tensorboard: Any = SummaryWriter(str(stage_dir / "tensorboard"), purge_step=resume_from + 1)
@@ -77,13 +79,26 @@ class MetricsLog:
             print(shown, flush=True)
 
     def rollouts(self, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keep some of an iteration's rollouts for the report."""
+        """Store some of an iteration's rollouts for the report.
+
+        A row's ``image`` is an encoded picture, or None. It becomes the name of a file in ``pictures/``, where each
+        distinct picture is stored once.
+        """
         if not self._is_main:
             return
         for row in rows:
             assert row["iteration"] == iteration
-            self._rollouts.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stored = {**row, "image": self._store(row.get("image"))}
+            self._rollouts.write(json.dumps(stored, ensure_ascii=False) + "\n")
         self._rollouts.flush()
+
+    def _store(self, picture: bytes | None) -> str | None:
+        if picture is None:
+            return None
+        name = hashlib.sha256(picture).hexdigest()[:32]
+        if not (self._pictures / name).is_file():
+            write_atomic(self._pictures / name, picture, durable=False)
+        return name
 
     def _line(self, iteration: int, defined: Mapping[str, float]) -> str:
         per_iteration = (time.monotonic() - self._began) / (iteration - self._start)
@@ -107,18 +122,9 @@ def _progress_bar(stage: str, total: int, start: int) -> Progress | None:
 
 
 def _reopen(path: Path, resume_from: int) -> IO[str]:
-    """Open for appending, keeping only complete lines of iterations that will not be run again."""
-    if path.is_file():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line a killed run was writing
-            if row["iteration"] <= resume_from:
-                kept.append(line + "\n")
-        write_atomic(path, "".join(kept))
-    return path.open("a")
+    """Open for appending, without the rows of iterations that will be run again."""
+    drop_rows_after(path, resume_from)
+    return path.open("a", encoding="utf-8", newline="\n")
 
 
 def _short(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -15,9 +16,9 @@ from markupsafe import Markup
 
 from prism_megatron.config import FINISHED
 from prism_megatron.errors import UserError
-from prism_megatron.files import write_atomic
+from prism_megatron.files import iteration_rows, read_object, write_atomic
 from prism_megatron.observe import metrics as names
-from prism_megatron.observe.logger import METRICS, ROLLOUTS
+from prism_megatron.observe.logger import METRICS, PICTURES, ROLLOUTS
 
 STAGES = ("sft", "collect", "warmup", "align", "rlvr", "rlvr_only")  # the order they are shown in
 _GALLERY_PER_STAGE = 12
@@ -79,9 +80,9 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _stage(directory: Path, name: str) -> dict[str, Any]:
-    rows = _read_lines(directory / METRICS)
+    rows = list(iteration_rows(directory / METRICS))
     config, versions, finished = (directory / file for file in ("config.yaml", "versions.json", FINISHED))
-    summary = json.loads(finished.read_text()) if finished.is_file() else {}
+    summary = read_object(finished) or {}
     return {
         "name": name,
         "iterations": len(rows),
@@ -92,14 +93,25 @@ def _stage(directory: Path, name: str) -> dict[str, Any]:
         ],
         "seconds": _seconds(rows),
         "summary": {key.replace("_", " "): value for key, value in summary.items() if isinstance(value, int)},
-        "rollouts": _spread(_read_lines(directory / ROLLOUTS), _GALLERY_PER_STAGE),
-        "config": config.read_text() if config.is_file() else "",
-        "versions": json.loads(versions.read_text()) if versions.is_file() else {},
+        "rollouts": _gallery(directory),
+        "config": config.read_text(errors="replace") if config.is_file() else "",
+        "versions": read_object(versions) or {},
     }
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def _gallery(directory: Path) -> list[dict[str, Any]]:
+    """Some of the stage's rollouts, each with its ``picture`` as an address that a page can show, or None."""
+    rows = _spread(list(iteration_rows(directory / ROLLOUTS)), _GALLERY_PER_STAGE)
+    return [row | {"picture": _address(directory / PICTURES, row)} for row in rows]
+
+
+def _address(pictures: Path, row: Mapping[str, Any]) -> str | None:
+    if "image_png_base64" in row:  # how the picture itself was stored in rows before
+        return f"data:image/png;base64,{row['image_png_base64']}"
+    if not row.get("image") or not (pictures / row["image"]).is_file():
+        return None
+    content = (pictures / row["image"]).read_bytes()
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"  # a browser looks at the content itself
 
 
 def _seconds(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from prism_megatron.errors import SharedError, UserError
 from prism_megatron.parallel import groups
 
 
@@ -50,6 +52,23 @@ def gather_over_ranks[Item](item: Item) -> list[Item]:
     items = [item] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def on_main_rank[Result](action: Callable[[], Result]) -> Result | None:
+    """Run ``action`` on the main rank and return its result there, None on the others. Collective.
+
+    Raises SharedError on all ranks if it raised UserError.
+    """
+    result, refusal = None, [""]
+    if groups.is_main_rank():
+        try:
+            result = action()
+        except UserError as error:
+            refusal = [str(error)]
+    dist.broadcast_object_list(refusal, src=0)
+    if refusal[0]:
+        raise SharedError(refusal[0])
+    return result
 
 
 def from_last_stage[Value](value: Value) -> Value:

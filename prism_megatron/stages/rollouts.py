@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +166,7 @@ def gallery_row(
         "policy_version": sample.rollout.policy_version,
         "sample_id": sample.example.id,
         "question": sample.example.messages[-1].content.replace("<image>", "").strip(),
-        "image_png_base64": base64.b64encode(sample.example.images[0]).decode(),
+        "image": sample.example.images[0] if sample.example.images else None,
         "response": sample.rollout.text,
         "caption": response.caption if response else None,
         "think": response.think if response else None,

@@ -38,9 +38,10 @@ from prism_megatron.observe.timers import Timers
 from prism_megatron.optim.optimizer import build_optimizer
 from prism_megatron.optim.schedule import learning_rate
 from prism_megatron.parallel import groups
-from prism_megatron.parallel.collectives import gather_over_ranks
+from prism_megatron.parallel.collectives import gather_over_ranks, on_main_rank
 from prism_megatron.parallel.degrees import check_degrees, check_engine_ranks
 from prism_megatron.stages import preemption
+from prism_megatron.stages.run_lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -127,19 +128,24 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
         gather_over_ranks(groups.data_parallel_rank()),
         config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
     )
-    checkpointer = Checkpointer(directory / "checkpoints", config.run.keep_checkpoints, config.run.seed)
-    start = checkpointer.latest()
-    if groups.is_main_rank():
-        with clear_disk_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            _write_provenance(directory, config)
-    dist.barrier()
-    with (
-        clear_disk_errors(directory),
-        MetricsLog(directory, config.stage, config.run.train_iters, start, groups.is_main_rank()) as log,
-    ):
-        yield Stage(config, directory, log, Timers(), checkpointer, start)
+    with clear_disk_errors(directory), _locked(directory):
+        checkpointer = Checkpointer(directory / "checkpoints", config.run.keep_checkpoints, config.run.seed)
+        start = checkpointer.latest()
+        on_main_rank(lambda: _write_provenance(directory, config))
+        with MetricsLog(directory, config.stage, config.run.train_iters, start, groups.is_main_rank()) as log:
+            yield Stage(config, directory, log, Timers(), checkpointer, start)
     groups.shutdown()
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """The main rank has the run folder, before anything is written or removed there. Collective."""
+    lock = on_main_rank(lambda: RunLock(directory))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def finish(stage: Stage, summary: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class Outline(HTMLParser):
 def rollout(**changed: object) -> dict[str, object]:
     row: dict[str, object] = {
         "stage": "align", "iteration": 1, "sample_id": "row-1", "question": "How many <b>red</b> ones?",
-        "image_png_base64": "aGk=", "response": "<script>alert(1)</script>", "caption": None, "think": None,
+        "image": "a1", "response": "<script>alert(1)</script>", "caption": None, "think": None,
         "answer": None, "ground_truth": "3", "correct": False, "format_valid": False, "perception_score": None,
         "reasoning_score": None, "advantage": -1.5,
     }  # fmt: skip
@@ -61,7 +61,10 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     gaps = [{"iteration": i, "perception_gap": 0.1 * i, "reasoning_gap": -0.1 * i, "seconds_train": 2} for i in (1, 2)]
     write_lines(align / "metrics.jsonl", gaps)
     good = rollout(caption="- top: a", think="b", answer="3", correct=True, format_valid=True, perception_score=1.25)
-    write_lines(align / "rollouts.jsonl", [rollout(), good | {"reasoning_score": -0.5, "advantage": 0.75}])
+    others = [good | {"reasoning_score": -0.5, "advantage": 0.75}, rollout(image=None), rollout(image="lost")]
+    write_lines(align / "rollouts.jsonl", [rollout(), *others])
+    (align / "pictures").mkdir()
+    (align / "pictures" / "a1").write_bytes(b"hi")
     result = {
         "stage": "align", "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "format_valid": 1.0, "response_tokens": 50.0,
         "num_questions": 512, "caption_recall": 0.9, "caption_recall_stderr": 0.01,
@@ -78,7 +81,21 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     assert "perception 1.25, reasoning -0.50" in text
     assert "<script>alert(1)</script>" in text, "shown as text"
     assert "script" not in page.tags
+    assert [link for link in page.links if link.startswith("data:")] == 2 * ["data:image/png;base64,aGk="]
     assert all(link.startswith(("data:", "#")) for link in page.links), "nothing is loaded from elsewhere"
+
+
+def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = tmp_path / "sft"
+    write_lines(stage / "metrics.jsonl", [{"iteration": 1, "loss": 2.0}])
+    with (stage / "metrics.jsonl").open("ab") as file:
+        file.write(b'[]\n{"loss": 1}\n\xff\n{"iteration": 2, "loss": 1.0}\n{"iter')
+    for name in ("finished.json", "versions.json"):
+        (stage / name).write_text("{")
+    assert "2 iterations" in "".join(Outline(write_report(tmp_path).read_text()).text)
+    said = capsys.readouterr().out
+    assert "metrics.jsonl: passed over 4 lines" in said
+    assert "finished.json is damaged (not a JSON object)" in said
 
 
 def test_running_mean() -> None:
