@@ -18,6 +18,9 @@ PERCEPTION, REASONING = 0, 1
 BRANCH_NAMES = ("perception", "reasoning")
 
 
+IMAGE_PLACEHOLDER = "<image>"
+
+
 @dataclass(frozen=True)
 class Message:
     """One chat turn. ``content`` holds one ``<image>`` placeholder per image the turn shows."""

@@ -29,12 +29,11 @@ from typing import Any
 
 import openai
 
-from prism_megatron.data.chat import IMAGE_PLACEHOLDER
 from prism_megatron.data.dataset import read_pool, write_prompts
 from prism_megatron.data.response import parse_response
 from prism_megatron.files import write_atomic
 from prism_megatron.reward.answer import is_correct
-from prism_megatron.types import Example, Message
+from prism_megatron.types import IMAGE_PLACEHOLDER, Example, Message
 from tools.endpoint import Answer, Answers, Endpoint
 
 _VERIFY = """\

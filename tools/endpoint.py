@@ -15,9 +15,8 @@ from typing import Any
 
 import openai
 
-from prism_megatron.data.chat import IMAGE_PLACEHOLDER
 from prism_megatron.errors import UserError
-from prism_megatron.types import Example, Message
+from prism_megatron.types import IMAGE_PLACEHOLDER, Example, Message
 
 # Bad request, too large, unprocessable: this request's own fault. The client tries again what may pass (time-outs, 409,
 # 429, 5xx); the rest (a wrong key, an unknown model) is every request's fault and stops the command.

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from prism_megatron.data.images import decode_image
 from prism_megatron.errors import UserError
-from prism_megatron.types import EncodedPrompt, Example, InputSpec, Message, PreferencePair, Visual
-
-IMAGE_PLACEHOLDER = "<image>"
+from prism_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, Example, InputSpec, Message, PreferencePair, Visual
 
 
 class ChatProcessor:
@@ -124,11 +121,6 @@ def _visuals(pixels: Tensor | None, grids: Tensor | None, *, is_video: bool) -> 
         return []
     cut = torch.split(pixels, grids.prod(1).tolist())
     return [Visual(patches, (t, h, w), is_video) for patches, (t, h, w) in zip(cut, grids.tolist(), strict=True)]
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """An encoded image as RGB. The readers have already refused what cannot be decoded."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def _parts(content: str) -> list[dict[str, str]]:

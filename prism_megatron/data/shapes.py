@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from prism_megatron.data.dataset import IMAGE_PLACEHOLDER, write_prompts
+from prism_megatron.data.dataset import write_prompts
 from prism_megatron.data.response import parse_response
 from prism_megatron.data.shapes_scene import (
     COLUMNS,
@@ -42,7 +42,7 @@ from prism_megatron.data.shapes_text import (
 )
 from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
-from prism_megatron.types import Example, Message
+from prism_megatron.types import IMAGE_PLACEHOLDER, Example, Message
 
 __all__ = [
     "Question",

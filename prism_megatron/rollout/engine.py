@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from prism_megatron.convert.manifest import is_converted
-from prism_megatron.data.chat import decode_image
+from prism_megatron.data.images import decode_image
 from prism_megatron.errors import UserError
 from prism_megatron.parallel.collectives import gather_over_ranks
 from prism_megatron.rollout.progress import progress_bar

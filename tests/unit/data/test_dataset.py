@@ -92,7 +92,7 @@ def test_sft_as_one_json_list_with_role_and_content(tmp_path: Path):
 
 def test_alignment_row(tmp_path: Path):
     (example,) = read_alignment(write_parquet(tmp_path, parquet_row(extra_info={"index": 3, "kind": "count"})))
-    assert example.id == "3"
+    assert example.id == "mm_gad/3"
     assert example.extra == {"index": 3, "kind": "count"}
     assert example.messages == (Message("system", "Be exact."), Message("user", "<image>How many?"))
     assert example.teacher_caption == "<caption>c</caption>"
@@ -149,7 +149,8 @@ def test_prompts_survive_the_disk_with_and_without_a_teacher(tmp_path: Path):
     write_prompts(tmp_path / "bare.parquet", [bare, bare])
     (again,) = read_alignment(tmp_path / "taught.parquet")
     assert replace(again, source=taught.source) == taught
-    assert [replace(e, source=taught.source) for e in read_rlvr(tmp_path / "bare.parquet")] == [bare, bare]
+    again = [replace(e, source=taught.source) for e in read_rlvr(tmp_path / "bare.parquet")]
+    assert again == [bare, replace(bare, id=f"{bare.id}#2")]
     with pytest.raises(
         ValueError, match=r"column\(s\) \['teacher_caption', 'teacher_cot', 'teacher_response'\] missing"
     ):
@@ -171,8 +172,8 @@ def test_prompts_without_answers_are_not_written(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": []}, r"line 2: no image"),
-        ({"images": None}, r"line 2: no image"),
+        ({"images": []}, r"line 2: 1 <image> placeholder\(s\) for 0 image\(s\)"),
+        ({"images": None}, r"line 2: 1 <image> placeholder\(s\) for 0 image\(s\)"),
         ({"images": ["b.png"]}, r"line 2: image .*b\.png does not exist"),
         ({"images": ["data.jsonl"]}, r"line 2, image data\.jsonl: not a readable image"),
         ({"images": ["a.png", "a.png"]}, r"line 2: 1 <image> placeholder\(s\) for 2 image\(s\)"),
@@ -192,14 +193,14 @@ def test_a_bad_sft_row_is_named(tmp_path: Path, changes: dict[str, object], mess
 
 def test_a_truncated_image_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"row 0, image 0: not a readable image"):
-        read_rlvr(write_parquet(tmp_path, parquet_row(images=[{"bytes": png()[:-20]}])))
+        read_rlvr(write_parquet(tmp_path, parquet_row(images=[{"bytes": png()[:40]}])))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": []}, r"row 1: no image"),
-        ({"images": [{"bytes": b""}]}, r"row 1: an image is a struct"),
+        ({"images": []}, r"row 1: 1 <image> placeholder\(s\) for 0 image"),
+        ({"images": [{"bytes": b""}]}, r"row 1, image 0: an image is a path or a struct"),
         ({"prompt": [{"role": "user", "content": "How many?"}]}, r"row 1: 0 <image> placeholder\(s\) for 1 image"),
         ({"teacher_response": "4"}, r"row 1: the demonstration breaks the response grammar"),
         ({"answer": None, "reward_model": {"ground_truth": None, "style": "rule"}}, r"row 1: no answer"),

@@ -1,0 +1,247 @@
+"""The parts of a row, each checked for its type: text, chats, images, ids. What is wrong raises UserError."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from prism_megatron.data.images import check_image
+from prism_megatron.data.rows import Row, from_json
+from prism_megatron.errors import UserError
+from prism_megatron.types import IMAGE_PLACEHOLDER, Message
+
+VIDEO_PLACEHOLDER = "<video>"
+
+_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_UNSUPPORTED = ("video", "videos", "audio", "audios")
+# Every reader asks parquet files for these, too: to find pictures and ids, and to refuse what it cannot show.
+COMMON_COLUMNS = ("id", "image", "images", "data_source", *_UNSUPPORTED)
+
+_quote = reprlib.Repr(maxstring=80, maxother=80).repr
+
+
+def text_field(value: Any, what: str, source: str) -> str:
+    """``value`` if it is text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise UserError(f"{source}: {what} must be text, got {_quote(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as fault:
+        raise UserError(f"{source}: {what} is not valid Unicode ({fault}); correct or drop the row") from fault
+    return value
+
+
+def optional_text(fields: Mapping[str, Any], key: str, source: str) -> str | None:
+    """The text of a key, None where it is null or not there."""
+    value = fields.get(key)
+    return None if value is None else text_field(value, key, source)
+
+
+def answer_text(value: Any, column: str, source: str) -> str | None:
+    """An answer as text; None for null, blank text and NaN, which is what pandas makes of null."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str | int | float | Decimal):
+        raise UserError(
+            f"{source}: {column} is {_quote(value)}; it must be one text or number (further right answers go into "
+            "reward_model.equivalent_answers)"
+        )
+    text = text_field(str(value), column, source)
+    return text if text.strip() and text != "nan" else None
+
+
+def struct_field(value: Any, what: str, source: str) -> dict[str, Any]:
+    """A nested struct, also as JSON text; empty where it is null."""
+    value = from_json(value)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {what} must be a struct, got {_quote(value)}")
+    return value
+
+
+def required(fields: Mapping[str, Any], keys: Sequence[str], source: str) -> Any:
+    """The value of the first of ``keys`` that the row has."""
+    for key in keys:
+        if fields.get(key) is not None:
+            return fields[key]
+    raise UserError(f"{source}: needs the key {' or '.join(map(repr, keys))}, has {sorted(map(str, fields))}")
+
+
+def refuse_unsupported(fields: Mapping[str, Any], source: str) -> None:
+    """Raise UserError where the row shows something other than pictures."""
+    for key in _UNSUPPORTED:
+        if fields.get(key):
+            raise UserError(f"{source}: has {key!r}; only text and images are trained on, drop the row")
+
+
+# Chats ----------------------------------------------------------------------------------------------------------------
+
+
+def chat_field(turns: Any, source: str) -> tuple[tuple[Message, ...], list[Any]]:
+    """The turns of a chat, and the images that its content parts name themselves, in order.
+
+    A turn is from/value or role/content. Content is text that marks each image with ``<image>``, or a list of parts
+    ({"type": "text", "text": ...}, {"type": "image"}).
+    """
+    turns = from_json(turns)
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{source}: a chat is a non-empty list of turns, got {_quote(turns)}")
+    messages, images = [], list[Any]()
+    for turn in turns:
+        message, shown = _turn(turn, source)
+        messages.append(message)
+        images += shown
+    return tuple(messages), images
+
+
+def check_prompt(messages: Sequence[Message], images: Sequence[bytes], source: str) -> None:
+    """Raise UserError for a prompt that does not end with the user's turn or does not show each image once."""
+    if not messages or messages[-1].role != "user":
+        last = repr(messages[-1].role) if messages else "nothing"
+        raise UserError(f"{source}: the prompt must end with the user's turn, it ends with {last}")
+    for message in messages:
+        if message.role != "user" and IMAGE_PLACEHOLDER in message.content:
+            raise UserError(f"{source}: {IMAGE_PLACEHOLDER} in a {message.role} turn; only a user's turn shows images")
+        if VIDEO_PLACEHOLDER in message.content:
+            raise UserError(f"{source}: {VIDEO_PLACEHOLDER} in the prompt; videos are not trained on, drop the row")
+    found = sum(m.content.count(IMAGE_PLACEHOLDER) for m in messages)
+    if found != len(images):
+        raise UserError(
+            f"{source}: {found} {IMAGE_PLACEHOLDER} placeholder(s) for {len(images)} image(s); write one per image"
+        )
+
+
+def _turn(turn: Any, source: str) -> tuple[Message, list[Any]]:
+    fields = turn if isinstance(turn, dict) else {}
+    role, content = (_first(fields, keys) for keys in (("role", "from"), ("content", "value")))
+    if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str | list):
+        raise UserError(
+            f"{source}: cannot read the turn {_quote(turn)}; a turn is from/value or role/content, "
+            f"with a role of {sorted(_ROLES)} and text that marks each image with {IMAGE_PLACEHOLDER}"
+        )
+    if isinstance(content, str):
+        return Message(_ROLES[role], text_field(content, "a turn's text", source)), []
+    texts, images = [], []
+    for part in content:
+        text, shown = _part(part, source)
+        texts.append(text)
+        images += shown
+    return Message(_ROLES[role], "".join(texts)), images
+
+
+def _part(part: Any, source: str) -> tuple[str, list[Any]]:
+    """Text of one part of a turn's content, and the image it names itself."""
+    fields = part if isinstance(part, dict) else {}
+    kind = fields.get("type", "text" if "text" in fields else None)
+    if kind == "text":
+        return text_field(fields.get("text"), "a text part", source), []
+    if kind in ("image", "image_url"):
+        shown = _first(fields, ("image", "image_url", "url", "path", "bytes"))
+        if isinstance(shown, dict) and "url" in shown:
+            shown = shown["url"]
+        return IMAGE_PLACEHOLDER, [] if shown is None else [shown]
+    raise UserError(f"{source}: cannot read the content part {_quote(part)}; a part is of type text or image")
+
+
+def _first(fields: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    return next((fields[key] for key in keys if fields.get(key) is not None), None)
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """The pictures of a data set: each file is read once, each content checked and stored once."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, bytes] = {}
+        self._checked: dict[bytes, bytes] = {}
+
+    def of_row(self, row: Row, named_in_chat: Sequence[Any] = ()) -> tuple[bytes, ...]:
+        """Encoded pictures of ``images`` or ``image``, or of the chat's own parts.
+
+        A picture is a path relative to the data file, bytes, a struct of ``bytes`` and ``path``, or a data: URL.
+        """
+        listed = from_json(_first(row.fields, ("images", "image")))
+        if listed and named_in_chat:
+            raise UserError(f"{row.source}: images in a column and in the chat's parts; give them in one place")
+        items = [] if listed is None else listed if isinstance(listed, list) else [listed]
+        return tuple(self._picture(item, number, row) for number, item in enumerate(items or named_in_chat))
+
+    def _picture(self, item: Any, number: int, row: Row) -> bytes:
+        if isinstance(item, dict):
+            item = self._of_struct(item)
+        source = f"{row.source}, image {number}"
+        if isinstance(item, str) and item.startswith("data:"):
+            item = _decoded(item.partition("base64,")[2], source)
+        if isinstance(item, bytes) and item:
+            return self._checked_once(item, source)
+        if isinstance(item, str) and item:
+            return self._from_file(item, row)
+        raise UserError(
+            f"{source}: an image is a path or a struct with its encoded file in 'bytes' or a 'path', got {_quote(item)}"
+        )
+
+    def _of_struct(self, struct: Mapping[str, Any]) -> Any:
+        data = struct.get("bytes")
+        if isinstance(data, str) and data:
+            return f"data:;base64,{data}"
+        return data or struct.get("path")
+
+    def _from_file(self, name: str, row: Row) -> bytes:
+        if name.startswith(("http://", "https://")):
+            raise UserError(f"{row.source}: image {name} is on the web; download it and give its path")
+        file = row.file.parent / (unquote(name.removeprefix("file://")) if name.startswith("file://") else name)
+        if file not in self._files:
+            source = f"{row.source}, image {name}"
+            try:
+                content = file.read_bytes()
+            except FileNotFoundError as fault:
+                raise UserError(
+                    f"{row.source}: image {file} does not exist; paths are relative to {row.file.name}'s folder"
+                ) from fault
+            except (OSError, ValueError) as fault:  # a folder, no permission, a name that no file can have
+                raise UserError(f"{source}: cannot be read ({fault}); correct the path") from fault
+            self._files[file] = self._checked_once(content, source)
+        return self._files[file]
+
+    def _checked_once(self, encoded: bytes, source: str) -> bytes:
+        if encoded not in self._checked:
+            check_image(encoded, source)
+            self._checked[encoded] = encoded
+        return self._checked[encoded]
+
+
+def _decoded(text: str, source: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as fault:
+        raise UserError(f"{source}: not base64 ({fault}); embed the encoded file, or give its path") from fault
+
+
+# Ids ------------------------------------------------------------------------------------------------------------------
+
+
+def row_id(row: Row, extra: Mapping[str, Any], data_source: str | None) -> str:
+    """``id``, else ``extra_info.index``, which counts anew in each data source, else file and row number."""
+    if (given := _id_text(row.fields.get("id"), "id", row.source)) is not None:
+        return given
+    if (index := _id_text(extra.get("index"), "extra_info.index", row.source)) is not None:
+        return index if data_source is None else f"{data_source}/{index}"
+    return f"{row.file.name}/{row.number}"
+
+
+def _id_text(value: Any, what: str, source: str) -> str | None:
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{source}: {what} must be text or a number, got {_quote(value)}")
+    return text_field(str(value), what, source)
