@@ -54,7 +54,11 @@ def main() -> int:
     parser.add_argument("name", metavar="NAME", help="a pipeline or a recipe")
     parser.add_argument("overrides", nargs="*", help="key=value, or stage.key=value for a pipeline")
     parser.add_argument("--name", dest="run_name", help="a pipeline's folder under runs/ (the pipeline's name)")
-    parser.add_argument("--ranks", type=int, help="processes per stage, here (as the recipe's name says, or 1)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="processes per stage, here (as the recipe's name says; tiny: 2, or 1 on one core or a GPU)",
+    )
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
     parser.add_argument("--cluster", type=Path, help="cluster file for slurm; examples in slurm/clusters/")
     parser.add_argument("--dryrun", action="store_true", help="print commands or scripts, run and submit nothing")
@@ -225,15 +229,17 @@ def runs_of(name: str, run_name: str, overrides: Sequence[str]) -> list[tuple[st
 
 
 def ranks_here(name: str, asked: int | None) -> int:
-    """Processes on this machine: as many as asked for, else as the recipe's name says, 1 where any number will do.
+    """Processes on this machine: as many as asked for, else as the recipe's name says.
 
-    Raises UserError for a recipe of several nodes, unless a number is asked for.
+    Tiny recipes say nothing. On a CPU two data-parallel ranks of half the cores each are faster than one of all; each
+    takes up to 3 GB. Raises UserError for a recipe of several nodes, unless a number is asked for.
     """
     if asked is not None:
         if asked < 1:
             raise UserError(f"--ranks is {asked}; it must be at least 1")
         return asked
-    nodes, ranks = shape_of(name) or (1, 1)
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    nodes, ranks = shape_of(name) or (1, 1 if has_gpu else min(len(os.sched_getaffinity(0)), 2))
     if nodes > 1:
         raise UserError(
             f"{name} needs {nodes} nodes of {ranks} GPUs; "
