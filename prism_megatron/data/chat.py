@@ -120,7 +120,10 @@ def _visuals(pixels: Tensor | None, grids: Tensor | None, *, is_video: bool) -> 
     if pixels is None or grids is None:
         return []
     cut = torch.split(pixels, grids.prod(1).tolist())
-    return [Visual(patches, (t, h, w), is_video) for patches, (t, h, w) in zip(cut, grids.tolist(), strict=True)]
+    # Each in memory of its own: a view pins the others' patches, and takes them along when it is sent to another rank.
+    return [
+        Visual(patches.clone(), (t, h, w), is_video) for patches, (t, h, w) in zip(cut, grids.tolist(), strict=True)
+    ]
 
 
 def _parts(content: str) -> list[dict[str, str]]:

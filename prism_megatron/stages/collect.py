@@ -46,8 +46,11 @@ def run_collect(config: CollectConfig) -> None:
         engine = start_engine(config, Path(config.model.hf_checkpoint))
         for_pairs = dataclasses.replace(config.rollout, samples_per_prompt=config.pair_samples_per_prompt)
         responses = _sample(engine, processor, demonstrations, dataclasses.replace(config, rollout=for_pairs), "pairs")
-        pairs = [pair for number, sample in enumerate(responses) if (pair := _pair(sample, number)) is not None]
-        rates = _pass_rates(_sample(engine, processor, candidates, config, "pass rates"))
+        first = config.pair_samples_per_prompt * _share(demonstrations).start
+        mine = [_pair(sample, number) for number, sample in enumerate(responses, first)]
+        pairs = gather_over_data_parallel([pair for pair in mine if pair is not None])
+        answers = _sample(engine, processor, candidates, config, "pass rates")
+        rates = _pass_rates(gather_over_data_parallel([(answer.example.id, answer.correct) for answer in answers]))
         kept = [row for row in candidates if config.band_low <= rates[row.id] <= config.band_high]
         if not pairs:
             raise UserError(
@@ -68,11 +71,16 @@ def run_collect(config: CollectConfig) -> None:
         finish(stage, {"pairs": len(pairs), "rlvr_prompts": len(kept)})
 
 
+def _share(rows: Sequence[Example]) -> range:
+    """Which rows this data-parallel rank samples."""
+    return rank_share(range(len(rows)), groups.data_parallel_rank(), groups.data_parallel_size())
+
+
 def _sample(
     engine: Engine, processor: ChatProcessor, rows: Sequence[Example], config: CollectConfig, what: str
 ) -> list[Sample]:
-    """Samples for all rows on every rank; each data-parallel rank generates its share."""
-    share = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
+    """Samples for this data-parallel rank's share of the rows."""
+    share = _share(rows)
     mine: list[Sample] = []
     began = time.monotonic()
     longest = -(-len(rows) // groups.data_parallel_size())  # ranks make as many calls as each other
@@ -83,7 +91,7 @@ def _sample(
         eta = (time.monotonic() - began) * (len(share) - done) / max(done, 1)
         if groups.is_main_rank():
             print(f"collect {what} {done}/{len(share)}  eta {eta:.0f} s", flush=True)
-    return gather_over_data_parallel(mine)
+    return mine
 
 
 def _pair(sample: Sample, number: int) -> PreferencePair | None:
@@ -104,8 +112,9 @@ def _pair(sample: Sample, number: int) -> PreferencePair | None:
     )
 
 
-def _pass_rates(samples: Sequence[Sample]) -> dict[str, float]:
+def _pass_rates(answers: Sequence[tuple[str, bool]]) -> dict[str, float]:
+    """The share of correct answers to each row, from (row id, is correct) of every answer."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
-    for sample in samples:
-        verdicts[sample.example.id].append(sample.correct)
+    for row_id, correct in answers:
+        verdicts[row_id].append(correct)
     return {row_id: sum(passed) / len(passed) for row_id, passed in verdicts.items()}

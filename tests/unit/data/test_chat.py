@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 
 from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.dataset import read_rlvr
 from prism_megatron.data.pack import pack
 from prism_megatron.types import EncodedPrompt
 
@@ -46,6 +48,13 @@ def test_a_response_that_spells_them_can_be_packed_and_ends_once(processor: Chat
 def test_special_tokens_have_no_text(processor: ChatProcessor, token: str) -> None:
     special = processor.tokenizer.convert_tokens_to_ids(token)
     assert not processor.has_text((*processor.encode_text("a"), special))
+
+
+def test_a_prompt_takes_only_its_own_pictures_along(processor: ChatProcessor, tiny_data: Path) -> None:
+    """However many prompts were encoded with it: as bytes, it goes to other ranks."""
+    rows = read_rlvr(tiny_data / "heldout.parquet")
+    (alone,), together = processor.encode_prompts(rows[:1]), processor.encode_prompts(rows)
+    assert len(pickle.dumps(together[0])) == len(pickle.dumps(alone))
 
 
 def test_neither_have_rows_of_the_embedding_that_are_no_token(processor: ChatProcessor) -> None:

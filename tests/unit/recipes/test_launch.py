@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from recipes import STAGE_RECIPES
-from recipes.launch import PIPELINES, main
+from recipes.launch import PIPELINES, main, ranks_here
 
 SLURM = ["--executor", "slurm", "--cluster"]
 SFT_8B = "sft_qwen3_vl_8b_1n8g_h100_bf16"
 SFT_32B = "sft_qwen3_vl_32b_2n8g_h100_bf16"
+FEW_CORES = 1 if any(Path("/dev").glob("nvidia[0-9]*")) else 2
 LINEAGE = ["tiny_sft", "tiny_collect", "tiny_warmup", "tiny_align", "tiny_rlvr"]
 
 
@@ -98,9 +99,9 @@ def test_a_wrong_place_to_run(
 @pytest.mark.parametrize(
     ("arguments", "ranks", "recipes"),
     [
-        (["tiny_sft", "run.train_iters=3"], 1, ["tiny_sft"]),
-        (["tiny_align", "--ranks", "2"], 2, ["tiny_align"]),
-        (["tiny_pipeline", "sft.run.train_iters=3"], 1, LINEAGE),
+        (["tiny_sft", "run.train_iters=3"], FEW_CORES, ["tiny_sft"]),
+        (["tiny_align", "--ranks", "4"], 4, ["tiny_align"]),
+        (["tiny_pipeline", "sft.run.train_iters=3"], FEW_CORES, LINEAGE),
         (["tiny_study", "--ranks", "2"], 2, 3 * [*LINEAGE, "tiny_rlvr"]),
         ([SFT_8B], 8, [SFT_8B]),
         ([SFT_32B, "--ranks", "4"], 4, [SFT_32B]),
@@ -115,12 +116,19 @@ def test_a_dry_run_here_prints_the_commands_and_runs_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
     assert run(monkeypatch, *arguments, "--dryrun") == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     start = ["torchrun", "--nproc-per-node", str(ranks), "-m", "prism_megatron.train"]
     assert [words[:6] for words in commands] == [[*start, recipe] for recipe in recipes]
     assert ("run.train_iters=3" in commands[0]) == any("train_iters" in word for word in arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_rank_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+    assert ranks_here("tiny_pipeline", asked=None) == 1
+    assert ranks_here("tiny_pipeline", asked=2) == 2
 
 
 def test_estimate_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
