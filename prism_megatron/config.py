@@ -1,104 +1,104 @@
 """Typed configuration of every stage. A recipe fills it in; dotted overrides change it; unknown keys are errors.
 
 Defaults here are what is neutral or what Megatron uses. Everything the method or a model size decides (learning rates,
-group sizes, lengths) has no default and lives in the recipe.
+group sizes, lengths) has no default and lives in the recipe. A field declares what it may hold (``ranges.py``), a
+section's ``check`` says which of its values go together; ``apply_overrides`` calls both.
 """
 
 # Annotations are types here, not strings: NeMo-Run's command line (recipes/factories.py) reads them.
-import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from prism_megatron.errors import UserError
+from prism_megatron.overrides import MISSING as MISSING
+from prism_megatron.overrides import Section
+from prism_megatron.overrides import apply_overrides as apply_overrides
+from prism_megatron.ranges import NAME, OPTIONAL_PATH, PATH, above, at_least, between, one_of, ruled, setting, some_of
 
-MISSING: Any = "???"  # omegaconf's, which only reading overrides and writing YAML need
 FINISHED = "finished.json"  # written last into a stage's folder
 REFERENCE_TEACHER_TOKENS = 512  # of a demonstration's branch, all that the paper's code shows (spec 1.3)
 MIN_BRANCH_TOKENS = 2  # one, and the terminator
+PARTS = ("vision", "merger", "language_model")  # of a model, which may be frozen
 
 
 @dataclass
-class ParallelConfig:
+class ParallelConfig(Section):
     """Megatron's parallel degrees. Data parallelism is what is left of the world.
 
     Layers are split evenly over pipeline stages, but for the stages given a number of their own (0: none). The first
     stage also runs the vision tower.
     """
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int = 1  # model chunks per pipeline stage
-    num_layers_in_first_pipeline_stage: int = 0
-    num_layers_in_last_pipeline_stage: int = 0
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
-    sequence_parallel: bool = False
+    tensor_model_parallel_size: int = setting(1, at_least(1))
+    pipeline_model_parallel_size: int = setting(1, at_least(1))
+    virtual_pipeline_model_parallel_size: int = setting(1, at_least(1))  # model chunks per pipeline stage
+    num_layers_in_first_pipeline_stage: int = setting(0, at_least(0))
+    num_layers_in_last_pipeline_stage: int = setting(0, at_least(0))
+    context_parallel_size: int = setting(1, at_least(1))
+    expert_model_parallel_size: int = setting(1, at_least(1))
+    expert_tensor_parallel_size: int = setting(1, at_least(1))
+    sequence_parallel: bool = setting(False)
 
 
 @dataclass
-class FP8Config:
+class FP8Config(Section):
     """How the decoder's linear layers are scaled with ``model.precision`` fp8; ``model/fp8.py`` says what stays BF16.
 
     ``delayed`` scales a tensor by what earlier steps saw, ``tensorwise`` by its own largest value, ``blockwise`` and
     ``mxfp8`` (Blackwell only) each block by its own.
     """
 
-    recipe: str = "tensorwise"  # delayed | tensorwise | blockwise | mxfp8
-    first_layers_bf16: int = 0  # of the decoder, kept in BF16
-    last_layers_bf16: int = 0
+    recipe: str = setting("tensorwise", one_of("delayed", "tensorwise", "blockwise", "mxfp8"))
+    first_layers_bf16: int = setting(0, at_least(0))  # of the decoder, kept in BF16
+    last_layers_bf16: int = setting(0, at_least(0))
 
-    def __post_init__(self) -> None:
-        _one_of("model.fp8.recipe", self.recipe, "delayed", "tensorwise", "blockwise", "mxfp8")
+    def check(self, at: str) -> None:
         first, last = self.first_layers_bf16, self.last_layers_bf16
-        if min(first, last) < 0:
-            raise UserError(f"model.fp8.first_layers_bf16 and last_layers_bf16 must be at least 0, got {first}, {last}")
         if self.recipe == "delayed" and (first or last):
             raise UserError(
-                f"model.fp8.recipe delayed keeps one history for all layers, so first_layers_bf16 ({first}) and "
+                f"{at}recipe delayed keeps one history for all layers, so first_layers_bf16 ({first}) and "
                 f"last_layers_bf16 ({last}) must be 0; use recipe tensorwise"
             )
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     """Which checkpoint to start from, and how to run it. Sizes are read from its ``config.json``."""
 
-    hf_checkpoint: str = MISSING
-    precision: str = "fp32"  # fp32 | bf16 | fp8
+    hf_checkpoint: str = setting(MISSING, PATH)
+    precision: str = setting("fp32", one_of("fp32", "bf16", "fp8"))
     fp8: FP8Config = field(default_factory=FP8Config)
-    freeze: list[str] = field(default_factory=list)  # any of: vision, merger, language_model
-    recompute: bool = False  # recompute every transformer layer in the backward pass
-    moe_aux_loss_coeff: float = 0.0  # load balancing of a mixture-of-experts policy
-
-    def __post_init__(self) -> None:
-        _one_of("model.precision", self.precision, "fp32", "bf16", "fp8")
+    freeze: list[str] = field(default_factory=list, metadata=ruled(some_of(*PARTS)))
+    recompute: bool = setting(False)  # recompute every transformer layer in the backward pass
+    moe_aux_loss_coeff: float = setting(0.0, at_least(0))  # load balancing of a mixture-of-experts policy
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW and its schedule. ``warmup_fraction`` and the decay are over the stage's ``train_iters``."""
 
-    lr: float = MISSING
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    warmup_fraction: float = 0.0
-    decay_style: str = "constant"  # constant | cosine | linear
-    use_distributed_optimizer: bool = False
+    lr: float = setting(MISSING, at_least(0))
+    min_lr: float = setting(0.0, at_least(0))
+    weight_decay: float = setting(0.0, at_least(0))
+    adam_beta1: float = setting(0.9, between(0, 1, "[)"))
+    adam_beta2: float = setting(0.999, between(0, 1, "[)"))
+    adam_eps: float = setting(1e-8, above(0))
+    clip_grad: float = setting(1.0, at_least(0), hint="0 turns clipping off")  # largest norm of the gradient
+    warmup_fraction: float = setting(0.0, between(0, 1))
+    decay_style: str = setting("constant", one_of("constant", "cosine", "linear"))
+    use_distributed_optimizer: bool = setting(False)
 
-    def __post_init__(self) -> None:
-        _one_of("decay_style", self.decay_style, "constant", "cosine", "linear")
+    def check(self, at: str) -> None:
+        if self.decay_style != "constant" and self.min_lr > self.lr:
+            raise UserError(
+                f"{at}min_lr ({self.min_lr:g}) must be at most {at}lr ({self.lr:g}), which decays to it; "
+                f"lower it too, or give {at}decay_style=constant"
+            )
 
 
 @dataclass
-class RolloutConfig:
+class RolloutConfig(Section):
     """Sampling, where the engine runs and its own sizes. ``tensor_model_parallel_size`` 0 means the trainer's.
 
     ``engine`` colocated: inside the training ranks. child: in processes of its own on the same host, which are started
@@ -107,109 +107,122 @@ class RolloutConfig:
     rank's GPU.
     """
 
-    engine: str = "colocated"  # colocated | child
-    transport: str = "auto"  # auto | shared_memory | collective | cuda_ipc; for a child
-    timeout_seconds: float = 0.0  # for one batch of responses; 0: none
-    samples_per_prompt: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_response_tokens: int = MISSING
-    max_model_len: int = MISSING
-    max_num_seqs: int = 256
-    images_per_prompt: int = 8  # at most
-    kv_cache_gib: float = 1.0  # on a CPU
-    gpu_memory_utilization: float = 0.5  # the engine's part of each GPU; recipes/memory.py says if the rest is enough
-    sleep_level: int = 0  # while the policy trains, on a GPU: 1 moves weights to the host, 2 drops them; 0: stay
-    enforce_eager: bool = True
-    tensor_model_parallel_size: int = 0
-    max_logprob_abs_diff: float = 0.0  # stop where trainer and engine differ by more nats than this; 0: only log it
-    sync_bucket_mib: int = 256  # weights on their way to the engine; at least twice the largest module is used
-    sync_checksums: bool = False  # after each sync, compare on all ranks what every one of them was given
-    guard_interval: int = 100  # syncs from one comparison of engine and trainer to the next; 0: never
-    guard_max_logprob_diff: float = 0.0  # nats that the comparison lets pass; 0: what the precision needs
+    engine: str = setting("colocated", one_of("colocated", "child"))
+    transport: str = setting("auto", one_of("auto", "shared_memory", "collective", "cuda_ipc"))  # for a child
+    timeout_seconds: float = setting(0.0, above(0, zero="none"))  # for one batch of responses
+    samples_per_prompt: int = setting(1, at_least(1))
+    temperature: float = setting(1.0, at_least(0))
+    top_p: float = setting(1.0, between(0, 1, "(]"))
+    max_response_tokens: int = setting(MISSING, at_least(1))
+    max_model_len: int = setting(MISSING, at_least(2))
+    max_num_seqs: int = setting(256, at_least(1))
+    images_per_prompt: int = setting(8, at_least(1))  # at most
+    kv_cache_gib: float = setting(1.0, above(0))  # on a CPU
+    # The engine's part of each GPU; recipes/memory.py says if the rest is enough.
+    gpu_memory_utilization: float = setting(0.5, between(0, 1, "(]"))
+    # While the policy trains, on a GPU: 1 moves weights to the host, 2 drops them; 0: stay.
+    sleep_level: int = setting(0, one_of(0, 1, 2))
+    enforce_eager: bool = setting(True)
+    tensor_model_parallel_size: int = setting(0, at_least(1, zero="the trainer's"))
+    # Stop where trainer and engine differ by more nats than this.
+    max_logprob_abs_diff: float = setting(0.0, above(0, zero="only log it"))
+    # Weights on their way to the engine; at least twice the largest module is used.
+    sync_bucket_mib: int = setting(256, at_least(1))
+    sync_checksums: bool = setting(False)  # after each sync, compare on all ranks what every one of them was given
+    guard_interval: int = setting(100, at_least(1, zero="never"))  # syncs between comparisons of engine and trainer
+    # Nats that the comparison lets pass.
+    guard_max_logprob_diff: float = setting(0.0, above(0, zero="what the precision needs"))
 
-    def __post_init__(self) -> None:
-        _one_of("rollout.engine", self.engine, "colocated", "child")
-        _one_of("rollout.transport", self.transport, "auto", "shared_memory", "collective", "cuda_ipc")
+    def check(self, at: str) -> None:
         if self.transport != "auto" and self.engine != "child":
             raise UserError(
-                f"rollout.transport ({self.transport}) is for rollout.engine=child; leave it at auto: an engine inside "
+                f"{at}transport ({self.transport}) is for {at}engine=child; leave it at auto: an engine inside "
                 "the ranks is given their own tensors"
             )
-        if self.sleep_level not in (0, 1, 2):
-            raise UserError(f"rollout.sleep_level must be 0, 1 or 2, got {self.sleep_level}")
-        if self.timeout_seconds < 0:
-            raise UserError(f"rollout.timeout_seconds must be at least 0 (none), got {self.timeout_seconds}")
-        for name in ("sync_bucket_mib", "images_per_prompt"):
-            if getattr(self, name) < 1:
-                raise UserError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("guard_interval", "guard_max_logprob_diff"):
-            if getattr(self, name) < 0:
-                raise UserError(f"rollout.{name} must be 0 or more, got {getattr(self, name)}")
-        if self.tensor_model_parallel_size < 0:
+        if self.max_response_tokens >= self.max_model_len:
             raise UserError(
-                f"rollout.tensor_model_parallel_size must be 0 (the trainer's) or more, got "
-                f"{self.tensor_model_parallel_size}"
+                f"{at}max_response_tokens ({self.max_response_tokens}) must be below {at}max_model_len "
+                f"({self.max_model_len}), which holds the prompt too; raise {at}max_model_len"
             )
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Section):
     """Greedy evaluation on held-out questions after the stage. ``num_questions`` 0 turns it off."""
 
-    data: str = ""
-    num_questions: int = 0
+    data: str = setting("", OPTIONAL_PATH)
+    num_questions: int = setting(0, at_least(1, zero="no evaluation"))
+
+    def check(self, at: str) -> None:
+        if self.num_questions and not self.data:
+            raise UserError(
+                f"{at}num_questions ({self.num_questions}) needs {at}data, which is empty; give {at}data=FILE.parquet, "
+                f"or {at}num_questions=0"
+            )
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Section):
     """Where a stage writes, how long it runs and how often it saves."""
 
-    name: str = MISSING
-    dir: str = "runs"
-    seed: int = 1
-    train_iters: int = MISSING
-    save_interval: int = 100
-    keep_checkpoints: int = 2
-    log_rollouts_per_iteration: int = 4
+    name: str = setting(MISSING, NAME, hint="run.dir says which folder it is in")
+    dir: str = setting("runs", PATH)
+    seed: int = setting(1, at_least(0))
+    train_iters: int = setting(MISSING, at_least(1))
+    save_interval: int = setting(100, at_least(1), hint="a number above run.train_iters saves only at the end")
+    keep_checkpoints: int = setting(2, at_least(1), hint="a stage goes on from the last one")
+    log_rollouts_per_iteration: int = setting(4, at_least(0))
 
 
 @dataclass
-class StageConfig:
+class StageConfig(Section):
     """What every stage has."""
 
-    stage: str = MISSING
+    stage: str = setting(MISSING, one_of("sft", "collect", "warmup", "align", "rlvr"))
     run: RunConfig = field(default_factory=RunConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    max_tokens_per_microbatch: int = MISSING
+    max_tokens_per_microbatch: int = setting(MISSING, at_least(1))
 
 
 @dataclass
 class SFTConfig(StageConfig):
     """Supervised fine-tuning: cross-entropy on the response (spec 2)."""
 
-    data: str = MISSING
-    global_batch_size: int = MISSING
+    stage: str = setting("sft", one_of("sft"))
+    data: str = setting(MISSING, PATH)
+    global_batch_size: int = setting(MISSING, at_least(1))
+
+    def check(self, at: str) -> None:
+        _check_something_trains("model.freeze", self.model.freeze)
 
 
 @dataclass
 class CollectConfig(StageConfig):
     """After SFT: student responses for the discriminator's warm-up (spec 1.5), pass rates for RLVR (spec 1.4)."""
 
-    alignment_data: str = MISSING
-    pair_samples_per_prompt: int = MISSING
-    candidates: str = MISSING
-    num_candidates: int = 0  # 0: all of them
-    band_low: float = MISSING
-    band_high: float = MISSING
+    stage: str = setting("collect", one_of("collect"))
+    alignment_data: str = setting(MISSING, PATH)
+    pair_samples_per_prompt: int = setting(MISSING, at_least(1))
+    candidates: str = setting(MISSING, PATH)
+    num_candidates: int = setting(0, at_least(1, zero="all of them"))
+    band_low: float = setting(MISSING, between(0, 1))
+    band_high: float = setting(MISSING, between(0, 1))
+
+    def check(self, at: str) -> None:
+        _check_no_evaluation(self)
+        if self.band_low > self.band_high:
+            raise UserError(
+                f"{at}band_low ({self.band_low:g}) must be at most {at}band_high ({self.band_high:g}): they bound the "
+                "pass rate of the prompts that are kept; swap them"
+            )
 
 
 @dataclass
-class DiscriminatorConfig:
+class DiscriminatorConfig(Section):
     """The mixture-of-experts discriminator (spec 3).
 
     ``experts`` dedicated: perception tokens route only to the perception experts, reasoning tokens only to the
@@ -217,34 +230,35 @@ class DiscriminatorConfig:
     ``load_balance_coeff`` weighs the load-balancing loss; 0: it is only measured.
     """
 
-    hf_checkpoint: str = MISSING  # the dense model that is upcycled, or an already upcycled directory
-    num_experts: int = MISSING
-    topk: int = MISSING
-    experts: str = "dedicated"  # dedicated | shared
-    upcycle_noise: float = MISSING  # std of expert noise relative to each weight's own std
-    load_balance_coeff: float = MISSING
-    freeze: list[str] = field(default_factory=list)
-    max_branch_tokens: int = 0  # of a branch's response; a pair with a longer one has both sides cut; 0: all that fits
+    hf_checkpoint: str = setting(MISSING, PATH)  # the dense model that is upcycled, or an already upcycled directory
+    num_experts: int = setting(MISSING, at_least(2))
+    topk: int = setting(MISSING, at_least(2), hint="the router learns nothing from a single expert's weight of 1")
+    experts: str = setting("dedicated", one_of("dedicated", "shared"))
+    upcycle_noise: float = setting(MISSING, at_least(0))  # std of expert noise relative to each weight's own std
+    load_balance_coeff: float = setting(MISSING, at_least(0))
+    freeze: list[str] = field(default_factory=list, metadata=ruled(some_of(*PARTS)))
+    # Of a branch's response; a pair with a longer one has both sides cut.
+    max_branch_tokens: int = setting(0, at_least(MIN_BRANCH_TOKENS, zero="all that fits"))
 
-    def __post_init__(self) -> None:
-        _one_of("discriminator.experts", self.experts, "dedicated", "shared")
-        if self.max_branch_tokens and self.max_branch_tokens < MIN_BRANCH_TOKENS:
+    def check(self, at: str) -> None:
+        dedicated = self.experts == "dedicated"
+        if dedicated and self.num_experts % 2:
             raise UserError(
-                f"discriminator.max_branch_tokens must be 0 (all that fits) or at least {MIN_BRANCH_TOKENS}, got "
-                f"{self.max_branch_tokens}"
+                f"{at}num_experts ({self.num_experts}) must be even with dedicated experts, half of them for each "
+                f"branch; give {at}num_experts={self.num_experts + 1}"
             )
-        if self.topk != MISSING and self.topk < 2:
+        pool = self.num_experts // 2 if dedicated else self.num_experts
+        if self.topk > pool:
             raise UserError(
-                f"discriminator.topk must be at least 2, got {self.topk}: a single expert's weight is always 1, "
-                "from which the router learns nothing; raise it, and discriminator.num_experts if need be"
+                f"{at}topk ({self.topk}) is more than the {pool} experts a token may use; raise {at}num_experts "
+                f"({self.num_experts})"
             )
-        known = MISSING not in (self.num_experts, self.topk, self.load_balance_coeff)
-        if known and self.experts == "dedicated" and 2 * self.topk == self.num_experts and self.load_balance_coeff > 0:
+        if dedicated and self.topk == pool and self.load_balance_coeff > 0:
             raise UserError(
-                f"discriminator.load_balance_coeff must be 0, got {self.load_balance_coeff:g}: with dedicated experts "
-                f"and discriminator.topk ({self.topk}) half of discriminator.num_experts ({self.num_experts}) a token "
-                "takes every expert of its branch, and there is nothing to balance; set it to 0, or raise "
-                "discriminator.num_experts"
+                f"{at}load_balance_coeff must be 0, got {self.load_balance_coeff:g}: with dedicated experts "
+                f"and {at}topk ({self.topk}) half of {at}num_experts ({self.num_experts}) a token "
+                f"takes every expert of its branch, and there is nothing to balance; set it to 0, or raise "
+                f"{at}num_experts"
             )
 
 
@@ -252,11 +266,13 @@ class DiscriminatorConfig:
 class WarmupConfig(StageConfig):
     """Pairwise warm-up of the discriminator (spec 3.3)."""
 
-    data: str = MISSING
-    global_batch_size: int = MISSING  # lines of the pair file; each gives a caption pair and a reasoning pair
+    stage: str = setting("warmup", one_of("warmup"))
+    data: str = setting(MISSING, PATH)
+    global_batch_size: int = setting(MISSING, at_least(1))  # lines of the pair file; each is a pair of each branch
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
-    def __post_init__(self) -> None:
+    def check(self, at: str) -> None:
+        _check_no_evaluation(self)
         _check_pairs_fit(self)
 
 
@@ -271,72 +287,71 @@ class PolicyGradientConfig(StageConfig):
     ``algorithm`` is the loss: grpo and dapo average over tokens, gspo over sequences, with a ratio per sequence.
     """
 
-    data: str = MISSING
-    prompts_per_iteration: int = MISSING
-    algorithm: str = "grpo"  # grpo | dapo | gspo
-    mini_batches_per_iteration: int = 1  # each has its part of every prompt's responses
-    epochs_per_iteration: int = 1
-    advantage_eps: float = 1e-6
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 0.0  # 0: off
-    kl_coeff: float = 0.0  # KL to the policy the stage started from
-    kl_estimator: str = "k3"  # k1 | k2 | k3
-    importance_cap: float = 0.0  # truncates the correction for trainer and engine differing; 0: no correction
-    compat: str = "fixed"  # fixed | reference
+    data: str = setting(MISSING, PATH)
+    prompts_per_iteration: int = setting(MISSING, at_least(1))
+    algorithm: str = setting("grpo", one_of("grpo", "dapo", "gspo"))
+    mini_batches_per_iteration: int = setting(1, at_least(1))  # each has its part of every prompt's responses
+    epochs_per_iteration: int = setting(1, at_least(1))
+    advantage_eps: float = setting(1e-6, above(0))
+    clip_low: float = setting(0.2, between(0, 1, "[)"))
+    clip_high: float = setting(0.2, at_least(0))
+    dual_clip: float = setting(0.0, above(1, zero="off"))
+    kl_coeff: float = setting(0.0, at_least(0))  # KL to the policy the stage started from
+    kl_estimator: str = setting("k3", one_of("k1", "k2", "k3"))
+    # Truncates the correction for trainer and engine differing.
+    importance_cap: float = setting(0.0, at_least(1, zero="no correction"))
+    compat: str = setting("fixed", one_of("fixed", "reference"))
 
-    def __post_init__(self) -> None:
-        _one_of("algorithm", self.algorithm, "grpo", "dapo", "gspo")
-        _one_of("kl_estimator", self.kl_estimator, "k1", "k2", "k3")
-        _one_of("compat", self.compat, "fixed", "reference")
-        if self.epochs_per_iteration < 1:
-            raise UserError(f"epochs_per_iteration must be at least 1, got {self.epochs_per_iteration}")
-        if self.rollout.temperature <= 0 or self.rollout.top_p != 1:
+    def check(self, at: str) -> None:
+        _check_something_trains("model.freeze", self.model.freeze)
+        rollout, room = self.rollout, self.max_tokens_per_microbatch
+        if rollout.temperature <= 0 or rollout.top_p != 1:
             raise UserError(
-                f"rollout.temperature ({self.rollout.temperature:g}) must be above 0 and rollout.top_p "
-                f"({self.rollout.top_p:g}) 1 where a policy gradient is taken: it is that of the policy that samples, "
+                f"rollout.temperature ({rollout.temperature:g}) must be above 0 and rollout.top_p "
+                f"({rollout.top_p:g}) 1 where a policy gradient is taken: it is that of the policy that samples, "
                 "and greedy or cut-off sampling has none; leave both at 1"
             )
-        parts, samples = self.mini_batches_per_iteration, self.rollout.samples_per_prompt
-        if parts < 1 or samples % parts:
+        parts, samples = self.mini_batches_per_iteration, rollout.samples_per_prompt
+        if samples % parts:
             raise UserError(
                 f"mini_batches_per_iteration ({parts}) must divide rollout.samples_per_prompt ({samples}), "
                 "since each mini-batch has its part of every prompt's responses"
             )
+        if rollout.max_model_len > room:
+            raise UserError(
+                f"max_tokens_per_microbatch ({room}) must hold a prompt and its response, rollout.max_model_len "
+                f"({rollout.max_model_len}) tokens; raise it to {rollout.max_model_len}, or lower rollout.max_model_len"
+            )
 
 
 @dataclass
-class GatingConfig:
+class GatingConfig(Section):
     """How verified answers come into the alignment's advantage, so that it may go on in RLVR (spec 4.5).
 
     ``advantage.alignment_advantage`` has the formula of each mode.
     """
 
-    mode: str = "none"  # not at all | acc_gating | gated | rlvr | rlvr_v2 | sign_align
-    align_coeff: float = 1.0  # weight of the discriminator's part
-    wrong_penalty: float = 1.0  # for a response in the grammar with a wrong answer
-    format_penalty: float = 0.0  # for one outside the grammar, in place of the stage's own
-    accuracy_weight: float = 1.0  # of the verifiable reward
-    format_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        _one_of("gating.mode", self.mode, "none", "acc_gating", "gated", "rlvr", "rlvr_v2", "sign_align")
+    mode: str = setting("none", one_of("none", "acc_gating", "gated", "rlvr", "rlvr_v2", "sign_align"))
+    align_coeff: float = setting(1.0, at_least(0))  # weight of the discriminator's part
+    wrong_penalty: float = setting(1.0, at_least(0))  # for a response in the grammar with a wrong answer
+    format_penalty: float = setting(0.0, at_least(0))  # for one outside the grammar, in place of the stage's own
+    accuracy_weight: float = setting(1.0, at_least(0))  # of the verifiable reward
+    format_weight: float = setting(1.0, at_least(0))
 
 
 @dataclass
-class ReplayConfig:
+class ReplayConfig(Section):
     """Past responses shown to the discriminator again: kept of the last ``prompts`` (0: none), the newest of each."""
 
-    prompts: int = 0
-    responses_per_prompt: int = 1
-    responses_per_iteration: int = 0
+    prompts: int = setting(0, at_least(1, zero="none"))
+    responses_per_prompt: int = setting(1, at_least(1))
+    responses_per_iteration: int = setting(0, at_least(0))
 
-    def __post_init__(self) -> None:
-        sizes = (self.prompts, self.responses_per_prompt, self.responses_per_iteration)
-        if min(sizes) < 0 or (self.prompts and min(sizes) < 1):
+    def check(self, at: str) -> None:
+        if self.prompts and not self.responses_per_iteration:
             raise UserError(
-                f"replay.prompts, responses_per_prompt and responses_per_iteration must be at least 1, got {sizes}; "
-                "replay.prompts=0 turns it off"
+                f"{at}responses_per_iteration (0) must be at least 1 with {at}prompts ({self.prompts}); raise it, "
+                f"or turn replay off with {at}prompts=0"
             )
 
 
@@ -350,30 +365,27 @@ class AlignConfig(PolicyGradientConfig):
     ``gradient_penalty_std``.
     """
 
+    stage: str = setting("align", one_of("align"))
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    discriminator_steps: int = 1  # per policy step, on the same pairs; the first one's metrics are logged
-    perception_weight: float = MISSING  # alpha of Eq. 1
-    format_penalty: float = MISSING
-    score_regularizer: float = MISSING
-    label_smoothing: float = 0.0
-    gradient_penalty: float = 0.0
-    gradient_penalty_std: float = 0.0
+    discriminator_steps: int = setting(1, at_least(1))  # per policy step, on the same pairs; the first one's are logged
+    perception_weight: float = setting(MISSING, between(0, 1))  # alpha of Eq. 1
+    format_penalty: float = setting(MISSING, at_least(0))
+    score_regularizer: float = setting(MISSING, at_least(0))
+    label_smoothing: float = setting(0.0, between(0, 0.5, "[)"))
+    gradient_penalty: float = setting(0.0, at_least(0))
+    gradient_penalty_std: float = setting(0.0, at_least(0))
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    combine: str = "per_branch"  # per_branch (the released code) | weighted_sum (the paper's Eq. 1 and 3)
+    # per_branch as in the released code, weighted_sum as in the paper's Eq. 1 and 3
+    combine: str = setting("per_branch", one_of("per_branch", "weighted_sum"))
     gating: GatingConfig = field(default_factory=GatingConfig)
 
-    def __post_init__(self) -> None:
-        PolicyGradientConfig.__post_init__(self)
-        _one_of("combine", self.combine, "per_branch", "weighted_sum")
-        if self.discriminator_steps < 1:
-            raise UserError(f"discriminator_steps must be at least 1, got {self.discriminator_steps}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.gradient_penalty < 0 or (self.gradient_penalty and self.gradient_penalty_std <= 0):
+    def check(self, at: str) -> None:
+        super().check(at)
+        if self.gradient_penalty and not self.gradient_penalty_std:
             raise UserError(
-                f"gradient_penalty ({self.gradient_penalty}) must not be negative, and needs a gradient_penalty_std "
-                f"above 0, got {self.gradient_penalty_std}"
+                f"gradient_penalty ({self.gradient_penalty:g}) needs a gradient_penalty_std above 0, got 0; "
+                "give one, or gradient_penalty=0"
             )
         knobs = (self.label_smoothing, self.gradient_penalty, self.replay.prompts, self.discriminator.max_branch_tokens)
         if self.compat == "reference" and any(knobs):
@@ -395,48 +407,28 @@ class RLVRConfig(PolicyGradientConfig):
     ``importance_cap``.
     """
 
-    accuracy_weight: float = MISSING
-    format_weight: float = MISSING
-    max_sampling_rounds: int = 10
-    oversampling: float = 1.0
-    overlong_buffer_tokens: int = 0  # 0: no such penalty
-    overlong_penalty: float = 1.0
+    stage: str = setting("rlvr", one_of("rlvr"))
+    accuracy_weight: float = setting(MISSING, at_least(0))
+    format_weight: float = setting(MISSING, at_least(0))
+    max_sampling_rounds: int = setting(10, at_least(1))
+    oversampling: float = setting(1.0, at_least(1))
+    overlong_buffer_tokens: int = setting(0, at_least(1, zero="no such penalty"))
+    overlong_penalty: float = setting(1.0, at_least(0))
 
-    def __post_init__(self) -> None:
-        PolicyGradientConfig.__post_init__(self)
-        if self.max_sampling_rounds < 1:
-            raise UserError(f"max_sampling_rounds must be at least 1, got {self.max_sampling_rounds}")
-        if self.oversampling < 1 or (self.oversampling > 1 and (self.algorithm != "dapo" or not self.importance_cap)):
+    def check(self, at: str) -> None:
+        super().check(at)
+        if self.oversampling > 1 and (self.algorithm != "dapo" or not self.importance_cap):
             raise UserError(
-                f"oversampling must be at least 1, and above it needs algorithm=dapo and an importance_cap, got "
-                f"{self.oversampling}, {self.algorithm} and {self.importance_cap}"
+                f"oversampling above 1 needs algorithm=dapo and an importance_cap, got {self.oversampling:g}, "
+                f"{self.algorithm} and {self.importance_cap:g}; give these, or oversampling=1"
             )
-
-
-def apply_overrides[ConfigT: StageConfig](config: ConfigT, overrides: Sequence[str]) -> ConfigT:
-    """Apply dotted overrides such as ``optimizer.lr=1e-5`` and check that nothing is missing.
-
-    Raises UserError naming the override, its key and the keys that exist there.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree = OmegaConf.structured(config)
-    for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"override {override!r} is not of the form key=value, for example optimizer.lr=1e-5")
-        _check_key(config, key)
-        try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        except OmegaConfBaseException as error:
-            raise UserError(f"override {override!r} is refused: {str(error).splitlines()[0]}") from error
-    missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
-        raise UserError(f"recipe leaves {', '.join(missing)} unset; give {missing[0]}=VALUE on the command line")
-    resolved = OmegaConf.to_object(tree)
-    assert isinstance(resolved, type(config))
-    return resolved
+        if not self.accuracy_weight + self.format_weight:
+            raise UserError("accuracy_weight and format_weight must not both be 0: nothing would be rewarded")
+        if self.overlong_buffer_tokens > self.rollout.max_response_tokens:
+            raise UserError(
+                f"overlong_buffer_tokens ({self.overlong_buffer_tokens}) must be at most rollout.max_response_tokens "
+                f"({self.rollout.max_response_tokens}), whose last part it is; lower it"
+            )
 
 
 def sequences_per_pair(config: WarmupConfig | AlignConfig) -> int:
@@ -447,8 +439,6 @@ def sequences_per_pair(config: WarmupConfig | AlignConfig) -> int:
 def _check_pairs_fit(config: WarmupConfig | AlignConfig) -> None:
     """Refuse micro-batches that could not take a pair of the longest prompt and branches at their limit."""
     rollout, room, limit = config.rollout, config.max_tokens_per_microbatch, config.discriminator.max_branch_tokens
-    if MISSING in (room, rollout.max_model_len, rollout.max_response_tokens):
-        return
     prompt = rollout.max_model_len - rollout.max_response_tokens
     needed = sequences_per_pair(config) * (prompt + (limit or MIN_BRANCH_TOKENS))
     remedy = "discriminator.max_branch_tokens"
@@ -463,21 +453,17 @@ def _check_pairs_fit(config: WarmupConfig | AlignConfig) -> None:
         )
 
 
-def _one_of(key: str, value: str, *allowed: str) -> None:
-    if value not in allowed:
-        raise UserError(f"{key} must be {' or '.join(allowed)}, got {value!r}")
+def _check_something_trains(key: str, freeze: list[str]) -> None:
+    if set(freeze) == set(PARTS):
+        raise UserError(f"{key} names every part of the model, so that nothing is left to train; leave one out")
 
 
-def _check_key(config: Any, key: str) -> None:
-    node: Any = config
-    walked: list[str] = []
-    for part in key.split("."):
-        names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-        if part not in names:
-            place = ".".join(walked) or "this recipe"
-            raise UserError(f"unknown key {key!r}: {place} has {', '.join(sorted(names)) or 'no keys'}")
-        walked.append(part)
-        node = getattr(node, part, None)
+def _check_no_evaluation(config: StageConfig) -> None:
+    if config.eval.num_questions:
+        raise UserError(
+            f"eval.num_questions ({config.eval.num_questions}) must be 0 in {config.stage}, which trains no policy; "
+            "evaluate after sft, align or rlvr"
+        )
 
 
 def to_yaml(config: StageConfig) -> str:

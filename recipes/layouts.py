@@ -26,7 +26,7 @@ class Layout:
     cp: int = 1
     ep: int = 1
     etp: int = 1
-    engine: tuple[int, float] = (0, 0.0)
+    engine: tuple[int, float] = (0, 0.5)
     first_and_last: int = 0  # layers of the first and of the last pipeline stage, 0 for an even split
     freeze: tuple[str, ...] = ()  # what the paper trains and there is no room to train
 
@@ -44,11 +44,11 @@ class Layout:
 
 
 _BF16: dict[tuple[str, str], Layout] = {
-    ("sft", "2b"): Layout(1, tp=1),
-    ("sft", "4b"): Layout(1, tp=1),
-    ("sft", "8b"): Layout(1, tp=2),
-    ("sft", "32b"): Layout(2, tp=8),
-    ("sft", "30b_a3b"): Layout(2, tp=4, ep=8),
+    ("sft", "2b"): Layout(1, tp=1, engine=(0, 0.5)),
+    ("sft", "4b"): Layout(1, tp=1, engine=(0, 0.4)),
+    ("sft", "8b"): Layout(1, tp=2, engine=(0, 0.3)),
+    ("sft", "32b"): Layout(2, tp=8, engine=(0, 0.2)),
+    ("sft", "30b_a3b"): Layout(2, tp=4, ep=8, engine=(0, 0.25)),
     ("sft", "235b_a22b"): Layout(16, tp=4, pp=4, ep=16, first_and_last=23),
     ("collect", "2b"): Layout(1, tp=1, engine=(1, 0.9)),
     ("collect", "4b"): Layout(1, tp=1, engine=(1, 0.9)),
@@ -73,11 +73,12 @@ _BF16: dict[tuple[str, str], Layout] = {
 
 # FP8 adds rounded copies of the weights. What is not here does not fit, trains nothing, or is too small to gain.
 _SAME = (
-    *(("sft", size) for size in ("8b", "32b", "30b_a3b", "235b_a22b")),
+    *(("sft", size) for size in ("8b", "32b", "235b_a22b")),
     ("align", "8b"),
     *(("rlvr", size) for size in ("8b", "235b_a22b")),
 )
 _FP8 = {stage_and_size: _BF16[stage_and_size] for stage_and_size in _SAME} | {
+    ("sft", "30b_a3b"): Layout(2, tp=4, ep=8, engine=(0, 0.242)),
     ("align", "32b"): Layout(4, tp=8, pp=2, ep=4, engine=(8, 0.25)),
     ("align", "30b_a3b"): Layout(4, tp=4, pp=2, ep=4, etp=2, engine=(4, 0.28)),
     ("rlvr", "32b"): Layout(4, tp=8, pp=2, engine=(8, 0.3)),

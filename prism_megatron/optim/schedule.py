@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from prism_megatron.config import OptimizerConfig
-from prism_megatron.errors import UserError
 
 
 def learning_rate(config: OptimizerConfig, iteration: int, train_iters: int) -> float:
@@ -18,8 +17,7 @@ def learning_rate(config: OptimizerConfig, iteration: int, train_iters: int) -> 
         return config.lr
     if config.decay_style == "cosine":
         remaining = 0.5 * (1 + math.cos(math.pi * progress))
-    elif config.decay_style == "linear":
-        remaining = 1 - progress
     else:
-        raise UserError(f"optimizer.decay_style must be constant, cosine or linear, got {config.decay_style!r}")
+        assert config.decay_style == "linear"
+        remaining = 1 - progress
     return config.min_lr + (config.lr - config.min_lr) * remaining

@@ -98,7 +98,12 @@ def test_the_whole_pipeline_preempted_in_two_of_its_stages(
     pairs.write_text(cluster.read_text().replace("ranks_per_node: 1", "ranks_per_node: 2").replace("4G", "10G"))
     small = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prompts_per_iteration=8"]
     own = {
-        "sft": [f"model.hf_checkpoint={speaking_checkpoint}", "run.train_iters=4", "optimizer.lr=1e-5"],
+        "sft": [
+            f"model.hf_checkpoint={speaking_checkpoint}",
+            "run.train_iters=4",
+            "optimizer.min_lr=0",
+            "optimizer.lr=1e-5",
+        ],
         "collect": [f"alignment_data={tiny_data}/alignment.parquet", "num_candidates=32", "band_low=0", "band_high=1"],
         "warmup": ["run.train_iters=4", "global_batch_size=8"],
         "align": [*small, f"run.train_iters={ITERATIONS}", f"data={tiny_data}/alignment.parquet"],

@@ -13,6 +13,8 @@ PACKAGE = ROOT / "prism_megatron"
 ORDER = (
     *(
         "errors",
+        "ranges",
+        "overrides",
         "config",
         "types",
         "files",

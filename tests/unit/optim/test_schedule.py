@@ -17,8 +17,3 @@ def test_warmup_then_decay() -> None:
     assert rates("constant", [0, 1, 2, 9]) == [0.5, 1.0, 1.0, 1.0]
     assert rates("linear", [2, 6]) == pytest.approx([1.0, 0.6])
     assert rates("cosine", [2, 6]) == pytest.approx([1.0, 0.6])
-
-
-def test_unknown_style() -> None:
-    with pytest.raises(ValueError, match="constant or cosine or linear, got 'exponential'"):
-        rates("exponential", [5])

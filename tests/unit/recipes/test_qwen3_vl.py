@@ -66,6 +66,18 @@ def test_the_name_tells_the_truth_and_the_layout_fits(name: str, sizes: dict[str
     assert memory.total <= GPU_BYTES, memory.table()
 
 
+@pytest.mark.parametrize("name", sorted(name for name in RECIPES if name.startswith("sft_")))
+def test_an_engine_to_evaluate_with_fits_beside_sft(name: str, sizes: dict[str, HFSizes]) -> None:
+    _, size, _ = facts(name)
+    config = apply_overrides(stage_recipe(name)(), ["eval.data=data/heldout.parquet", "eval.num_questions=512"])
+    nodes, ranks = shape_of(name) or (0, 0)
+    if size == "235b_a22b":  # an engine of four ranks is too small for it, and SFT needs no more
+        with pytest.raises(ValueError, match=r"gives the engine .* raise it, or rollout.tensor_model_parallel_size"):
+            estimate(config, nodes * ranks, sizes[size], sizes["2b"])
+    else:
+        estimate(config, nodes * ranks, sizes[size], sizes["2b"]).check()
+
+
 def test_importable_by_name() -> None:
     from recipes.qwen3_vl import rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from prism_megatron.config import apply_overrides
+from prism_megatron.config import PARTS, apply_overrides
 from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import Workload, training_flops
 from recipes import qwen3_vl
-from recipes.layouts import LAYOUTS, SIZES
+from recipes.layouts import LAYOUTS, SIZES, VISION
 from recipes.memory import estimate, published_sizes
 from recipes.step_time import Costs, Rows, StepTime, predict, read_costs
 from tools.bench_collectives import fit
@@ -37,9 +38,11 @@ def rows(count: int) -> Rows:
     return Rows(count, Workload([4096] * count, [4096] * count, 1024 * count))
 
 
-def step(sizes: HFSizes, costs: Costs, world: int, *overrides: str, count: int = 64) -> StepTime:
+def step(
+    sizes: HFSizes, costs: Costs, world: int, *overrides: str, count: int = 64, freeze: Sequence[str] = VISION
+) -> StepTime:
     config = apply_overrides(qwen3_vl.sft("8b", "bf16"), ["parallel.tensor_model_parallel_size=1", *overrides])
-    config.global_batch_size = count
+    config.global_batch_size, config.model.freeze = count, list(freeze)
     memory = estimate(config, world, sizes, sizes)
     return predict(config, sizes, rows(count), world, costs, memory)
 
@@ -54,11 +57,11 @@ def test_one_rank_computes_and_waits_for_nobody(sizes: HFSizes, costs: Costs) ->
 
 def test_a_pipeline_idles_as_one_forward_one_backward_does(sizes: HFSizes, costs: Costs) -> None:
     free = dataclasses.replace(costs, layer_seconds=0.0, memory_bytes_per_second=float("inf"))
-    freeze = "model.freeze=[vision,merger,language_model]"  # equal stages but for the tower and the head
-    staged = step(sizes, free, 4, "parallel.pipeline_model_parallel_size=4", freeze)
+    stages = "parallel.pipeline_model_parallel_size=4"
+    staged = step(sizes, free, 4, stages, freeze=PARTS)  # equal stages but for the tower and the head
     microbatches = 64 // 2  # of two rows each
     assert staged.bubble / staged.compute >= 3 / microbatches
-    fewer = step(sizes, free, 4, "parallel.pipeline_model_parallel_size=4", freeze, count=8)
+    fewer = step(sizes, free, 4, stages, count=8, freeze=PARTS)
     assert fewer.bubble / fewer.compute > staged.bubble / staged.compute
 
 

@@ -1,0 +1,134 @@
+"""What a field of a configuration may hold: one rule a field, declared where the field is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+RULE, HINT, REPLACES = "rule", "hint", "replaces"
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_MAX_FILE_NAME_BYTES = 255
+
+
+class Rule(Protocol):
+    """``str(rule)`` goes on from "must be"."""
+
+    def allows(self, value: Any) -> bool: ...
+
+
+def setting(default: Any, rule: Rule | None = None, *, hint: str = "", replaces: str = "") -> Any:
+    """A field with its default and its rule. ``hint`` is the remedy that an error names.
+
+    Setting it above 0 on the command line sets ``replaces``, a field of the same section, to 0.
+    """
+    return dataclasses.field(default=default, metadata=ruled(rule, hint, replaces))
+
+
+def ruled(rule: Rule | None, hint: str = "", replaces: str = "") -> dict[str, Any]:
+    """The metadata of such a field."""
+    return {RULE: rule, HINT: hint, REPLACES: replaces}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers between two bounds, each included unless it is ``open``; and 0, where ``zero`` says what it does.
+
+    A bound that is infinite is none.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    zero: str = ""
+
+    def allows(self, value: float) -> bool:
+        if self.zero and value == 0:
+            return True
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            described = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        else:
+            described = f"in {'[('[self.open_low]}{self.low:g}, {self.high:g}{'])'[self.open_high]}"
+        if self.zero:
+            described = f"0 ({self.zero}) or {described}"
+        return described
+
+
+def at_least(low: float, zero: str = "") -> Range:
+    return Range(low, zero=zero)
+
+
+def above(low: float, zero: str = "") -> Range:
+    return Range(low, open_low=True, zero=zero)
+
+
+def between(low: float, high: float, ends: str = "[]") -> Range:
+    """``ends`` are the brackets of the interval, for example ``[)``."""
+    return Range(low, high, open_low=ends[0] == "(", open_high=ends[1] == ")")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    values: tuple[Any, ...]
+
+    def allows(self, value: Any) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.values))
+
+
+def one_of(*values: Any) -> OneOf:
+    return OneOf(values)
+
+
+@dataclass(frozen=True)
+class Some:
+    """A list of any of ``values``, each once."""
+
+    values: tuple[str, ...]
+
+    def allows(self, value: list[str]) -> bool:
+        return set(value) <= set(self.values) and len(set(value)) == len(value)
+
+    def __str__(self) -> str:
+        return f"a list of any of {', '.join(self.values)}, each once"
+
+
+def some_of(*values: str) -> Some:
+    return Some(values)
+
+
+@dataclass(frozen=True)
+class PathRule:
+    """The path of a file or folder; with ``inside``, one that cannot leave the folder it is joined to."""
+
+    inside: bool = False
+    optional: bool = False
+
+    def allows(self, value: str) -> bool:
+        parts = value.split("/")
+        if any(len(part.encode(errors="replace")) > _MAX_FILE_NAME_BYTES for part in parts):
+            return False
+        if self.inside and any(not part.strip() or part in (".", "..") for part in parts):
+            return False
+        return (bool(value.strip()) or self.optional) and _UNPRINTABLE.search(value) is None
+
+    def __str__(self) -> str:
+        described = "a path without control characters"
+        if self.inside:
+            described = "a name, or names joined by /, none of them empty, '.' or '..'"
+        return described + (", or empty" if self.optional else "") + f", each part at most {_MAX_FILE_NAME_BYTES} bytes"
+
+
+PATH = PathRule()
+OPTIONAL_PATH = PathRule(optional=True)
+NAME = PathRule(inside=True)
