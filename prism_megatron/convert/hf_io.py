@@ -172,7 +172,10 @@ def _weight_files(directory: Path) -> list[Path]:
         if not (directory / "model.safetensors").is_file():
             raise UserError(f"{directory} holds no model.safetensors (or its index); give a complete HF checkpoint")
         return [directory / "model.safetensors"]
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error!r}); copy the checkpoint again") from error
     for name in files:
         if not (directory / name).is_file():
             raise UserError(f"{index} lists {name}, which is missing; copy the checkpoint again")

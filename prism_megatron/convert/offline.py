@@ -36,7 +36,7 @@ from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import EMBEDDING, OUTPUT, SCORE_HEAD, Rule
 from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, ShardWriter
 from prism_megatron.convert.torch_dist import TorchDistReader, TorchDistWriter, place, whole_shapes
-from prism_megatron.convert.transfer import check_source
+from prism_megatron.convert.transfer import check_source, check_tied
 from prism_megatron.errors import UserError
 from prism_megatron.files import fsync, write_atomic
 from prism_megatron.model.sizes import HFSizes, read_sizes
@@ -82,7 +82,7 @@ def hf_to_megatron(
             "stores_tied_output": sizes.tie_embeddings and OUTPUT in weights.names,
         }
         if about["stores_tied_output"]:
-            _check_tied(hf, weights)
+            check_tied(weights[EMBEDDING], weights[OUTPUT])
         with _unfinished(out, {"hf": _fingerprint(hf), "parallel": asdict(parallel)}) as partial:
             writer = TorchDistWriter(partial, f"{part}.", parallel.tensor_model_parallel_size, file_bytes)
             names = {name for rule in table for name in rule.hf}
@@ -305,11 +305,6 @@ def _check_unchanged(before: Sequence[TensorEntry], after: Sequence[TensorEntry]
     for entry in after:
         if known and entry.name in known and known[entry.name] != entry:
             raise UserError(f"{entry.name} is not what was converted: {entry} against {known[entry.name]}")
-
-
-def _check_tied(hf: Path, weights: HFWeights) -> None:
-    if not torch.equal(weights[OUTPUT], weights[EMBEDDING]):
-        raise UserError(f"{hf} ties lm_head.weight to the embedding in config.json but stores another matrix")
 
 
 def _check_layout(parallel: ParallelConfig, sizes: HFSizes) -> None:

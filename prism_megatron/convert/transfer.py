@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prism_megatron.convert.buckets import plan_buckets, route_of, units
 from prism_megatron.convert.manifest import check_finite
-from prism_megatron.convert.rules import OUTPUT, SCORE_HEAD, Rule, Sliceable
+from prism_megatron.convert.rules import EMBEDDING, OUTPUT, SCORE_HEAD, Rule, Sliceable
 from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 
@@ -89,14 +89,24 @@ def check_source(table: Sequence[Rule], source: TensorSource) -> None:
             )
 
 
+def check_tied(embedding: Tensor, output: Tensor) -> None:
+    """Refuse a stored output layer that config.json ties to the embedding but that differs. Raises UserError."""
+    if output.shape != embedding.shape or not torch.equal(output, embedding):
+        raise UserError(
+            f"config.json ties {OUTPUT} to the embedding but the checkpoint stores another matrix; set "
+            "tie_word_embeddings to false there to use it (as transformers 5 does), or remove it from the files"
+        )
+
+
 def load_weights(model: Any, table: Sequence[Rule], source: TensorSource) -> None:
     """Fill every parameter on this rank, of one module or of a list of virtual pipeline chunks, from HF tensors.
 
-    Reads this rank's part of each tensor only. Raises UserError as :func:`check_source`, and at values that are not
-    finite.
+    Reads this rank's part of each tensor only. Raises UserError as :func:`check_source` and :func:`check_tied`, and at
+    values that are not finite.
     """
     check_source(table, source)
     rules = {rule.megatron: rule for rule in table}
+    tied = any(rule.tied for rule in table)
     with torch.no_grad():
         for name, parameter in named_parameters(model).items():
             rule = rules[name]
@@ -104,6 +114,8 @@ def load_weights(model: Any, table: Sequence[Rule], source: TensorSource) -> Non
             shard = rule.layout.join([rule.layout.cut(tensor, *_place(rule)) for tensor in tensors])
             assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
             check_finite(", ".join(rule.hf), shard)
+            if rule.hf == (EMBEDDING,) and tied and OUTPUT in source.names:
+                check_tied(shard, rule.layout.cut(source.lazy(OUTPUT), *_place(rule)))
             parameter.copy_(shard)
 
 

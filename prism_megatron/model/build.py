@@ -164,9 +164,7 @@ def _common(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def _text_sizes(sizes: HFSizes) -> TextSizes:
-    rope = sizes.text.get("rope_parameters") or {**sizes.text["rope_scaling"], "rope_theta": sizes.text["rope_theta"]}
-    time, height, width = rope["mrope_section"]
-    return TextSizes(sizes.text["vocab_size"], rope["rope_theta"], (time, height, width), sizes.tie_embeddings)
+    return TextSizes(sizes.text["vocab_size"], sizes.rotary, sizes.tie_embeddings)
 
 
 def _vision_sizes(sizes: HFSizes) -> VisionSizes:

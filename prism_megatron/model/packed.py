@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from prism_megatron.model.rotary import mrope_cos_sin
+from prism_megatron.model.sizes import Rotary
 from prism_megatron.parallel.context import context_tokens
 from prism_megatron.types import PackedBatch
 
@@ -48,8 +49,7 @@ class PackedContext(PackedSeqParams):
 def packed_context(
     batch: PackedBatch,
     config: TransformerConfig,
-    rotary_base: float,
-    mrope_section: tuple[int, int, int],
+    rotary: Rotary,
     token_share: float,
 ) -> PackedContext:
     """The context of this rank's part of ``batch``; ``token_share`` is the micro-batch's part of the global batch."""
@@ -64,7 +64,7 @@ def packed_context(
         parts = [context_tokens(batch.cu_seqlens, rank, size) for rank in range(size)]
         index, order = parts[parallel_state.get_context_parallel_rank()], torch.cat(parts).argsort()
         position_ids, token_branch = position_ids[:, index], token_branch[index]
-    cos, sin = mrope_cos_sin(position_ids, config.kv_channels, rotary_base, list(mrope_section))
+    cos, sin = mrope_cos_sin(position_ids, config.kv_channels, rotary)
     return PackedContext(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,

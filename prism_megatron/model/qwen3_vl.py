@@ -28,6 +28,7 @@ from torch import Tensor
 from prism_megatron.model.layer_spec import decoder_block_spec
 from prism_megatron.model.logprobs import TokenScores, token_scores
 from prism_megatron.model.packed import PackedContext, packed_context
+from prism_megatron.model.sizes import Rotary
 from prism_megatron.model.vision import VisionSizes, VisionTower
 from prism_megatron.parallel.context import gather_sequence, sum_over
 from prism_megatron.types import PackedBatch
@@ -38,8 +39,7 @@ class TextSizes:
     """What the language model needs beside Megatron's TransformerConfig."""
 
     vocab_size: int
-    rotary_base: float
-    mrope_section: tuple[int, int, int]
+    rotary: Rotary
     tie_embeddings: bool
 
 
@@ -171,9 +171,7 @@ class Qwen3VL(LanguageModule):
 
         With ``read`` [N] the last layer gives no others than those of these tokens, [N, 1, H].
         """
-        context = packed_context(
-            batch, self.config, self.text_sizes.rotary_base, self.text_sizes.mrope_section, token_share
-        )
+        context = packed_context(batch, self.config, self.text_sizes.rotary, token_share)
         context.read = read
         self.last_context = context
         if self.pre_process:

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prism_megatron.model.sizes import Rotary
 
-def mrope_cos_sin(position_ids: Tensor, head_dim: int, theta: float, mrope_section: list[int]) -> tuple[Tensor, Tensor]:
+
+def mrope_cos_sin(position_ids: Tensor, head_dim: int, rotary: Rotary) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles, each [T, 1, head_dim] float32.
 
     ``position_ids`` is [3, T] (time, height, width). Qwen3-VL interleaves the three axes over the frequencies
     (T H W T H W ... T T): frequency ``i`` turns with height when ``i % 3 == 1`` and with width when ``i % 3 == 2``,
     up to three times the axis's section, and with time elsewhere.
     """
-    half = head_dim // 2
-    inv_freq = theta ** (-torch.arange(half, device=position_ids.device, dtype=torch.float32) / half)
-    axis = torch.zeros(half, dtype=torch.long, device=position_ids.device)
+    axis = torch.zeros(head_dim // 2, dtype=torch.long, device=position_ids.device)
     for which in (1, 2):
-        axis[which : 3 * mrope_section[which] : 3] = which
-    angles = position_ids.float()[axis].T * inv_freq  # [T, half]
+        axis[which : 3 * rotary.mrope_section[which] : 3] = which
+    angles = position_ids.float()[axis].T * _frequencies(rotary, head_dim).to(position_ids.device)  # [T, half]
     angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    scale = 1.0 if rotary.yarn is None else rotary.yarn.attention_factor
+    return angles.cos() * scale, angles.sin() * scale
+
+
+@functools.cache
+def _frequencies(rotary: Rotary, head_dim: int) -> Tensor:
+    """Radians per position, [head_dim / 2] float32 on the CPU."""
+    half = head_dim // 2
+    frequencies = rotary.theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    if (yarn := rotary.yarn) is None:
+        return frequencies
+    # The frequency (as an index that need not be whole) which turns so many times within the original length.
+    first, last = (
+        half * math.log(yarn.original_positions / (turns * 2 * math.pi)) / math.log(rotary.theta)
+        for turns in (yarn.beta_fast, yarn.beta_slow)
+    )
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    slowed = ((torch.arange(half) - first) / ((last - first) or 0.001)).clamp(0, 1)
+    return frequencies / yarn.factor * slowed + frequencies * (1 - slowed)
 
 
 def vision_cos_sin(rows: Tensor, columns: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ class VisionTower(MegatronModule):
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, packed)
             if index in self.sizes.deepstack_layers:
-                deepstack.append(self.deepstack_mergers[len(deepstack)](hidden))
+                deepstack.append(self.deepstack_mergers[self.sizes.deepstack_layers.index(index)](hidden))
         return self.merger(hidden), torch.stack(deepstack)
 
     def _position_embedding(self, grid_thw: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

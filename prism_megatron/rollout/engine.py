@@ -6,7 +6,6 @@ the same engine in processes of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from prism_megatron.convert.manifest import is_converted
 from prism_megatron.data.images import decode_image
 from prism_megatron.errors import UserError
+from prism_megatron.model.sizes import read_sizes
 from prism_megatron.parallel.collectives import gather_over_ranks
 from prism_megatron.rollout.progress import progress_bar
 from prism_megatron.rollout.weight_sync import WeightSync
@@ -260,6 +260,7 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
             # vLLM cannot read a directory converted for Megatron: its weights are pushed.
             load_format=_pushed_format() if is_converted(checkpoint) else "auto",
             dtype=config.dtype,
+            hf_overrides=_overrides(checkpoint),
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             enforce_eager=config.enforce_eager,
@@ -274,6 +275,11 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
         )
     llm.init_weight_transfer_engine({"init_info": {}})
     return llm
+
+
+def _overrides(checkpoint: Path) -> dict[str, Any]:
+    """Rotary settings in full: those left out of config.json have other defaults in vLLM than in transformers."""
+    return {"text_config": {"rope_parameters": read_sizes(checkpoint).rotary.rope_parameters()}}
 
 
 @contextmanager
@@ -336,10 +342,8 @@ def _process_state_kept() -> Iterator[None]:
 
 def check_engine(checkpoint: Path, config: EngineConfig) -> None:
     """Refuse a checkpoint that is none, or an engine that it cannot be cut for. Raises UserError."""
-    path = checkpoint / "config.json"
-    if not path.is_file():
-        raise UserError(f"{checkpoint} has no config.json; give the directory of an HF checkpoint")
-    written = json.loads(path.read_text())
+    sizes = read_sizes(checkpoint)
+    written = {"text_config": sizes.text, "vision_config": sizes.vision}
     ranks = config.tensor_parallel_size
     for part, names in _CUT_BY_ENGINE.items():
         for name in names:
@@ -353,4 +357,10 @@ def check_engine(checkpoint: Path, config: EngineConfig) -> None:
         raise UserError(
             f"num_key_value_heads ({groups}) must be a multiple of rollout.tensor_model_parallel_size ({ranks}) or "
             "divide it, so that a rank has whole heads, or one that others have too"
+        )
+    section, head_dim = sizes.rotary.mrope_section, sizes.text["head_dim"]
+    if 2 * sum(section) != head_dim:
+        raise UserError(
+            f"{checkpoint}/config.json: mrope_section {list(section)} must add up to half of head_dim ({head_dim}) for "
+            "vLLM; write this model's own there"
         )
