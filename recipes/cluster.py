@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import re
 import shlex
@@ -12,15 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from prism_megatron.errors import UserError
+from recipes.secrets import assigned_secrets, is_secret_name, line_of_secret_value
 
 ROOT = Path(__file__).resolve().parents[1]
-_SECRET = re.compile(r"\w*(?:token|secret|password|credential|api_?key)\w*", re.IGNORECASE)
-_ASSIGNED_SECRET = re.compile(rf"({_SECRET.pattern})=(?!\$)", re.IGNORECASE)
+# Seconds in which a stage reaches the end of its iteration and saves. Those that sample have the longest iterations:
+# 512 responses of 8192 tokens and the updates on them.
+GRACE_SECONDS = {"sft": 300, "collect": 300, "warmup": 300, "align": 900, "rlvr": 1800}
+_MAX_GRACE = 65535  # SLURM's own limit
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_TIME = re.compile(r"\d+(?::\d+){0,2}|\d+-\d+(?::\d+){0,2}|UNLIMITED", re.ASCII)  # as sbatch --time takes it
+_LEAST = {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0, "max_crashes": 0, "max_preemptions": 0}
 
 
 @dataclass
@@ -45,7 +53,7 @@ class ClusterConfig:
     gpus_per_node: int = 8  # 0: SLURM counts none
     exclusive: bool = True
     mem: str = "0"  # all of a node's
-    grace_seconds: int = 300  # between TERM and the end of the time limit: an iteration and a save
+    grace_seconds: int = 0  # between TERM and the end of the time limit: an iteration and a save; 0: by the stage
     max_crashes: int = 2
     max_preemptions: int = 100
     workdir: str = ""  # where relative paths start, on a file system that all nodes see; here, if empty
@@ -64,20 +72,68 @@ def read_cluster(path: Path) -> ClusterConfig:
     if not path.is_file():
         raise UserError(f"no cluster file {path}; slurm/clusters/ has examples")
     try:
-        cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(path)))
+        text = path.read_bytes().decode("utf-8-sig")
+        cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), _parsed(text)))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); write it again as UTF-8") from error
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(cluster, ClusterConfig)
-    secrets = [name for name in cluster.environment if _SECRET.fullmatch(name)]
-    secrets += [found[1] for line in cluster.setup if (found := _ASSIGNED_SECRET.search(line))]
-    if secrets:
-        raise UserError(f"{path} would write {secrets[0]} into a script; name it in pass_environment instead")
+    _check_secrets(path, text, cluster)
+    _check_values(path, cluster)
     if unset := [name for name in cluster.pass_environment if name not in os.environ and not cluster.ssh.host]:
         raise UserError(f"{path}: pass_environment names {unset[0]}, which is not set here; export it first")
     return cluster
 
 
-def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stage_dir: Path) -> Any:
+def _parsed(text: str) -> Any:
+    """The file's tree. YAML reads 04:00:00 as a number in base 60, so a time is taken as it is written."""
+    tree = OmegaConf.load(io.StringIO(text))
+    if isinstance(tree, DictConfig) and (time := re.search(r"(?:^|[{,]\s*)time:\s*([\d:-]+)", text, re.MULTILINE)):
+        tree.time = time[1]
+    return tree
+
+
+def _check_secrets(path: Path, text: str, cluster: ClusterConfig) -> None:
+    """Refuse what would write a secret into a script. The line, not the secret, is in the error."""
+    options = [f"--{name}={value}" for name, value in cluster.sbatch.items()]
+    names = [name for name in cluster.environment if is_secret_name(name)]
+    names += [name for line in (*cluster.setup, *cluster.srun, *options) for name in assigned_secrets(line)]
+    # An option and its value may be two items of the list.
+    names += list(assigned_secrets(" ".join(cluster.srun)))
+    if names:
+        raise UserError(f"{path} would write {names[0]} into a script; name it in pass_environment instead")
+    if line := line_of_secret_value(text):
+        raise UserError(
+            f"{path}, line {line}: a value that looks like a token or a key, which would be written into a script; "
+            "name its variable in pass_environment instead"
+        )
+
+
+def _check_values(path: Path, cluster: ClusterConfig) -> None:
+    """Refuse values that SLURM or the shell would refuse, or take for something else."""
+    for key in ("environment", "pass_environment"):
+        for name in getattr(cluster, key):
+            if not _NAME.fullmatch(name):
+                raise UserError(f"{path}: {key} has {name!r}, which is no name of a variable (letters, digits and _)")
+    for key, least in _LEAST.items():
+        if getattr(cluster, key) < least:
+            raise UserError(f"{path}: {key} must be at least {least}, got {getattr(cluster, key)}")
+    if not 0 <= cluster.grace_seconds <= _MAX_GRACE:
+        raise UserError(
+            f"{path}: grace_seconds must be from 1 to {_MAX_GRACE}, or 0 (by the stage), got {cluster.grace_seconds}"
+        )
+    if not _TIME.fullmatch(cluster.time):
+        raise UserError(f"{path}: time must be minutes, hours:minutes:seconds or days-hours, got {cluster.time!r}")
+    if cluster.grace_seconds >= _seconds(cluster.time):
+        raise UserError(f"{path}: grace_seconds ({cluster.grace_seconds}) must be less than the time, {cluster.time}")
+    words = {"account": cluster.account, "partition": cluster.partition, "mem": cluster.mem} | cluster.sbatch
+    for key, value in words.items():
+        if re.search(r"\s", value) or not value:
+            raise UserError(f"{path}: {key} must be one word for an #SBATCH line, got {value!r}")
+
+
+def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stage_dir: Path, stage: str = "sft") -> Any:
     """A NeMo-Run Config of one stage's executor. The script tells crash from preemption itself (slurm/job.sh)."""
     run = nemo_run()
     gpus = cluster.gpus_per_node
@@ -87,6 +143,11 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
     paths = (cluster.ssh.job_dir or os.environ["NEMORUN_HOME"], cluster.workdir or os.getcwd(), str(stage_dir))
     if not cluster.container_image and (clashing := [path for path in paths if "/nemo_run" in path]):
         raise UserError(f"NeMo-Run cannot work in {clashing[0]}: no path may contain /nemo_run; rename that folder")
+    if spaced := [path for path in paths[:1] if re.search(r"\s", path)]:  # the others are quoted, by us
+        raise UserError(
+            f"NeMo-Run cannot work in {spaced[0]!r}: it does not quote this folder's name, which must be without "
+            f"spaces; set {'ssh.job_dir' if cluster.ssh.job_dir else 'NEMORUN_HOME'} to another"
+        )
     folders = ("prism_megatron", "recipes", "slurm", "tools")
     return run.Config(
         run.SlurmExecutor,
@@ -99,7 +160,7 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
         gpus_per_node=gpus or None,
         exclusive=cluster.exclusive or None,
         mem=cluster.mem,
-        signal=f"TERM@{cluster.grace_seconds}",
+        signal=stop_signal(cluster, stage),
         additional_parameters={"kill_on_invalid_dep": "yes", **cluster.sbatch},
         container_image=cluster.container_image or None,
         container_mounts=list(cluster.container_mounts),
@@ -114,6 +175,27 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
         tunnel=_tunnel(run, cluster),
         poll_estimated_start_time=False,
     )
+
+
+def stop_signal(cluster: ClusterConfig, stage: str) -> str:
+    """What tells the stage to save, and how long before the end of its time limit: by default at most a quarter."""
+    limit = _seconds(cluster.time)
+    seconds = cluster.grace_seconds or min(GRACE_SECONDS[stage], int(limit / 4) if limit < math.inf else _MAX_GRACE)
+    return f"TERM@{seconds}"
+
+
+def _seconds(time: str) -> float:
+    """A time limit as sbatch reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
+    if time == "UNLIMITED":
+        return math.inf
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        parts += [0] * (3 - len(parts))
+    elif len(parts) < 3:
+        parts = [0, *parts, 0][:3]
+    hours, minutes, seconds = parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def local_executor(ranks: int) -> Any:
@@ -162,12 +244,13 @@ def setup_lines(cluster: ClusterConfig, stage_dir: Path) -> str:
     # The job's folder is known to SLURM only: NeMo-Run names it when it submits.
     output = "$(scontrol show job $SLURM_JOB_ID | sed -n 's/^ *StdOut=//p' | grep .)"
     lines = [
+        "set +vx",  # NeMo-Run's script has -evx, which repeats these lines and every value in the log
         *cluster.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         f"until output={output}; do sleep 2; done",
-        "job_dir=$(dirname $output)",
+        'job_dir=$(dirname "$output")',
         'export PRISM_CONSOLE="$job_dir/log-*_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"',
-        "source $job_dir/code/slurm/job.sh || exit 1",
+        'source "$job_dir/code/slurm/job.sh" || exit 1',
     ]
     return "\n".join(lines)
 

@@ -24,7 +24,15 @@ from prism_megatron.config import stage_dir
 from prism_megatron.errors import UserError
 from prism_megatron.train import run_and_exit
 from recipes import STAGE_RECIPES, stage_recipe
-from recipes.cluster import ClusterConfig, local_executor, nemo_run, read_cluster, setup_lines, slurm_executor
+from recipes.cluster import (
+    ClusterConfig,
+    local_executor,
+    nemo_run,
+    read_cluster,
+    setup_lines,
+    slurm_executor,
+    stop_signal,
+)
 
 run = nemo_run()
 
@@ -53,7 +61,9 @@ class StageFolder(run.Plugin):  # type: ignore[name-defined, misc]
 
     def setup(self, task: Any, executor: Any) -> None:
         if isinstance(executor, run.SlurmExecutor):
-            executor.setup_lines = setup_lines(_cluster(), stage_dir(fiddle.build(task.config)))
+            cluster, config = _cluster(), fiddle.build(task.config)
+            executor.setup_lines = setup_lines(cluster, stage_dir(config))
+            executor.signal = stop_signal(cluster, config.stage)
 
 
 def _cluster() -> ClusterConfig:

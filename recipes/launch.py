@@ -132,10 +132,13 @@ def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bo
     if not unfinished:
         print(f"{title}: all is finished")
         return 0
-    with run.Experiment(title, base_dir=os.environ["NEMORUN_HOME"]) as experiment:
+    home = Path(os.environ["NEMORUN_HOME"])
+    home.mkdir(mode=0o750, parents=True, exist_ok=True)  # logs are not for all users of the machine
+    with run.Experiment(title, base_dir=str(home)) as experiment:
         for step in unfinished:
             nodes, ranks = shape_of(step.recipe) or (cluster.nodes, cluster.ranks_per_node)
-            executor = fiddle.build(slurm_executor(cluster, nodes, ranks, stage_dir(step.config())))
+            config = step.config()
+            executor = fiddle.build(slurm_executor(cluster, nodes, ranks, stage_dir(config), config.stage))
             command = rank_command(step.recipe, step.overrides)
             before = [experiment.add(command, executor=executor, name=step.name, dependencies=before)]
         if dryrun:
@@ -143,7 +146,6 @@ def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bo
             return 0
         experiment.run(detach=detach)
     if detach:
-        home = os.environ["NEMORUN_HOME"]
         print(f"to look at it, or to end it: NEMORUN_HOME={home} nemo experiment status|logs|cancel {title}")
         return 0
     if is_remote:

@@ -10,7 +10,7 @@ errors=$(nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total --format=c
 [ "$errors" -eq 0 ] || fault "$errors GPUs have uncorrected memory errors"
 pending=$(nvidia-smi --query-remapped-rows=remapped_rows.pending --format=csv,noheader | grep -ci '^\(yes\|1\)$')
 [ "$pending" -eq 0 ] || fault "$pending GPUs wait for a reset to remap memory rows"
-used=$(nvidia-smi --query-compute-apps=pid --format=csv,noheader | wc -l)
+used=$(nvidia-smi --query-compute-apps=process_name --format=csv,noheader | grep -cv nvidia-cuda-mps) # MPS's server is no job
 [ "$used" -eq 0 ] || fault "$used processes of another job still hold a GPU"
 shm=$(df --output=avail -BG /dev/shm | tail -n1 | tr -dc 0-9)
 [ "$shm" -ge 8 ] || fault "/dev/shm has ${shm} GB free; NCCL and the engine need some"

@@ -5,6 +5,7 @@
 #   PRISM_MAX_CRASHES      how often a job is put back into the queue after a crash or on nodes that are not healthy (2)
 #   PRISM_MAX_PREEMPTIONS  and after being told to stop, which is no fault of its own (100)
 #   PRISM_CONSOLE          a file (or pattern of its name) to repeat the report of a failure in, beside the batch script's own output
+umask o= # logs and weights are not for all users of the machine
 PRISM_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PRISM_WORKDIR=${PRISM_WORKDIR:-$SLURM_SUBMIT_DIR}
 PRISM_JOB_LOGS=$PRISM_WORKDIR/$PRISM_STAGE_DIR/logs/job$SLURM_JOB_ID
@@ -31,7 +32,7 @@ prism_at_exit() {
   local report=$PRISM_LOGS/report.txt
   bash "$PRISM_SLURM/report.sh" "$PRISM_LOGS" "$PRISM_STAGE_DIR" "$status" >"$report"
   cat "$report"
-  local console=$(ls $PRISM_CONSOLE 2>/dev/null | head -n1)
+  local console=$(compgen -G "$PRISM_CONSOLE" | head -n1)
   [ -z "$PRISM_CONSOLE" ] || [ -z "$console" ] || cat "$report" >>"$console"
   # A job that was cancelled is not running any more, and must not come back.
   if [ $again = yes ] && [ "$(prism_ask squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then

@@ -2,8 +2,10 @@
 # The paper's pipeline for one size without NeMo-Run, each job waiting for the one before to end well:
 #   slurm/pipeline.sh SIZE ALGORITHM [bf16|fp8] [sbatch's --option=value ...] [stage.key=value ...]
 #   slurm/pipeline.sh 8b grpo --account=my_account --partition=batch --time=04:00:00 rlvr.run.train_iters=40
+# TERM comes before the end of the time limit by GRACE_SECONDS of recipes/cluster.py, or as --signal=TERM@SECONDS says.
 # BF16 unless FP8 is asked for. Everything is under runs/PIPELINE/, as with recipes.launch.
 set -euo pipefail
+[ $# -ge 2 ] || { echo "error: say slurm/pipeline.sh SIZE ALGORITHM [bf16|fp8] [OPTIONS]; its head has an example" >&2; exit 2; }
 size=$1 algorithm=$2 precision=bf16
 shift 2
 case ${1:-} in bf16 | fp8) precision=$1 && shift ;; esac
@@ -16,18 +18,20 @@ steps=$(python -c '
 import sys
 from prism_megatron.config import stage_dir
 from recipes import shape_of
+from recipes.cluster import GRACE_SECONDS
 from recipes.launch import steps_of
 try:
     for step in steps_of(sys.argv[1], sys.argv[1], sys.argv[2:]):
         nodes, _ = shape_of(step.recipe)
-        print(step.name, nodes, stage_dir(step.config()), step.recipe, *step.overrides, sep="\t")
+        config = step.config()
+        print(step.name, nodes, GRACE_SECONDS[config.stage], stage_dir(config), step.recipe, *step.overrides, sep="\t")
 except ValueError as error:
     sys.exit(f"error: {error}")
 ' "$pipeline" "${overrides[@]}")
 after=()
 while IFS=$'\t' read -r -a step; do
-  job=$(sbatch --parsable --job-name="prism.${step[0]}" --nodes="${step[1]}" "${after[@]}" "${options[@]}" \
-    slurm/train.sbatch "${step[@]:2}")
-  echo "${step[0]}: job $job, ${step[3]}"
+  job=$(sbatch --parsable --job-name="prism.${step[0]}" --nodes="${step[1]}" --signal="TERM@${step[2]}" "${after[@]}" "${options[@]}" \
+    slurm/train.sbatch "${step[@]:3}")
+  echo "${step[0]}: job $job, ${step[4]}"
   after=(--dependency="afterok:$job")
 done <<<"$steps"

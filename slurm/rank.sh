@@ -6,6 +6,7 @@
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 export PYTHONPATH=$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}
 cd "${PRISM_WORKDIR:-.}" || exit 1
+umask o= # as in job.sh, whose umask srun need not pass on
 log=$PRISM_LOGS/rank_$(printf %04d "$RANK").log
 
 stamp() { # the time in microseconds sorts, so that `sort -m` merges the files of all ranks

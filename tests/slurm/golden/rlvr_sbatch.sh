@@ -16,7 +16,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=EXPERIMENT/rlvr/sbatch_prism.rlvr_%j.out
 #SBATCH --partition=batch
-#SBATCH --signal=TERM@300
+#SBATCH --signal=TERM@1800
 #SBATCH --time=04:00:00
 
 set -evx
@@ -34,14 +34,15 @@ nodes_array=($nodes)
 head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
+set +vx
 export PRISM_STAGE_DIR=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/rlvr
 export PRISM_WORKDIR=/shared
 export PRISM_MAX_CRASHES=2
 export PRISM_MAX_PREEMPTIONS=100
 until output=$(scontrol show job $SLURM_JOB_ID | sed -n 's/^ *StdOut=//p' | grep .); do sleep 2; done
-job_dir=$(dirname $output)
+job_dir=$(dirname "$output")
 export PRISM_CONSOLE="$job_dir/log-*_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
-source $job_dir/code/slurm/job.sh || exit 1
+source "$job_dir/code/slurm/job.sh" || exit 1
 
 
 # Command 1
