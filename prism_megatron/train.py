@@ -10,8 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-import torch
-
 from prism_megatron import config as cfg
 from prism_megatron.errors import SharedError, UserError
 
@@ -48,11 +46,17 @@ def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        elif torch.distributed.is_initialized() and not isinstance(error, SharedError):
+        elif not isinstance(error, SharedError) and _in_a_group():
             # before, all ranks see the same: the command line and its files
             print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _in_a_group() -> bool:
+    import torch
+
+    return torch.distributed.is_initialized()
 
 
 def load(recipe: str, overrides: Sequence[str]) -> cfg.StageConfig:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # these records are read where nothing is computed, too
+    import torch
+    from torch import Tensor
 
 # The discriminator's two branches, as they are numbered in ``branch_ids``.
 PERCEPTION, REASONING = 0, 1
@@ -154,6 +155,8 @@ class PackedBatch:
     prefix: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
+        from torch import Tensor
+
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         return dataclasses.replace(self, **moved)

@@ -25,8 +25,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from prism_megatron.config import (
     AlignConfig,
     CollectConfig,
@@ -36,9 +34,9 @@ from prism_megatron.config import (
     StageConfig,
     WarmupConfig,
 )
+from prism_megatron.convert.export_plan import export_bytes
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
-from prism_megatron.convert.transfer import export_bytes
 from prism_megatron.errors import UserError
 from prism_megatron.model.fp8 import check_sizes
 from prism_megatron.model.sizes import HFSizes, read_sizes
@@ -240,8 +238,8 @@ def _activations(part: _Part, config: StageConfig, stage: int, load: Load | None
 
 def _push(table: Sequence[Rule], config: StageConfig) -> float:
     """What an export holds, and vLLM's part of the largest module until it is copied to its place."""
-    dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
-    exported, module = export_bytes(table, dtype, config.rollout.sync_bucket_mib << 20)
+    itemsize = 4 if config.model.precision == "fp32" else 2
+    exported, module = export_bytes(table, itemsize, config.rollout.sync_bucket_mib << 20)
     return exported + module / _engine_ranks(config)
 
 

@@ -1,10 +1,9 @@
-"""The buckets that an export travels in: whole modules, gathered over the ranks that have parts of them."""
+"""The buckets of an export (``export_plan.py``), gathered over the ranks that have parts of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,26 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from prism_megatron.convert.rules import Rule
+from prism_megatron.convert.export_plan import Bucket, Unit
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.host_memory import HostMemory
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Parameters that make the same HF tensors; ``kind`` is how they are cut: expert, cut or whole."""
-
-    rules: list[Rule]
-    kind: str
-    dtype: torch.dtype
-
-    @property
-    def module(self) -> str:
-        return self.rules[0].hf[0].rpartition(".")[0]
-
-    @property
-    def bytes(self) -> int:
-        return sum(rule.numel for rule in self.rules) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -62,57 +44,18 @@ def route_of(kind: str) -> Route:
     return Route(group, places, HostMemory.create(group) if len(places) > 1 else None)
 
 
-@dataclass
-class Bucket:
-    """Whole modules of one pipeline stage that travel together."""
-
-    stage: int
-    units: list[Unit] = field(default_factory=list)
-
-    @property
-    def bytes(self) -> int:
-        return sum(unit.bytes for unit in self.units)
-
-    @property
-    def largest_module(self) -> tuple[int, str]:
-        """Its bytes and name."""
-        modules = groupby(self.units, key=lambda unit: unit.module)
-        return max((sum(unit.bytes for unit in units), name) for name, units in modules)
-
-    def gather(self, here: Mapping[str, Tensor], routes: Mapping[str, Route]) -> list[tuple[Unit, list[list[Tensor]]]]:
-        """Every unit in turn and, of every member of its group, its shards. Collective."""
-        alike: dict[tuple[str, torch.dtype], list[Unit]] = {}
-        for unit in self.units:
-            alike.setdefault((unit.kind, unit.dtype), []).append(unit)
-        found: dict[int, list[list[Tensor]]] = {}
-        for (kind, _), members in alike.items():
-            for unit, shards in zip(members, _gather(members, self.stage, routes[kind], here), strict=True):
-                found[id(unit)] = shards
-        return [(unit, found[id(unit)]) for unit in self.units]
-
-
-def plan_buckets(
-    table: Sequence[Rule], owners: Mapping[str, tuple[int, torch.dtype]], bucket_bytes: int
-) -> list[Bucket]:
-    """The plan of an export: table order, cut where the stage changes or a bucket is full, never inside a module."""
-    buckets: list[Bucket] = []
-    full = 0
-    for (stage, _), module in groupby(_owned_units(table, owners), key=lambda item: (item[0], item[1].module)):
-        together = [unit for _, unit in module]
-        size = sum(unit.bytes for unit in together)
-        if not buckets or buckets[-1].stage != stage or full + size > bucket_bytes:
-            buckets.append(Bucket(stage))
-            full = 0
-        buckets[-1].units += together
-        full += size
-    return buckets
-
-
-def _owned_units(table: Sequence[Rule], owners: Mapping[str, tuple[int, torch.dtype]]) -> Iterator[tuple[int, Unit]]:
-    for rules in units(table):
-        stage, dtype = next(owners[rule.megatron] for rule in rules if rule.megatron in owners)
-        kind = "expert" if rules[0].expert is not None else "cut" if rules[0].layout.axis is not None else "whole"
-        yield stage, Unit(rules, kind, dtype)
+def gather_bucket(
+    bucket: Bucket, here: Mapping[str, Tensor], routes: Mapping[str, Route]
+) -> list[tuple[Unit, list[list[Tensor]]]]:
+    """Every unit of the bucket in turn and, of every member of its group, its shards. Collective."""
+    alike: dict[tuple[str, torch.dtype], list[Unit]] = {}
+    for unit in bucket.units:
+        alike.setdefault((unit.kind, unit.dtype), []).append(unit)
+    found: dict[int, list[list[Tensor]]] = {}
+    for (kind, _), members in alike.items():
+        for unit, shards in zip(members, _gather(members, bucket.stage, routes[kind], here), strict=True):
+            found[id(unit)] = shards
+    return [(unit, found[id(unit)]) for unit in bucket.units]
 
 
 def _gather(
@@ -159,16 +102,3 @@ def _over_members(own: Sequence[Tensor], route: Route) -> Tensor:
     if len(route.places) > 1:
         dist.all_gather_into_tensor(buffer.view(-1), mine, group=route.group)
     return buffer
-
-
-def units(table: Sequence[Rule]) -> Iterator[list[Rule]]:
-    """Rules that make the same HF tensors: one, or all experts of a stack, which follow each other in the table."""
-    unit: list[Rule] = []
-    for rule in table:
-        if rule.tied:
-            continue
-        if unit and rule.hf != unit[0].hf:
-            yield unit
-            unit = []
-        unit.append(rule)
-    yield unit

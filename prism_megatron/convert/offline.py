@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prism_megatron.config import ParallelConfig
-from prism_megatron.convert.buckets import units
+from prism_megatron.convert.export_plan import units
 from prism_megatron.convert.hf_io import HFWeights, StoredTensor, copy_side_files, replace_directory
 from prism_megatron.convert.manifest import (
     JOURNAL,

@@ -2,6 +2,7 @@
 
 A layout is two exact inverses, ``join`` and ``split``, and the axis along which each HF tensor is cut. Both functions
 work on whole tensors and on one rank's parts alike, so a rank reads its part of each HF tensor and nothing else.
+Tables are counted without torch (``recipes/memory.py``), so only what computes imports it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # HF names that are more than a row of the table.
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -53,14 +54,14 @@ class Layout:
         starts = [s * section + rank * part for s in range(self.sections)]
         before = (slice(None),) * self.axis
         pieces = [tensor[(*before, slice(start, start + part))] for start in starts]
-        return torch.cat(pieces, self.axis) if len(pieces) > 1 else pieces[0]
+        return _cat(pieces, self.axis) if len(pieces) > 1 else pieces[0]
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         """The HF tensor of all ranks' parts, in rank order."""
         if self.axis is None or len(parts) == 1:
             return parts[0]
         sections = zip(*(part.chunk(self.sections, self.axis) for part in parts), strict=True)
-        return torch.cat([piece for section in sections for piece in section], self.axis)
+        return _cat([piece for section in sections for piece in section], self.axis)
 
     def to_hf(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """HF tensors of one parameter's shards, in rank order."""
@@ -92,6 +93,8 @@ class Rule:
 
     def shard_shape(self, size: int) -> tuple[int, ...]:
         """Shape of one of ``size`` ranks' shards."""
+        import torch
+
         whole = self.sources([torch.empty(shape, device="meta") for shape in self.shapes])
         return tuple(self.layout.join([self.layout.cut(tensor, 0, size) for tensor in whole]).shape)
 
@@ -116,6 +119,12 @@ class OfStack:
         return self.stack[(self.index, *index) if isinstance(index, tuple) else (self.index, index)]
 
 
+def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    import torch
+
+    return torch.cat(list(tensors), axis)
+
+
 def _first(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0]
 
@@ -136,7 +145,7 @@ REPLICATED = Layout(_first, _alone, axis=None)
 ROWS = Layout(_first, _alone, axis=0)
 COLUMNS = Layout(_first, _alone, axis=1, megatron_axis=1)
 # SwiGLU's first linear: gate over up, each cut on its own.
-GATED = Layout(lambda ts: torch.cat(list(ts)), lambda t: list(t.chunk(2)), axis=0, megatron_sections=2)
+GATED = Layout(lambda ts: _cat(ts, 0), lambda t: list(t.chunk(2)), axis=0, megatron_sections=2)
 # One expert of HF's stacks, which are stored input-first: [H, gate | up] and [I, H].
 EXPERT_UP = Layout(_transpose, _transposed, axis=1, sections=2, megatron_sections=2)
 EXPERT_DOWN = Layout(_transpose, _transposed, axis=0, megatron_axis=1)
@@ -153,7 +162,7 @@ def grouped_qkv(heads_per_group: int, head_dim: int) -> Layout:
     def join(tensors: Sequence[Tensor]) -> Tensor:
         rows = (heads_per_group * head_dim, head_dim, head_dim)
         parts = [t.reshape(-1, row, *t.shape[1:]) for t, row in zip(tensors, rows, strict=True)]
-        return torch.cat(parts, dim=1).flatten(0, 1)
+        return _cat(parts, 1).flatten(0, 1)
 
     def split(tensor: Tensor) -> list[Tensor]:
         groups = tensor.reshape(-1, heads_per_group + 2, head_dim, *tensor.shape[1:])

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from prism_megatron.convert.buckets import plan_buckets, route_of, units
+from prism_megatron.convert.buckets import gather_bucket, route_of
+from prism_megatron.convert.export_plan import BUCKET_BYTES, bucket_in_effect, plan_buckets, units
 from prism_megatron.convert.manifest import check_finite
 from prism_megatron.convert.rules import EMBEDDING, OUTPUT, SCORE_HEAD, Rule, Sliceable
 from prism_megatron.errors import UserError
@@ -25,7 +26,6 @@ from prism_megatron.parallel import groups
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _LOCAL_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 _GROUPED_EXPERT = re.compile(r"(.*\.experts\.)(linear_fc[12]\.weight)(\d+)")  # Transformer Engine's grouped linears
-_BUCKET_BYTES = 256 << 20
 _REASONS = {
     "whole": "that every rank of a stage has: not gathered",
     "cut": "cut over {ranks} tensor-parallel ranks: gathered",
@@ -122,7 +122,7 @@ def load_weights(model: Any, table: Sequence[Rule], source: TensorSource) -> Non
 def export_weights(
     model: Any,
     table: Sequence[Rule],
-    bucket_bytes: int = _BUCKET_BYTES,
+    bucket_bytes: int = BUCKET_BYTES,
     read: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every (HF name, whole tensor) on every rank: all must iterate to the end. Tied copies are left out.
@@ -133,17 +133,17 @@ def export_weights(
     Parameters travel in halves of ``bucket_bytes``, or one module of the engine at a time if that is larger; one half
     is gathered, in a thread of its own (on a GPU in this one's stream), while the one before is consumed. No module is
     in two of them, so that an engine, which holds on to what it got until a module is complete, never holds more than
-    one: :func:`export_bytes` is what there is at a time, two buckets at most.
+    one: :func:`~prism_megatron.convert.export_plan.export_bytes` is what there is at a time, two buckets at most.
     """
     here = {name: read(parameter) for name, parameter in named_parameters(model).items()}
     buckets = plan_buckets(table, _owners(here), bucket_bytes // 2)
     routes = {kind: route_of(kind) for kind in sorted({unit.kind for bucket in buckets for unit in bucket.units})}
     with groups.worker_thread() as ahead:
-        coming = ahead.submit(buckets[0].gather, here, routes)
+        coming = ahead.submit(gather_bucket, buckets[0], here, routes)
         for following in [*buckets[1:], None]:
             gathered = coming.result()
             if following is not None:
-                coming = ahead.submit(following.gather, here, routes)
+                coming = ahead.submit(gather_bucket, following, here, routes)
             for unit, shards in gathered:
                 yield from _apart(unit.rules, shards, routes[unit.kind].places)
             del gathered, shards
@@ -159,28 +159,7 @@ def export_manifest(model: Any, table: Sequence[Rule]) -> dict[str, tuple[tuple[
     return manifest
 
 
-def export_bytes(table: Sequence[Rule], dtype: torch.dtype, bucket_bytes: int = _BUCKET_BYTES) -> tuple[int, int]:
-    """What an export holds at most beside the model, and the largest module: a layer's experts are one.
-
-    At a time there are two parts, one gathered ahead, and of the first a module put together. With the engine's copy of
-    that module it is no more than two buckets (:func:`bucket_in_effect`). Pipeline stages cut parts where they end, and
-    are not counted.
-    """
-    owners = {rule.megatron: (0, dtype) for rule in table}
-    buckets = plan_buckets(table, owners, bucket_bytes // 2)
-    ahead = [*(bucket.bytes for bucket in buckets[1:]), 0]
-    held = max(
-        bucket.bytes + following + bucket.largest_module[0] for bucket, following in zip(buckets, ahead, strict=True)
-    )
-    return held, max(bucket.largest_module[0] for bucket in buckets)
-
-
-def bucket_in_effect(bucket_bytes: int, largest_module: int) -> int:
-    """The bucket that is asked for, or the least that has a half for every module: engines take these only whole."""
-    return max(bucket_bytes, 2 * largest_module)
-
-
-def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = _BUCKET_BYTES) -> str:
+def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = BUCKET_BYTES) -> str:
     """What an export sends where, and why, in a few lines. Collective."""
     buckets = plan_buckets(table, _owners(named_parameters(model)), bucket_bytes // 2)
     sizes = dict.fromkeys(_REASONS, 0)

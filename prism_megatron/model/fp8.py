@@ -14,21 +14,19 @@ Only the decoder's linear layers (attention, MLP, experts) multiply in FP8. What
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from prism_megatron.config import ModelConfig, ParallelConfig
 from prism_megatron.errors import UserError
-
-if TYPE_CHECKING:  # it imports megatron, which hardware is checked before
-    from prism_megatron.model.sizes import HFSizes
+from prism_megatron.model.sizes import HFSizes
 
 _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 def check_hardware(model: ModelConfig) -> None:
     """Refuse FP8 where it cannot run, and a GPU without its blocks, before anything is read. Raises UserError."""
+    import torch
+
     on_gpu = torch.cuda.is_available()
     if on_gpu and importlib.util.find_spec("transformer_engine") is None:
         raise UserError("on a GPU layers are made of Transformer Engine, which is not installed; run make setup-gpu")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from prism_megatron.parallel.collectives import max_over_ranks
-
 EXIT_STATUS = 75  # EX_TEMPFAIL: try again
 
 _asked = False
@@ -27,6 +25,8 @@ def listen() -> None:
 
 def is_asked() -> bool:
     """Whether any rank was told to stop. Collective, so that all stop after the same iteration."""
+    from prism_megatron.parallel.collectives import max_over_ranks
+
     return bool(max_over_ranks(float(_asked)))
 
 

@@ -150,8 +150,9 @@ def memory(checkpoint: Path) -> dict[str, int]:
     """
     from megatron.core import parallel_state
 
+    from prism_megatron.convert.export_plan import bucket_in_effect, export_bytes
     from prism_megatron.convert.qwen3_vl import policy_table
-    from prism_megatron.convert.transfer import bucket_in_effect, export_bytes, export_manifest, export_weights
+    from prism_megatron.convert.transfer import export_manifest, export_weights
     from prism_megatron.model.build import build_policy
     from prism_megatron.model.sizes import read_sizes
     from tools.bench import extra_peak_bytes, give_back_freed
@@ -186,7 +187,7 @@ def memory(checkpoint: Path) -> dict[str, int]:
 
     consume(BUCKET)
     whole = sum(dtype.itemsize * math.prod(shape) for shape, dtype in manifest.values())
-    bound, largest = export_bytes(table, torch.float32, BUCKET)
+    bound, largest = export_bytes(table, 4, BUCKET)
     return {
         "whole": whole,
         "asked": BUCKET,

@@ -7,9 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from prism_megatron.convert.buckets import Bucket, plan_buckets
+from prism_megatron.convert.export_plan import Bucket, bucket_in_effect, export_bytes, plan_buckets
 from prism_megatron.convert.rules import COLUMNS, EXPERT_DOWN, EXPERT_UP, REPLICATED, Rule
-from prism_megatron.convert.transfer import bucket_in_effect, export_bytes
 
 KIB = 1 << 10
 
@@ -54,13 +53,13 @@ def test_a_stage_has_parts_of_its_own() -> None:
 @pytest.mark.parametrize(("bucket_bytes", "held"), [(2 * KIB, 4 + 1 + 4), (16 * KIB, 8 + 7 + 4), (1 << 30, 4 * 7 + 4)])
 def test_what_is_held_is_bounded_by_two_parts_and_a_module(bucket_bytes: int, held: int) -> None:
     """A layer's four expert matrices are one module; the part beside them is a norm, where nothing larger fits."""
-    assert export_bytes(table(4), torch.float32, bucket_bytes) == (held * KIB, 4 * KIB)
+    assert export_bytes(table(4), 4, bucket_bytes) == (held * KIB, 4 * KIB)
 
 
 @pytest.mark.parametrize("bucket_bytes", [2 * KIB, 7 * KIB, 8 * KIB, 9 * KIB, 16 * KIB, 40 * KIB])
 def test_export_and_engine_hold_two_buckets_at_most(bucket_bytes: int) -> None:
     """The engine keeps its copy of a module until that is complete; four experts of 1 KiB are one."""
-    held, module = export_bytes(table(4), torch.float32, bucket_bytes)
+    held, module = export_bytes(table(4), 4, bucket_bytes)
     bucket = bucket_in_effect(bucket_bytes, module)
     assert bucket == max(bucket_bytes, 8 * KIB)
     assert held + module <= 2 * bucket

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prism_megatron.config import ParallelConfig
-from prism_megatron.convert import buckets, transfer
+from prism_megatron.convert import transfer
 from prism_megatron.convert.rules import Rule
 from prism_megatron.parallel import groups
 
@@ -30,13 +30,13 @@ def test_the_rank_s_stream_is_set_in_it_before_anything_is_gathered(
     model, table = one_parameter
     streams = {threading.get_ident(): "of the rank"}
     gathered_on: list[str | None] = []
-    gather = buckets.Bucket.gather
+    gather = transfer.gather_bucket
 
     def watched(*arguments: object) -> object:
         gathered_on.append(streams.get(threading.get_ident()))
         return gather(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(buckets.Bucket, "gather", watched)
+    monkeypatch.setattr(transfer, "gather_bucket", watched)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.get(threading.get_ident()))
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.update({threading.get_ident(): stream}))
