@@ -41,19 +41,18 @@ _HUB_NAMES = {
 
 
 def sft(size: str, precision: str) -> SFTConfig:
-    """One epoch over 1.37 M demonstrations, vision tower and merger frozen (spec 2)."""
-    global_batch_size = 16  # the paper's 2, which can only be per GPU, on its 8 GPUs
+    """One epoch over the demonstrations, 1.37 M in the paper, vision tower and merger frozen (spec 2)."""
     layout = LAYOUTS[precision]["sft", size]
     return SFTConfig(
         stage="sft",
-        run=_run(size, "sft", precision, train_iters=1_370_000 // global_batch_size, save_interval=1000),
+        run=_run(size, "sft", precision, num_epochs=1, save_interval=1000),
         parallel=layout.parallel(),
         model=_model(f"checkpoints/{released(size)}", precision, VISION),
         optimizer=_adam(1e-5, decay_style="cosine", warmup_fraction=0.1),
         rollout=_rollout(layout, 1, 6144),
         max_tokens_per_microbatch=8192,
         data="data/sft.jsonl",
-        global_batch_size=global_batch_size,
+        global_batch_size=16,  # the paper's 2, which can only be per GPU, on its 8 GPUs
     )
 
 
@@ -77,11 +76,15 @@ def collect(size: str, precision: str) -> CollectConfig:
 
 
 def warmup(size: str, precision: str) -> WarmupConfig:
-    """Pairwise warm-up of the discriminator on 120 K pairs of answers, 64 at a time (spec 3.3)."""
+    """Pairwise warm-up of the discriminator, 64 lines at a time (spec 3.3).
+
+    One epoch: the paper's 120 K pairs are all different, and collect writes as many as there are alignment prompts,
+    5,978 in the release. More epochs would teach the demonstrations by heart that alignment plays on.
+    """
     layout = LAYOUTS[precision]["warmup", size]
     return WarmupConfig(
         stage="warmup",
-        run=_run(size, "warmup", precision, train_iters=120_000 // 64, save_interval=250),
+        run=_run(size, "warmup", precision, num_epochs=1, save_interval=50),
         parallel=layout.parallel(),
         model=_model(f"runs/{size}/sft/hf", precision),
         optimizer=_adam(1e-5, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
@@ -158,9 +161,11 @@ def released(size: str) -> str:
     return f"Qwen3-VL-{_HUB_NAMES[size]}-Instruct"
 
 
-def _run(size: str, family: str, precision: str, train_iters: int, save_interval: int) -> RunConfig:
+def _run(
+    size: str, family: str, precision: str, *, train_iters: int = 0, num_epochs: int = 0, save_interval: int
+) -> RunConfig:
     name = _run_name(size, family, precision)
-    return RunConfig(name=name, seed=42, train_iters=train_iters, save_interval=save_interval)
+    return RunConfig(name, seed=42, train_iters=train_iters, num_epochs=num_epochs, save_interval=save_interval)
 
 
 def _run_name(size: str, family: str, precision: str) -> str:

@@ -2,8 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prism_megatron.config import PolicyGradientConfig, SFTConfig, WarmupConfig
+from prism_megatron.observe import metrics as names
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a stage goes through its rows. ``str`` of it is what the stage prints when it starts."""
+
+    stage: str
+    num_rows: int
+    rows_per_iteration: int
+    train_iters: int
+
+    def measured(self, iteration: int) -> dict[str, float | None]:
+        """Rows and epochs seen after ``iteration`` iterations."""
+        rows = iteration * self.rows_per_iteration
+        return {names.ROWS: rows, names.EPOCHS: rows / self.num_rows}
+
+    def __str__(self) -> str:
+        epochs = self.train_iters * self.rows_per_iteration / self.num_rows
+        return (
+            f"{self.stage}: {self.num_rows} rows, {self.rows_per_iteration} in an iteration; "
+            f"{self.train_iters} iterations are {epochs:.4g} epochs"
+        )
+
+
+def count_passes[ConfigT: SFTConfig | WarmupConfig | PolicyGradientConfig](
+    config: ConfigT, num_rows: int
+) -> tuple[ConfigT, Passes]:
+    """``config`` with ``run.train_iters`` set, from ``run.num_epochs`` where that is, and what it comes to.
+
+    Every row is seen at least ``num_epochs`` times: the last iteration goes on into the next epoch.
+    """
+    rows = config.prompts_per_iteration if isinstance(config, PolicyGradientConfig) else config.global_batch_size
+    run = config.run
+    if run.num_epochs:
+        run = dataclasses.replace(run, train_iters=math.ceil(run.num_epochs * num_rows / rows))
+    return dataclasses.replace(config, run=run), Passes(config.stage, num_rows, rows, run.train_iters)
 
 
 def batch_indices(num_rows: int, batch_size: int, iteration: int, seed: int) -> list[int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+ROWS = "rows"  # seen since the stage began; where DAPO samples further ones, groups trained on
+EPOCHS = "epochs"  # rows seen, in passes over all rows
+TOKENS = "tokens"  # of all sequences that the iteration trains on, prompts included
 LOSS = "loss"  # mean cross-entropy of response tokens, nats
 GRAD_NORM = "grad_norm"  # policy, before clipping
 LEARNING_RATE = "learning_rate"
@@ -52,6 +55,6 @@ def expert_load(branch: str, expert: int) -> str:
 
 # What a line on the console shows, in this order, of whatever the stage has.
 ON_CONSOLE = (
-    *(LOSS, REWARD, ACCURACY, FORMAT_VALID, PERCEPTION_GAP, REASONING_GAP, DISCRIMINATOR_LOSS, POLICY_LOSS),
+    *(EPOCHS, LOSS, REWARD, ACCURACY, FORMAT_VALID, PERCEPTION_GAP, REASONING_GAP, DISCRIMINATOR_LOSS, POLICY_LOSS),
     *(TRAIN_ROLLOUT_LOGPROB_ABS_DIFF, RESPONSE_TOKENS, GRAD_NORM, LEARNING_RATE, TOKENS_PER_SECOND),
 )

@@ -20,6 +20,7 @@ from prism_megatron.data.branches import (
 )
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment
+from prism_megatron.data.loader import count_passes
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.loss.discriminator import REFERENCE_SCORE_CLIP
 from prism_megatron.observe import metrics as names
@@ -28,6 +29,7 @@ from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, branch_pairs, discriminator_step, score
 from prism_megatron.stages.evaluate import conclude, response_metrics
 from prism_megatron.stages.guard import Guard
+from prism_megatron.stages.microbatch import total_tokens
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
 from prism_megatron.stages.replay import Replay
 from prism_megatron.stages.rollouts import Sample, gallery_row, sample_responses, start_engine
@@ -39,6 +41,7 @@ from prism_megatron.stages.setup import (
     load_reference,
     open_stage,
     rows_of_iteration,
+    say,
 )
 from prism_megatron.types import PERCEPTION, REASONING
 
@@ -49,8 +52,10 @@ def run_align(config: AlignConfig) -> None:
     Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
     """
     rows = read_alignment(Path(config.data))
+    config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config, config.discriminator.num_experts) as stage:
+        say(passes)
         processor = load_processor(config)
         players = load_players(config)
         parts = {"policy": players.policy, "discriminator": players.discriminator}
@@ -66,7 +71,8 @@ def run_align(config: AlignConfig) -> None:
                 samples = sample_responses(engine, processor, mine, iteration, config, config.compat)
                 engine.sleep()
             turn = take_turn(players, samples, replay, processor, config, iteration, stage.timers)
-            stage.log.log(iteration + 1, turn.measured | stage.timers.pop())
+            turn.measured[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
+            stage.log.log(iteration + 1, turn.measured | passes.measured(iteration + 1) | stage.timers.pop())
             stage.log.rollouts(iteration + 1, turn.branches.gallery(samples, turn.advantages, iteration + 1, config))
             stage.save_if_due(iteration + 1, parts, replay.kept)
 

@@ -11,7 +11,7 @@ from prism_megatron.data.pack import Padding, TrainingSequence, pack, pack_share
 from prism_megatron.model.fp8 import token_alignment
 from prism_megatron.observe.flops import Workload
 from prism_megatron.parallel import groups
-from prism_megatron.parallel.collectives import max_over_data_parallel
+from prism_megatron.parallel.collectives import max_over_data_parallel, sum_over_data_parallel
 from prism_megatron.types import PackedBatch
 
 
@@ -46,6 +46,11 @@ def padding_for(parallel: ParallelConfig, model: ModelConfig) -> Padding:
     chunks = 2 * context if context > 1 else 1
     part = math.lcm(chunks, context * token_alignment(model))
     return Padding(chunks, part * parallel.tensor_model_parallel_size)
+
+
+def total_tokens(sequences: Sequence[TrainingSequence]) -> float:
+    """Of all data-parallel ranks' ``sequences``. Collective."""
+    return sum_over_data_parallel(sum(map(len, sequences)))[0]
 
 
 def workload(sequences: Sequence[TrainingSequence]) -> Workload:

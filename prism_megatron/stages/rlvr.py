@@ -14,7 +14,7 @@ from prism_megatron.advantage import group_normalize, informative_groups
 from prism_megatron.config import RLVRConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
-from prism_megatron.data.loader import batch_indices, further_indices, rank_share
+from prism_megatron.data.loader import batch_indices, count_passes, further_indices, rank_share
 from prism_megatron.errors import UserError
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups as ranks
@@ -23,9 +23,10 @@ from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
 from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.evaluate import conclude, response_metrics
 from prism_megatron.stages.guard import Guard
+from prism_megatron.stages.microbatch import total_tokens
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
 from prism_megatron.stages.rollouts import Sample, as_sample, gallery_row, sample_responses, start_engine
-from prism_megatron.stages.setup import load_policy, load_processor, load_reference, open_stage
+from prism_megatron.stages.setup import load_policy, load_processor, load_reference, open_stage, say
 from prism_megatron.types import Example, Rollout
 
 Group = tuple[str, list[dict[str, Any]]]  # a row's id and its rollouts, as plain data
@@ -37,9 +38,11 @@ def run_rlvr(config: RLVRConfig) -> None:
     Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
     """
     rows = read_rlvr(Path(config.data))
+    config, passes = count_passes(config, len(rows))
     run = config.run
     objective = policy_objective(config)
     with open_stage(config) as stage:
+        say(passes)
         processor = load_processor(config)
         policy = load_policy(config)
         reference = load_reference(config) if config.kl_coeff else None
@@ -62,7 +65,8 @@ def run_rlvr(config: RLVRConfig) -> None:
                     policy, reference, samples, advantages, processor, objective, config, lr, iteration
                 )
             measured |= sampling_metrics(sampled, config)
-            stage.log.log(iteration + 1, measured | stage.timers.pop())
+            measured[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
+            stage.log.log(iteration + 1, measured | passes.measured(iteration + 1) | stage.timers.pop())
             shown = range(min(run.log_rollouts_per_iteration, len(samples)))
             stage.log.rollouts(
                 iteration + 1,

@@ -201,6 +201,12 @@ def load_processor(config: cfg.StageConfig) -> ChatProcessor:
     return ChatProcessor(Path(config.model.hf_checkpoint))
 
 
+def say(what: object) -> None:
+    """Print a line, once for all ranks."""
+    if groups.is_main_rank():
+        print(what, flush=True)
+
+
 def rows_of_iteration[Row](rows: Sequence[Row], batch_size: int, iteration: int, seed: int) -> list[Row]:
     """This data-parallel rank's rows of an iteration."""
     indices = batch_indices(len(rows), batch_size, iteration, seed)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from prism_megatron.config import SFTConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_sft
+from prism_megatron.data.loader import count_passes
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.flops import peak_flops, training_flops
@@ -19,7 +20,7 @@ from prism_megatron.parallel.collectives import sum_over_data_parallel
 from prism_megatron.stages.evaluate import conclude
 from prism_megatron.stages.microbatch import workload
 from prism_megatron.stages.policy import sft_step
-from prism_megatron.stages.setup import Trained, load_policy, load_processor, open_stage, rows_of_iteration
+from prism_megatron.stages.setup import Trained, load_policy, load_processor, open_stage, rows_of_iteration, say
 from prism_megatron.types import Example
 
 
@@ -29,8 +30,10 @@ def run_sft(config: SFTConfig) -> None:
     Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
     """
     rows = read_sft(Path(config.data))
+    config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config) as stage:
+        say(passes)
         processor = load_processor(config)
         policy = load_policy(config)
         parts = {"policy": policy}
@@ -45,7 +48,7 @@ def run_sft(config: SFTConfig) -> None:
                 lr = policy.learning_rate(iteration, run.train_iters)
                 measured = sft_step(policy, sequences, [row.id for row in mine], processor, config, lr)
             measured |= throughput(policy, sequences, config.model.freeze, began)
-            stage.log.log(iteration + 1, measured | stage.timers.pop())
+            stage.log.log(iteration + 1, measured | passes.measured(iteration + 1) | stage.timers.pop())
             stage.save_if_due(iteration + 1, parts)
 
         conclude(stage, policy, processor)
@@ -60,6 +63,7 @@ def throughput(
     seconds = time.monotonic() - began
     rate, peak = flops / dist.get_world_size() / seconds, _peak()
     return {
+        names.TOKENS: tokens,
         names.TOKENS_PER_SECOND: tokens / seconds,
         names.TFLOPS_PER_RANK: rate / 1e12,
         names.MFU: rate / peak if peak else None,

@@ -8,8 +8,11 @@ from prism_megatron.config import WarmupConfig
 from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_pairs
+from prism_megatron.data.loader import count_passes
+from prism_megatron.observe import metrics as names
 from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, branch_pairs, discriminator_step
-from prism_megatron.stages.setup import finish, load_discriminator, load_processor, open_stage, rows_of_iteration
+from prism_megatron.stages.microbatch import total_tokens
+from prism_megatron.stages.setup import finish, load_discriminator, load_processor, open_stage, rows_of_iteration, say
 from prism_megatron.types import EncodedPrompt, PreferencePair
 
 # The loss is the mean over the pairs of both branches (spec 3.3), and every line of the file gives one of each.
@@ -22,8 +25,10 @@ def run_warmup(config: WarmupConfig) -> None:
     Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
     """
     rows = read_pairs(Path(config.data))
+    config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config, config.discriminator.num_experts) as stage:
+        say(passes)
         processor = load_processor(config)
         discriminator = load_discriminator(config, config.optimizer)
         parts = {"discriminator": discriminator}
@@ -36,7 +41,8 @@ def run_warmup(config: WarmupConfig) -> None:
             with stage.timers("train"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
                 measured = discriminator_step(discriminator, pairs, processor, config, OBJECTIVE, lr)
-            stage.log.log(iteration + 1, measured | stage.timers.pop())
+            measured[names.TOKENS] = total_tokens([side for pair in pairs for side in (pair.teacher, pair.student)])
+            stage.log.log(iteration + 1, measured | passes.measured(iteration + 1) | stage.timers.pop())
             stage.save_if_due(iteration + 1, parts)
 
         discriminator.export(stage.dir / "hf")

@@ -15,6 +15,7 @@ ORDER = (
         "errors",
         "ranges",
         "overrides",
+        "sections",
         "config",
         "types",
         "files",

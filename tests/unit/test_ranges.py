@@ -73,7 +73,11 @@ def test_a_value_outside_its_range_is_refused_by_its_key(stage: str) -> None:
     ("stage", "override", "message"),
     [
         ("sft", "global_batch_size=0", "global_batch_size must be at least 1, got 0; the recipe has 32"),
-        ("sft", "run.train_iters=-3", "run.train_iters must be at least 1, got -3; the recipe has 1200"),
+        (
+            "sft",
+            "run.train_iters=-3",
+            "run.train_iters must be 0 (run.num_epochs counts) or at least 1, got -3; the",
+        ),
         ("sft", "optimizer.lr=nan", "optimizer.lr must be at least 0, got nan; the recipe has 0.002"),
         ("sft", "optimizer.warmup_fraction=2", "optimizer.warmup_fraction must be in [0, 1], got 2; the recipe has "),
         ("sft", "optimizer.clip_grad=-1", "optimizer.clip_grad must be at least 0, got -1; 0 turns clipping off"),
@@ -112,6 +116,13 @@ def test_an_error_has_key_rule_value_and_remedy(stage: str, override: str, messa
         ),
         ("sft", ["eval.data="], "eval.num_questions (512) needs eval.data, which is empty; give eval.data=FILE"),
         ("warmup", ["eval.data=x", "eval.num_questions=1"], "eval.num_questions (1) must be 0 in warmup, which trains"),
+        (
+            "sft",
+            ["run.train_iters=0"],
+            "run.train_iters and run.num_epochs are both 0, so that nothing would run",
+        ),
+        ("sft", ["run.train_iters=5", "run.num_epochs=2"], "run.train_iters (5) and run.num_epochs (2) both say how"),
+        ("collect", ["run.num_epochs=2"], "run.train_iters (0) must be 1 and run.num_epochs (2) 0 in collect, which"),
         ("collect", ["band_low=0.9"], "band_low (0.9) must be at most band_high (0.8)"),
         ("warmup", ["discriminator.num_experts=7"], "discriminator.num_experts (7) must be even with dedicated"),
         ("align", ["discriminator.topk=9"], "discriminator.topk (9) is more than the 4 experts a token may use; raise"),
@@ -165,6 +176,17 @@ def test_a_value_of_another_type_says_what_to_write(override: str, message: str)
     with pytest.raises(UserError) as refused:
         cfg.apply_overrides(tiny.tiny_sft(), [override])
     assert str(refused.value) == f"override {override!r} is refused: {message}"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_epochs_take_the_place_of_iterations_and_back(order: int) -> None:
+    """In whatever order: what the command line does not give makes room."""
+    run = cfg.apply_overrides(tiny.tiny_sft(), ["run.num_epochs=3", "optimizer.lr=1e-3"][::order]).run
+    assert (run.train_iters, run.num_epochs) == (0, 3)
+    run = cfg.apply_overrides(cfg.apply_overrides(tiny.tiny_sft(), ["run.num_epochs=3"]), ["run.train_iters=7"]).run
+    assert (run.train_iters, run.num_epochs) == (7, 0)
+    run = cfg.apply_overrides(tiny.tiny_sft(), ["run.num_epochs=2", "run.train_iters=0"][::order]).run
+    assert (run.train_iters, run.num_epochs) == (0, 2)
 
 
 def test_a_group_of_keys_takes_no_value() -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from prism_megatron.data.loader import batch_indices, rank_share
+import pytest
+
+from prism_megatron.config import apply_overrides, to_yaml
+from prism_megatron.data.loader import batch_indices, count_passes, rank_share
+from prism_megatron.observe.metrics import EPOCHS, ROWS
+from recipes import tiny
 
 
 def test_every_row_once_per_epoch_across_batches() -> None:
@@ -17,6 +22,24 @@ def test_a_pure_function_of_the_iteration() -> None:
     batch_indices(50, 8, 3, seed=2)
     assert batch_indices(100, 8, 40, seed=1) == later
     assert batch_indices(100, 8, 40, seed=3) != later
+
+
+@pytest.mark.parametrize(("num_rows", "epochs", "iterations"), [(640, 1, 40), (641, 1, 41), (640, 3, 120), (3, 2, 1)])
+def test_epochs_are_as_many_iterations_as_show_every_row(num_rows: int, epochs: int, iterations: int) -> None:
+    configured = apply_overrides(tiny.tiny_warmup(), [f"run.num_epochs={epochs}"])
+    counted, passes = count_passes(configured, num_rows)
+    assert (counted.run.train_iters, passes.train_iters) == (iterations, iterations)
+    assert to_yaml(counted) == to_yaml(configured), "a run is known by what was asked for"
+    assert passes.measured(0) == {ROWS: 0, EPOCHS: 0}
+    assert passes.measured(iterations)[EPOCHS] == 16 * iterations / num_rows >= epochs
+    shown = [row for i in range(iterations) for row in batch_indices(num_rows, 16, i, seed=1)]
+    assert all(shown.count(row) >= epochs for row in range(num_rows))
+
+
+def test_iterations_given_are_those_run() -> None:
+    counted, passes = count_passes(tiny.tiny_rlvr(), 100)
+    assert counted == tiny.tiny_rlvr()
+    assert str(passes) == "rlvr: 100 rows, 16 in an iteration; 30 iterations are 4.8 epochs"
 
 
 def test_ranks_share_a_batch() -> None:

@@ -56,6 +56,11 @@ def test_the_baseline_has_as_many_policy_updates_as_alignment_and_rlvr():
     assert config.run.name == "r/rlvr_only"
 
 
+def test_a_baseline_of_as_many_updates_needs_their_number():
+    with pytest.raises(ValueError, match=r"give align and rlvr run.train_iters, not run.num_epochs"):
+        baseline_step("r", tiny_steps("r", ["rlvr.run.num_epochs=1"]))
+
+
 def test_an_override_must_name_its_stage():
     with pytest.raises(ValueError, match=r"override 'run.train_iters=1' must start with a stage"):
         tiny_steps("r", ["run.train_iters=1"])

@@ -90,7 +90,7 @@ def test_hyper_parameters_are_the_papers() -> None:
     sft = qwen3_vl.sft("8b", "bf16")
     assert isinstance(sft, SFTConfig)
     assert (sft.optimizer.lr, sft.optimizer.decay_style, sft.optimizer.warmup_fraction) == (1e-5, "cosine", 0.1)
-    assert sft.run.train_iters * sft.global_batch_size == 1_370_000
+    assert (sft.run.num_epochs, sft.global_batch_size) == (1, 16)
     align = qwen3_vl.align("8b", "bf16")
     assert isinstance(align, AlignConfig)
     assert (align.prompts_per_iteration, align.rollout.samples_per_prompt, align.run.train_iters) == (4, 16, 500)
@@ -101,7 +101,7 @@ def test_hyper_parameters_are_the_papers() -> None:
     assert (gspo.clip_low, gspo.clip_high, gspo.dual_clip) == (3e-4, 4e-4, 0.0)
     warmup = qwen3_vl.warmup("8b", "bf16")
     assert isinstance(warmup, WarmupConfig)
-    assert (2 * warmup.global_batch_size, warmup.optimizer.lr) == (128, 1e-5)
+    assert (2 * warmup.global_batch_size, warmup.optimizer.lr, warmup.run.num_epochs) == (128, 1e-5, 1)
 
 
 def test_parameters_are_counted_to_the_last_one(sizes: dict[str, HFSizes]) -> None:
