@@ -58,6 +58,8 @@ class ModelConfig(Section):
     precision: str = setting("fp32", one_of("fp32", "bf16", "fp8"))
     fp8: FP8Config = field(default_factory=FP8Config)
     freeze: list[str] = field(default_factory=list, metadata=ruled(some_of(*PARTS)))
+    # Of the checkpoints that a recipe's numbers are for.
+    max_hidden_size: int = setting(0, at_least(1, zero="any"))
     recompute: bool = setting(False)  # recompute every transformer layer in the backward pass
     moe_aux_loss_coeff: float = setting(0.0, at_least(0))  # load balancing of a mixture-of-experts policy
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from prism_megatron.config import StageConfig
 from prism_megatron.errors import UserError
@@ -28,8 +28,11 @@ def stage_recipe(name: str) -> Callable[[], StageConfig]:
     raise UserError(f"unknown recipe {name!r}; {nearest(name, STAGE_RECIPES)}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
+def nearest(name: str, known: Collection[str]) -> str:
+    """The names most like ``name``, else the first that have all of its words."""
+    words = set(name.lower().split("_"))
+    near = difflib.get_close_matches(name.lower(), known, n=3)
+    near = near or [candidate for candidate in known if words <= set(candidate.split("_"))][:3]
     return f"there are {', '.join(near)}" if near else "--help lists them all"
 
 

@@ -53,7 +53,7 @@ def main() -> int:
     )
     parser.add_argument("name", metavar="NAME", help="a pipeline or a recipe")
     parser.add_argument("overrides", nargs="*", help="key=value, or stage.key=value for a pipeline")
-    parser.add_argument("--name", dest="run_name", help="a pipeline's folder under runs/ (the pipeline's name)")
+    parser.add_argument("--name", dest="run_name", help="folder under runs/ (the pipeline's or the recipe's own)")
     parser.add_argument(
         "--ranks",
         type=int,
@@ -68,6 +68,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop if arguments.executor == "local" else signal.SIG_DFL)
     name, run_name = arguments.name, arguments.run_name or arguments.name
+    if arguments.run_name and name in STAGE_RECIPES:
+        arguments.overrides.insert(0, f"run.name={run_name}")
     try:
         if arguments.estimate:
             return print_estimate(steps_of(name, run_name, arguments.overrides))

@@ -116,6 +116,11 @@ def _by_stage(extra: Sequence[str], stages: Collection[str]) -> dict[str, list[s
                 f"override {override!r} must start with a stage ({', '.join(stages)}), "
                 "for example rlvr.run.train_iters=40"
             )
+        if rest.partition("=")[0] in ("run.name", "run.dir"):
+            raise UserError(
+                f"override {override!r} would take {stage} out of the pipeline's folder, where the other stages look "
+                "for what it writes; give the pipeline a folder of its own with --name"
+            )
         sorted_out.setdefault(stage, []).append(rest)
     return sorted_out
 

@@ -22,12 +22,17 @@ from prism_megatron.config import (
 
 ROOT = "runs/tiny"
 _MAX_TOKENS = 6144
+_MAX_HIDDEN_SIZE = 512  # the smallest that is published has 2048
 
 
 def _rollout(samples_per_prompt: int) -> RolloutConfig:
     return RolloutConfig(
         samples_per_prompt=samples_per_prompt, max_response_tokens=160, max_model_len=256, max_logprob_abs_diff=1e-4
     )
+
+
+def _model(checkpoint: str) -> ModelConfig:
+    return ModelConfig(checkpoint, max_hidden_size=_MAX_HIDDEN_SIZE)
 
 
 def _discriminator(checkpoint: str) -> DiscriminatorConfig:
@@ -39,7 +44,7 @@ def tiny_sft() -> SFTConfig:
     return SFTConfig(
         stage="sft",
         run=RunConfig(name="tiny/sft", train_iters=1200, save_interval=200),
-        model=ModelConfig(hf_checkpoint=f"{ROOT}/base"),
+        model=_model(f"{ROOT}/base"),
         optimizer=OptimizerConfig(
             lr=2e-3,
             min_lr=1e-4,
@@ -60,7 +65,7 @@ def tiny_collect() -> CollectConfig:
     return CollectConfig(
         stage="collect",
         run=RunConfig(name="tiny/collect", train_iters=1),
-        model=ModelConfig(hf_checkpoint=f"{ROOT}/sft/hf"),
+        model=_model(f"{ROOT}/sft/hf"),
         optimizer=OptimizerConfig(lr=0.0),
         rollout=_rollout(4),
         max_tokens_per_microbatch=_MAX_TOKENS,
@@ -77,7 +82,7 @@ def tiny_warmup() -> WarmupConfig:
     return WarmupConfig(
         stage="warmup",
         run=RunConfig(name="tiny/warmup", train_iters=40, save_interval=20),
-        model=ModelConfig(hf_checkpoint=f"{ROOT}/sft/hf"),
+        model=_model(f"{ROOT}/sft/hf"),
         optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
         rollout=_rollout(1),
         max_tokens_per_microbatch=_MAX_TOKENS,
@@ -91,7 +96,7 @@ def tiny_align() -> AlignConfig:
     return AlignConfig(
         stage="align",
         run=RunConfig(name="tiny/align", train_iters=20, save_interval=5),
-        model=ModelConfig(hf_checkpoint=f"{ROOT}/sft/hf"),
+        model=_model(f"{ROOT}/sft/hf"),
         optimizer=OptimizerConfig(lr=2e-4, weight_decay=0.01),
         rollout=_rollout(8),
         eval=EvalConfig(data=f"{ROOT}/data/heldout.parquet", num_questions=512),
@@ -110,7 +115,7 @@ def tiny_rlvr() -> RLVRConfig:
     return RLVRConfig(
         stage="rlvr",
         run=RunConfig(name="tiny/rlvr", train_iters=30, save_interval=10),
-        model=ModelConfig(hf_checkpoint=f"{ROOT}/align/hf"),
+        model=_model(f"{ROOT}/align/hf"),
         optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.01),
         rollout=_rollout(8),
         eval=EvalConfig(data=f"{ROOT}/data/heldout.parquet", num_questions=512),

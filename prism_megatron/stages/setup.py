@@ -29,6 +29,7 @@ from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import check_rlvr
 from prism_megatron.data.loader import batch_indices, rank_share
+from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.model.build import build_discriminator, build_policy, wrap_for_training
 from prism_megatron.model.fp8 import check_sizes
@@ -116,6 +117,7 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
     """Check, start the process groups, open logs. Leaves the groups when the loop is done."""
     directory = cfg.stage_dir(config)
     sizes = read_sizes(Path(config.model.hf_checkpoint))
+    check_hidden_size(config, sizes)
     if config.eval.num_questions:
         check_rlvr(config.eval.data, config.eval.num_questions)  # or training would be over before it is missed
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -135,6 +137,17 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
         with MetricsLog(directory, config.stage, config.run.train_iters, start, groups.is_main_rank()) as log:
             yield Stage(config, directory, log, Timers(), checkpointer, start)
     groups.shutdown()
+
+
+def check_hidden_size(config: cfg.StageConfig, sizes: HFSizes) -> None:
+    """Refuse a checkpoint that is too large for the recipe's lengths and learning rates to make sense."""
+    model, hidden = config.model, sizes.text["hidden_size"]
+    if model.max_hidden_size and hidden > model.max_hidden_size:
+        raise UserError(
+            f"model.hf_checkpoint {model.hf_checkpoint} has hidden size {hidden}, and this recipe is for toy models "
+            f"of at most model.max_hidden_size ({model.max_hidden_size}); use the stage's recipe for its size, "
+            f"{config.stage}_..qwen3_vl_SIZE_.. (python -m recipes.launch --help lists them)"
+        )
 
 
 @contextmanager

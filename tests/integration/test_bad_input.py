@@ -15,6 +15,7 @@ from prism_megatron.stages.setup import clear_disk_errors
 from prism_megatron.train import main
 from recipes.launch import launch as launch_pipeline
 from recipes.launch import main as launch_main
+from recipes.memory import PUBLISHED
 
 
 def sft(checkpoint: Path, data: Path, runs: Path, *overrides: str) -> list[str]:
@@ -108,6 +109,15 @@ def test_files_that_are_not_there(
         assert main(sft(tiny_checkpoint, data, runs, *asked, "eval.num_questions=41")) == 2
         assert message in capsys.readouterr().err
     assert not runs.exists()
+
+
+def test_a_tiny_recipe_takes_no_real_model(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text((PUBLISHED / "2b.json").read_text())
+    assert main(sft(tmp_path, tiny_data / "sft.jsonl", tmp_path / "runs")) == 2
+    error = capsys.readouterr().err
+    assert "has hidden size 2048, and this recipe is for toy models of at most model.max_hidden_size (512)" in error
+    assert "use the stage's recipe for its size, sft_..qwen3_vl_SIZE_.." in error
+    assert not (tmp_path / "runs").exists()
 
 
 def test_degrees_that_do_not_fit(

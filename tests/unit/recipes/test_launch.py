@@ -41,6 +41,18 @@ def test_help_names_every_pipeline_and_recipe(
         (["sft_qwen3_vl_8b_2n8g_h100_bf16"], "there are sft_qwen3_vl_8b_1n8g_h100_bf16"),
         (["pipeline_ppo_qwen3_vl_8b_h100_bf16"], "_qwen3_vl_8b_h100_bf16, pipeline_"),
         (["x"], "unknown recipe or pipeline 'x'; --help lists them all"),
+        (["sft"], "unknown recipe or pipeline 'sft'; there are tiny_sft, sft_qwen3_vl_2b_1n8g_h100_bf16, sft_"),
+        (["RLVR_8b"], "there are rlvr_grpo_qwen3_vl_8b_1n8g_h100_bf16, rlvr_"),
+        (["tiny_pipeline", "rlvr.run.name=x"], "override 'rlvr.run.name=x' would take rlvr out of the pipeline's fold"),
+        (["tiny_pipeline", "sft.run.dir=x"], "give the pipeline a folder of its own with --name"),
+        (["tiny_pipeline", "--name", "../x"], "run.name must be a name, or names joined by /"),
+        (["tiny_sft", "--name", "../x"], "run.name must be a name, or names joined by /"),
+        (["tiny_sft", "global_batch_size=0"], "global_batch_size must be at least 1, got 0; the recipe has 32"),
+        (["tiny_pipeline", "rlvr.run.train_iters=0"], "run.train_iters and run.num_epochs are both 0"),
+        (
+            [SFT_8B, "--estimate", "rollout.gpu_memory_utilization=7"],
+            "rollout.gpu_memory_utilization must be in (0, 1]",
+        ),
         (["tiny_sft", "optimizer.rl=1"], "unknown key 'optimizer.rl': optimizer has adam_beta1"),
         (["tiny_sft", "optimizer.lr=fast"], "override 'optimizer.lr=fast' is refused: optimizer.lr takes a number"),
         (
@@ -104,6 +116,7 @@ def test_a_wrong_place_to_run(
     [
         (["tiny_sft", "run.train_iters=3"], FEW_CORES, ["tiny_sft"]),
         (["tiny_align", "--ranks", "4"], 4, ["tiny_align"]),
+        (["tiny_sft", "--name", "mine", "run.train_iters=3"], FEW_CORES, ["tiny_sft"]),
         (["tiny_pipeline", "sft.run.train_iters=3"], FEW_CORES, LINEAGE),
         (["tiny_study", "--ranks", "2"], 2, 3 * [*LINEAGE, "tiny_rlvr"]),
         ([SFT_8B], 8, [SFT_8B]),
@@ -124,6 +137,7 @@ def test_a_dry_run_here_prints_the_commands_and_runs_nothing(
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     start = ["torchrun", "--nproc-per-node", str(ranks), "-m", "prism_megatron.train"]
     assert [words[:6] for words in commands] == [[*start, recipe] for recipe in recipes]
+    assert ("run.name=mine" in commands[0]) == ("mine" in arguments)
     assert ("run.train_iters=3" in commands[0]) == any("train_iters" in word for word in arguments)
     assert not list(tmp_path.iterdir())
 
