@@ -28,13 +28,12 @@ from prism_megatron.data.fields import (
     check_prompt,
     optional_text,
     refuse_unsupported,
-    required,
     row_id,
     struct_field,
     text_field,
 )
 from prism_megatron.data.response import SYSTEM_PROMPT, Response, parse_response
-from prism_megatron.data.rows import Columns, Data, Row, count_rows, read_rows
+from prism_megatron.data.rows import Columns, Data, Row, count_rows, read_rows, required
 from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.types import IMAGE_PLACEHOLDER, Example, Message, PreferencePair
@@ -77,7 +76,7 @@ def read_rlvr(path: Data) -> list[Example]:
 
 
 def check_rlvr(path: Data, rows: int) -> None:
-    """Refuse, by their footers alone, files that :func:`read_rlvr` would, or with fewer than ``rows`` rows."""
+    """Refuse files without the columns of :func:`read_rlvr`, or with fewer than ``rows`` rows, without reading them."""
     found = count_rows(path, _RLVR)
     if found < rows:
         raise UserError(f"{path} has {found} rows, and {rows} are asked for; lower the number, or give another file")

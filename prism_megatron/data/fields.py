@@ -67,14 +67,6 @@ def struct_field(value: Any, what: str, source: str) -> dict[str, Any]:
     return value
 
 
-def required(fields: Mapping[str, Any], keys: Sequence[str], source: str) -> Any:
-    """The value of the first of ``keys`` that the row has."""
-    for key in keys:
-        if fields.get(key) is not None:
-            return fields[key]
-    raise UserError(f"{source}: needs the key {' or '.join(map(repr, keys))}, has {sorted(map(str, fields))}")
-
-
 def refuse_unsupported(fields: Mapping[str, Any], source: str) -> None:
     """Raise UserError where the row shows something other than pictures."""
     for key in _UNSUPPORTED:

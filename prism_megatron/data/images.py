@@ -13,6 +13,7 @@ from PIL.Image import Transpose
 from prism_megatron.errors import UserError
 
 MAX_ASPECT_RATIO = 200  # of Qwen's image processor, which refuses what is longer
+_PROGRAMS = ("EPS", "WMF")  # Pillow starts another program to draw them
 _TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -30,7 +31,7 @@ _FLOAT_RANGES = ((0.0, 1.0), (0.0, 255.0))
 def decode_image(encoded: bytes) -> Image.Image:
     """The first frame as RGB, upright as its EXIF orientation says, on white where it is transparent.
 
-    It carries no metadata, so nobody turns it again. ``check_image`` says whether this succeeds.
+    It has no metadata, so that no one turns it again. ``check_image`` says beforehand whether this succeeds.
     """
     with Image.open(io.BytesIO(encoded)) as image:
         rgb = _rgb(image).copy()
@@ -48,6 +49,8 @@ def check_image(encoded: bytes, source: str) -> None:
             warnings.simplefilter("ignore", UserWarning)  # of damaged metadata, which is not used
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(encoded))
+            if image.format in _PROGRAMS:
+                raise ValueError(f"{image.format} is a program that draws a picture, convert it to PNG")
             width, height = image.size
             image.draft("L", (1, 1))  # a JPEG is read to its end at an eighth of its size
             _rgb(image)
@@ -75,8 +78,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.has_transparency_data:
         shown = image.convert("RGBA")
-        white = Image.new("RGBA", shown.size, "white")
-        return Image.alpha_composite(white, shown).convert("RGB")
+        white = Image.new("RGB", shown.size, "white")
+        white.paste(shown, mask=shown.getchannel("A"))
+        return white
     if image.mode == "RGB":
         return image
     if image.mode == "F":

@@ -80,13 +80,18 @@ def read_rows[R](data: Data, columns: Columns, record_of: Callable[[Row], R]) ->
                 faults.append(str(fault))
         if count == before:
             raise UserError(f"{file}: empty data set; check that the file was written to its end")
+    raise_faults(faults, count)
+    return records
+
+
+def raise_faults(faults: Sequence[str], count: int) -> None:
+    """Raise UserError, if ``faults`` of ``count`` rows there are, that quotes the first and counts all."""
     if len(faults) > 1:
         shown = "".join(f"\n  {fault}" for fault in faults[:_SHOWN_FAULTS])
         more = f"\n  ... and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
         raise UserError(f"{len(faults)} of {count} rows cannot be used, correct or drop them:{shown}{more}")
     if faults:
         raise UserError(faults[0])
-    return records
 
 
 def parquet_footer(file: Path, columns: Columns) -> pq.FileMetaData:
@@ -110,12 +115,30 @@ def is_parquet(file: Path) -> bool:
 
 
 def count_rows(data: Data, columns: Columns) -> int:
-    """How many rows the files have; of parquet only the footer is read."""
-    files = data_files(data)
-    return sum(
-        parquet_footer(file, columns).num_rows if is_parquet(file) else sum(1 for _ in _raw_rows(file, columns))
-        for file in files
-    )
+    """How many rows the files have. Of parquet only the footer is read, of JSON only the first row is parsed.
+
+    Raises UserError for a file that lacks one of ``columns``.
+    """
+    count = 0
+    for file in data_files(data):
+        if is_parquet(file):
+            count += parquet_footer(file, columns).num_rows
+            continue
+        rows = list(_raw_rows(file, columns))
+        for _, source, fields in rows[:1]:
+            first = _object(fields, source)
+            for keys in columns.needed:
+                required(first, keys, source)
+        count += len(rows)
+    return count
+
+
+def required(fields: Mapping[str, Any], keys: Sequence[str], source: str) -> Any:
+    """The value of the first of ``keys`` that the row has."""
+    for key in keys:
+        if fields.get(key) is not None:
+            return fields[key]
+    raise UserError(f"{source}: needs the key {' or '.join(map(repr, keys))}, has {sorted(map(str, fields))}")
 
 
 def from_json(value: Any) -> Any:

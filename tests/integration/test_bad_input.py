@@ -103,7 +103,7 @@ def test_files_that_are_not_there(
     assert "empty.jsonl: empty data set" in capsys.readouterr().err
     for asked, message in (
         ([f"eval.data={tmp_path}/none.parquet"], "none.parquet: no such data file"),
-        ([f"eval.data={data}"], "sft.jsonl: not a parquet file"),
+        ([f"eval.data={data}"], "sft.jsonl, line 1: needs the key 'prompt', has ['conversations'"),
         ([f"eval.data={tiny_data}/heldout.parquet"], "heldout.parquet has 40 rows, and 41 are asked for; lower"),
     ):
         assert main(sft(tiny_checkpoint, data, runs, *asked, "eval.num_questions=41")) == 2
