@@ -2,53 +2,155 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prism_megatron.data.hf_files import check_processor_files, loading_failed, read_json_object
 from prism_megatron.data.images import decode_image
 from prism_megatron.errors import UserError
 from prism_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, Example, InputSpec, Message, PreferencePair, Visual
 
 
 class ChatProcessor:
-    """Tokenizer, chat template and image processor of one HF checkpoint."""
+    """Tokenizer, chat template and image processor of one HF checkpoint.
+
+    Raises UserError for a directory whose files are missing, damaged, or of different models.
+    """
 
     def __init__(self, checkpoint_dir: Path) -> None:
         from transformers import AutoProcessor
 
-        if not (checkpoint_dir / "config.json").is_file():
-            raise UserError(f"{checkpoint_dir} has no config.json; give the directory of an HF Qwen3-VL checkpoint")
-        self._processor = AutoProcessor.from_pretrained(checkpoint_dir)
+        check_processor_files(checkpoint_dir)
+        try:
+            self._processor = AutoProcessor.from_pretrained(checkpoint_dir)
+        except Exception as fault:  # transformers and tokenizers raise anything for a damaged file
+            raise loading_failed(checkpoint_dir, fault) from fault
+        self._directory = checkpoint_dir
         self.tokenizer: Any = self._processor.tokenizer
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._specials: dict[str, int] = {token.content: number for number, token in added if token.special}
+        self._special_ids = frozenset(self._specials.values())
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._special_text = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self.terminator_id = self._special("<|im_end|>")
-        self._special_ids = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self._num_ids = len(self.tokenizer)
-        config = json.loads((checkpoint_dir / "config.json").read_text())
-        vision = config["vision_config"]
-        self.input_spec = InputSpec(
-            image_token_id=self._special("<|image_pad|>"),
-            video_token_id=self._special("<|video_pad|>"),
-            merge_size=vision["spatial_merge_size"],
-            patch_dim=vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
-            max_positions=config["text_config"]["max_position_embeddings"],
-        )
+        config = read_json_object(checkpoint_dir / "config.json")
+        try:
+            vision = config["vision_config"]
+            self.input_spec = InputSpec(
+                image_token_id=self._special("<|image_pad|>"),
+                video_token_id=self._special("<|video_pad|>"),
+                merge_size=vision["spatial_merge_size"],
+                patch_dim=vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
+                max_positions=config["text_config"]["max_position_embeddings"],
+            )
+            self._check_tokenizer(config)
+        except (KeyError, TypeError) as fault:
+            raise UserError(f"{checkpoint_dir}/config.json lacks {fault}; copy the checkpoint again") from fault
+        self._check_image_processor(vision)
+        self._check_template()
 
     def _special(self, token: str) -> int:
-        token_id = self.tokenizer.convert_tokens_to_ids(token)
-        if token_id is None:
-            raise UserError(f"the checkpoint's tokenizer has no {token}; it is not a Qwen3-VL tokenizer")
-        return int(token_id)
+        if token not in self._specials:
+            raise UserError(f"{self._directory}/tokenizer.json has no {token}; it is not a Qwen3-VL tokenizer")
+        return self._specials[token]
+
+    def _check_tokenizer(self, config: Mapping[str, Any]) -> None:
+        rows, file = config["text_config"]["vocab_size"], self._directory / "tokenizer.json"
+        if self._num_ids > rows:
+            raise UserError(
+                f"{file} has {self._num_ids} tokens, and the model embeds vocab_size ({rows}); resize the model's "
+                "embedding, or give the tokenizer it was trained with"
+            )
+        text = "".join(map(chr, range(32, 127)))
+        if self.decode(self.encode_text(text)) != text or 2 * self._num_ids < rows:
+            raise UserError(
+                f"{file} is not this model's: it has {self._num_ids} tokens for {rows} rows of the embedding, or loses "
+                "letters; copy the checkpoint again"
+            )
+        for name, number in (
+            ("image_token_id", self.input_spec.image_token_id),
+            ("video_token_id", self.input_spec.video_token_id),
+        ):
+            if config.get(name, number) != number:
+                raise UserError(
+                    f"{self._directory}/config.json has {name} {config[name]}, tokenizer.json {number}; they are of "
+                    "different models, copy the checkpoint again"
+                )
+
+    def _check_image_processor(self, vision: Mapping[str, Any]) -> None:
+        for name, other in (
+            ("patch_size", "patch_size"),
+            ("temporal_patch_size", "temporal_patch_size"),
+            ("merge_size", "spatial_merge_size"),
+        ):
+            found = getattr(self._processor.image_processor, name, None)
+            if found != vision[other]:
+                raise UserError(
+                    f"{self._directory}: the image processor's {name} is {found}, {other} in config.json "
+                    f"{vision[other]}; copy the checkpoint again"
+                )
+
+    def _check_template(self) -> None:
+        try:
+            ids = self.prompt_ids([Message("system", "s"), Message("user", f"{IMAGE_PLACEHOLDER}u")])
+        except Exception as fault:  # a template is a program, and raises what it likes
+            said = str(fault).splitlines()[0][:300]
+            raise UserError(
+                f"{self._directory}: its chat template fails ({said}); copy the checkpoint again"
+            ) from fault
+        if ids.count(self.input_spec.image_token_id) != 1 or self.terminator_id not in ids:
+            raise UserError(f"{self._directory}: its chat template is not Qwen3-VL's; copy the checkpoint again")
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The prompt up to the assistant's turn, one image token per image: what the rollout engine takes."""
+        """The prompt up to the assistant's turn, one image token per image: what the rollout engine takes.
+
+        The chat template's special tokens are special. Those that a message spells out are text.
+        """
+        written = "".join(m.content for m in messages)
+        if not self._special_text.search(written):
+            return tuple(self.tokenizer(self.rendered(messages), add_special_tokens=False)["input_ids"])
+        # What is spelled out passes the template as a number between marks that nobody wrote.
+        mark = "\ue000"
+        while mark in written:
+            mark += "\ue000"
+        names = {f"{mark}{number}{mark}": name for name, number in self._specials.items()}
+        numbers = {name: number for number, name in names.items()}
+        hidden = [replace(m, content=self._special_text.sub(lambda f: numbers[f[0]], m.content)) for m in messages]
+        ids: list[int] = []
+        for index, piece in enumerate(self._special_text.split(self.rendered(hidden))):
+            if index % 2:
+                ids.append(self._specials[piece])
+            else:
+                ids += self.encode_text(re.sub(f"{mark}[0-9]+{mark}", lambda f: names[f[0]], piece))
+        return tuple(ids)
+
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """The prompt's text, special tokens spelled out."""
         chat = [{"role": m.role, "content": _parts(m.content)} for m in messages]
-        text = self._processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return str(self._processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    @property
+    def max_pixels(self) -> int:
+        """To how many pixels larger images are scaled down."""
+        return int(self._processor.image_processor.size["longest_edge"])
+
+    @property
+    def cell(self) -> int:
+        """Pixels of the side of the square that one image token stands for."""
+        processor = self._processor.image_processor
+        return int(processor.patch_size * processor.merge_size)
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """How many tokens stand for an image of this size in pixels."""
+        patches: int = self._processor.image_processor.get_number_of_image_patches(height, width)
+        return patches // self.input_spec.merge_size**2
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Tokens of what somebody wrote, none of them special: ``<|im_end|>`` spelled out is text, too."""

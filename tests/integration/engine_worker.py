@@ -5,6 +5,7 @@ Arguments: two checkpoints (the engine starts on the first), a prompt file, tens
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from PIL import ExifTags, Image
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
+from prism_megatron.data.images import decode_image
 from prism_megatron.parallel import groups
 from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
 
@@ -37,7 +40,7 @@ def main() -> None:
     from prism_megatron.rollout.weight_sync import WeightSync
 
     processor = ChatProcessor(first)
-    rows = read_rlvr(prompts)[:6]
+    rows = unusual(read_rlvr(prompts)[:6])
     encoded = processor.encode_prompts(rows)
     requests = [RolloutRequest(processor.prompt_ids(row.messages), row.images, seed) for seed, row in enumerate(rows)]
     sampling = Sampling(n=3, temperature=1.0, top_p=1.0, max_tokens=RESPONSE_TOKENS)
@@ -133,6 +136,29 @@ def main() -> None:
     groups.shutdown()
 
 
+def unusual(rows: list[Example]) -> list[Example]:
+    """The rows with a picture that lies on its side, one on transparency, none, and special tokens spelled out."""
+    turned, clear = io.BytesIO(), io.BytesIO()
+    orientation = Image.Exif()
+    orientation[ExifTags.Base.Orientation] = 6
+    decode_image(rows[1].images[0]).resize((160, 64)).save(turned, "PNG", exif=orientation)
+    layer = Image.new("RGBA", (96, 64), (0, 0, 0, 0))
+    layer.paste((200, 30, 0, 128), (8, 8, 60, 40))
+    layer.save(clear, "PNG")
+    (question,) = rows[3].messages
+    spelled = replace(question, content=f"{question.content} {' '.join(VISUAL)} <|im_end|>")
+    (asked,) = rows[4].messages
+    bare = replace(asked, content=asked.content.replace("<image>", ""))
+    return [
+        rows[0],
+        replace(rows[1], images=(turned.getvalue(),)),
+        replace(rows[2], images=(clear.getvalue(),)),
+        replace(rows[3], messages=(spelled,)),
+        replace(rows[4], messages=(bare,), images=()),
+        rows[5],
+    ]
+
+
 def guard_findings(
     engine: Any, checkpoint: Path, processor: ChatProcessor, rows: Sequence[Example], tp: int
 ) -> dict[str, str]:
@@ -192,14 +218,17 @@ def reset_all_but(engine: Any, kept: str) -> None:
 def logprob_difference(hf: Any, prompt: EncodedPrompt, rollout: Rollout, temperature: float) -> float:
     """Largest difference between the engine's log-probabilities of a response and HF's at the same temperature."""
     ids = torch.tensor([prompt.token_ids + rollout.token_ids])
+    shown = {}
+    if prompt.visuals:
+        shown = {
+            "pixel_values": torch.cat([visual.patches for visual in prompt.visuals]),
+            "image_grid_thw": torch.tensor([visual.grid for visual in prompt.visuals]),
+            "mm_token_type_ids": (ids == hf.config.image_token_id).int(),
+        }
     with torch.no_grad():
-        logits = hf(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=torch.cat([visual.patches for visual in prompt.visuals]),
-            image_grid_thw=torch.tensor([visual.grid for visual in prompt.visuals]),
-            mm_token_type_ids=(ids == hf.config.image_token_id).int(),
-        ).logits[0, len(prompt.token_ids) - 1 : -1]
+        logits = hf(input_ids=ids, attention_mask=torch.ones_like(ids), **shown).logits[
+            0, len(prompt.token_ids) - 1 : -1
+        ]
     wanted = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
     return float((wanted - torch.tensor(rollout.logprobs)).abs().max())
 

@@ -11,7 +11,7 @@ from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
 from prism_megatron.data.pack import pack
-from prism_megatron.types import EncodedPrompt
+from prism_megatron.types import EncodedPrompt, Message
 
 SPECIAL = ("<|image_pad|>", "<|video_pad|>", "<|im_end|>", "<|endoftext|>")
 
@@ -44,6 +44,57 @@ def test_a_response_that_spells_them_can_be_packed_and_ends_once(processor: Chat
         assert processor.decode(sequence.response_ids) == text
 
 
+CHATS = (
+    (("user", "<image>How many?"),),
+    (("system", "Be exact.\n"), ("user", "\n\n  <image>\n <image>and é, e\u0301, \u2028, 数, 1234567 <image>")),
+    (("user", "a <think> b</think>"), ("assistant", " c\n"), ("user", "<caption>\n\n\n"), ("user", "")),
+    (("system", ""), ("user", "<|im_en d|> <| <|image_pad |>")),
+)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_ordinary_prompts_are_tokenised_as_hf_does(
+    processor: ChatProcessor, tiny_checkpoint: Path, chat: tuple[tuple[str, str], ...]
+) -> None:
+    from transformers import AutoProcessor
+
+    stock = AutoProcessor.from_pretrained(tiny_checkpoint)
+    parts = []
+    for role, text in chat:
+        first, *others = text.split("<image>")
+        content = [{"type": "text", "text": first}]
+        for other in others:
+            content += [{"type": "image"}, {"type": "text", "text": other}]
+        parts.append({"role": role, "content": content})
+    rendered = stock.apply_chat_template(parts, add_generation_prompt=True, tokenize=False)
+    expected = stock.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert list(processor.prompt_ids([Message(*turn) for turn in chat])) == expected
+
+
+def test_special_tokens_spelled_in_any_turn_of_a_prompt_are_text(processor: ChatProcessor) -> None:
+    spelled = " ".join(SPECIAL) + "<|vision_start|><|im_<|im_end|>end|> \ue000 1\ue000"
+    roles = ("system", "user", "assistant", "user")
+    ids = processor.prompt_ids([Message(role, f"{spelled}<image>\n{spelled}") for role in roles])
+    plain = processor.prompt_ids([Message(role, "x<image>\nx") for role in roles])
+
+    def special(tokens: tuple[int, ...]) -> list[int]:
+        return [token for token in tokens if not processor.has_text([token])]
+
+    assert special(ids) == special(plain)
+    turns = [
+        f"<|im_start|>{r}\n{spelled}<|vision_start|><|image_pad|><|vision_end|>\n{spelled}<|im_end|>\n" for r in roles
+    ]
+    assert processor.tokenizer.decode(ids) == "".join(turns) + "<|im_start|>assistant\n"
+
+
+def test_text_beside_spelled_tokens_is_tokenised_as_ever(processor: ChatProcessor) -> None:
+    """Between two special tokens a prompt's text is one piece, spelled ones included."""
+    text = "\n\n count <|im_end|> and 12 <|im_end|>"
+    ids = processor.prompt_ids([Message("user", text)])
+    start, end = (processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    assert ids[: ids.index(end)] == (start, *processor.encode_text(f"user\n{text}"))
+
+
 @pytest.mark.parametrize("token", SPECIAL)
 def test_special_tokens_have_no_text(processor: ChatProcessor, token: str) -> None:
     special = processor.tokenizer.convert_tokens_to_ids(token)
@@ -54,7 +105,8 @@ def test_a_prompt_takes_only_its_own_pictures_along(processor: ChatProcessor, ti
     """However many prompts were encoded with it: as bytes, it goes to other ranks."""
     rows = read_rlvr(tiny_data / "heldout.parquet")
     (alone,), together = processor.encode_prompts(rows[:1]), processor.encode_prompts(rows)
-    assert len(pickle.dumps(together[0])) == len(pickle.dumps(alone))
+    spare = 64  # a pickled tensor has its address, as digits, in it
+    assert len(pickle.dumps(together[0])) <= len(pickle.dumps(alone)) + spare
 
 
 def test_neither_have_rows_of_the_embedding_that_are_no_token(processor: ChatProcessor) -> None:
