@@ -32,7 +32,7 @@ from prism_megatron.stages.guard import Guard
 from prism_megatron.stages.microbatch import total_tokens
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
 from prism_megatron.stages.replay import Replay
-from prism_megatron.stages.rollouts import Sample, gallery_row, sample_responses, start_engine
+from prism_megatron.stages.rollouts import Sample, check_prompts, gallery_row, sample_responses, start_engine
 from prism_megatron.stages.setup import (
     Trained,
     load_discriminator,
@@ -57,6 +57,7 @@ def run_align(config: AlignConfig) -> None:
     with open_stage(config, config.discriminator.num_experts) as stage:
         say(passes)
         processor = load_processor(config)
+        check_prompts(rows, processor, config.rollout)
         players = load_players(config)
         parts = {"policy": players.policy, "discriminator": players.discriminator}
         replay = Replay(rows, config.replay, run.seed, stage.resume(parts))

@@ -21,7 +21,7 @@ from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.rollout.child import Engine
-from prism_megatron.stages.rollouts import Sample, sample_responses, start_engine
+from prism_megatron.stages.rollouts import Sample, check_prompts, sample_responses, start_engine
 from prism_megatron.stages.setup import finish, load_processor, open_stage
 from prism_megatron.types import Example, PreferencePair
 
@@ -43,6 +43,7 @@ def run_collect(config: CollectConfig) -> None:
         )
     with open_stage(config) as stage:
         processor = load_processor(config)
+        check_prompts([*demonstrations, *candidates], processor, config.rollout)
         engine = start_engine(config, Path(config.model.hf_checkpoint))
         for_pairs = dataclasses.replace(config.rollout, samples_per_prompt=config.pair_samples_per_prompt)
         responses = _sample(engine, processor, demonstrations, dataclasses.replace(config, rollout=for_pairs), "pairs")

@@ -25,7 +25,14 @@ from prism_megatron.stages.evaluate import conclude, response_metrics
 from prism_megatron.stages.guard import Guard
 from prism_megatron.stages.microbatch import total_tokens
 from prism_megatron.stages.policy import policy_gradient_step, policy_objective
-from prism_megatron.stages.rollouts import Sample, as_sample, gallery_row, sample_responses, start_engine
+from prism_megatron.stages.rollouts import (
+    Sample,
+    as_sample,
+    check_prompts,
+    gallery_row,
+    sample_responses,
+    start_engine,
+)
 from prism_megatron.stages.setup import load_policy, load_processor, load_reference, open_stage, say
 from prism_megatron.types import Example, Rollout
 
@@ -44,6 +51,7 @@ def run_rlvr(config: RLVRConfig) -> None:
     with open_stage(config) as stage:
         say(passes)
         processor = load_processor(config)
+        check_prompts(rows, processor, config.rollout)
         policy = load_policy(config)
         reference = load_reference(config) if config.kl_coeff else None
         parts = {"policy": policy}

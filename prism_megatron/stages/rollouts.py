@@ -13,8 +13,10 @@ from torch import Tensor
 from prism_megatron import config as cfg
 from prism_megatron.convert.transfer import export_manifest, export_weights
 from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.lengths import check_lengths
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.response import Response
+from prism_megatron.data.rows import raise_faults
 from prism_megatron.reward import symbolic
 from prism_megatron.reward.verifiable import judge
 from prism_megatron.rollout.child import ChildEngine, Engine
@@ -52,6 +54,19 @@ class PolicyWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return export_weights(self.policy.chunks, self.policy.table, self.bucket_bytes)
+
+
+def check_prompts(rows: Sequence[Example], processor: ChatProcessor, rollout: cfg.RolloutConfig) -> None:
+    """Raise UserError, naming the rows, for prompts that the engine would refuse."""
+    most = rollout.images_per_prompt
+    faults = [
+        f"{row.source}: {len(row.images)} images, rollout.images_per_prompt is {most}; raise it, or drop the row"
+        for row in rows
+        if len(row.images) > most
+    ]
+    raise_faults(faults, len(rows))
+    room = rollout.max_model_len - rollout.max_response_tokens
+    check_lengths(rows, processor, room, "raise rollout.max_model_len, or drop the row")
 
 
 def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:

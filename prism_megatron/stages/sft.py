@@ -12,6 +12,7 @@ import torch.distributed as dist
 from prism_megatron.config import SFTConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_sft
+from prism_megatron.data.lengths import check_lengths
 from prism_megatron.data.loader import count_passes
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.observe import metrics as names
@@ -35,6 +36,8 @@ def run_sft(config: SFTConfig) -> None:
     with open_stage(config) as stage:
         say(passes)
         processor = load_processor(config)
+        remedy = "raise max_tokens_per_microbatch, or drop the row"
+        check_lengths(rows, processor, config.max_tokens_per_microbatch, remedy, demonstrations=True)
         policy = load_policy(config)
         parts = {"policy": policy}
         stage.resume(parts)
