@@ -17,7 +17,7 @@ from prism_megatron.errors import UserError
 Data = str | Path | Sequence[str | Path]
 
 _JSON, _PARQUET = (".jsonl", ".json"), (".parquet",)
-_BATCH_ROWS = 64  # so few that no column of a batch comes near 2 GiB, where Arrow cuts it and cannot convert it
+_BATCH_ROWS = 16  # so few that no column of a batch comes near 2 GiB, where Arrow cuts it and cannot convert it
 _SHOWN_FAULTS = 5
 _FOREIGN = {
     b"\xff\xfe": "UTF-16 text; write it as UTF-8",
