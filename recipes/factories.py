@@ -20,7 +20,7 @@ from typing import Any
 
 import fiddle
 
-from prism_megatron.config import stage_dir
+from prism_megatron.config import apply_overrides, stage_dir
 from prism_megatron.errors import UserError
 from prism_megatron.train import run_and_exit
 from recipes import STAGE_RECIPES, stage_recipe
@@ -57,11 +57,12 @@ def slurm() -> Any:
 
 @dataclass(kw_only=True)
 class StageFolder(run.Plugin):  # type: ignore[name-defined, misc]
-    """Tells a SLURM job where the stage writes, which is known once everything is overridden."""
+    """Checks the stage's configuration once everything is overridden, and tells a SLURM job where the stage writes."""
 
     def setup(self, task: Any, executor: Any) -> None:
+        config = apply_overrides(fiddle.build(task.config), [])
         if isinstance(executor, run.SlurmExecutor):
-            cluster, config = _cluster(), fiddle.build(task.config)
+            cluster = _cluster()
             executor.setup_lines = setup_lines(cluster, stage_dir(config))
             executor.signal = stop_signal(cluster, config.stage)
 

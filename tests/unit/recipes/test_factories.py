@@ -40,4 +40,8 @@ def test_slurm_jobs_know_where_their_stage_writes(monkeypatch: pytest.MonkeyPatc
     task.config.run.name = "elsewhere"
     factories.StageFolder().setup(task, executor)
     assert "export PRISM_STAGE_DIR=runs/elsewhere" in executor.setup_lines
+    task.config.global_batch_size = 0
+    for anywhere in (executor, fiddle.build(factories.local())):
+        with pytest.raises(ValueError, match="global_batch_size must be at least 1, got 0"):
+            factories.StageFolder().setup(task, anywhere)
     assert (executor.nodes, executor.srun_args) == (2, ["bash", "slurm/rank.sh"])
