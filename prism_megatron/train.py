@@ -1,7 +1,7 @@
 """Run one stage: ``torchrun --nproc-per-node N -m prism_megatron.train RECIPE [key=value ...]``.
 
-Exit status: 0 finished, 2 a mistake of the user's, told in one line, 75 told to stop by TERM and saved (start it
-again), else a crash.
+Exit status: 0 finished, 2 a mistake of the user's, told in one line, 75 told to stop by TERM or Ctrl-C and saved (start
+it again), 130 ended at once by Ctrl-C (a second one, or before the run is set up), else a crash.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run_and_exit(config: cfg.StageConfig) -> None:
 
 
 def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
-    from prism_megatron.stages.preemption import EXIT_STATUS, Preempted
+    from prism_megatron.stages.preemption import EXIT_STATUS, INTERRUPTED, Preempted
 
     try:
         run_stage(resolve())
@@ -42,6 +42,10 @@ def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
             print(f"{stop}; the same command goes on from there", flush=True)
         groups.shutdown()
         return EXIT_STATUS
+    except KeyboardInterrupt:  # the stage does not listen yet
+        if os.environ.get("RANK", "0") == "0":
+            print("ended before the first iteration; nothing is lost", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0:

@@ -13,6 +13,7 @@ checkpoint.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -28,6 +29,7 @@ import psutil
 
 from prism_megatron.config import stage_dir
 from prism_megatron.errors import UserError
+from prism_megatron.observe.logger import METRICS
 from recipes import STAGE_RECIPES, nearest, shape_of
 from recipes.cluster import ROOT, ClusterConfig, local_executor, nemo_run, rank_command, read_cluster, slurm_executor
 from recipes.pipeline import (
@@ -42,6 +44,7 @@ from recipes.pipeline import (
 
 PIPELINES = ("tiny_pipeline", "tiny_study", *PRODUCTION_PIPELINES)
 STUDY_SEEDS = (1, 2, 3)
+STOP_SECONDS = 300  # that an iteration and its save may take when told to stop
 
 
 def main() -> int:
@@ -72,6 +75,8 @@ def main() -> int:
         arguments.overrides.insert(0, f"run.name={run_name}")
     try:
         if arguments.estimate:
+            if arguments.ranks is not None:
+                raise UserError("--ranks is for a run here; --estimate takes the GPUs that the recipe's name says")
             return print_estimate(steps_of(name, run_name, arguments.overrides))
         if arguments.executor == "slurm":
             if arguments.cluster is None:
@@ -209,7 +214,7 @@ def launch(name: str, run_name: str, overrides: Sequence[str], ranks: int | None
     if name in STAGE_RECIPES:
         ((_, _, (step,)),) = runs
         run_locally(step, ranks)
-        return 0 if _finished(step) else 1
+        return _say_where(step)
     for one, seed, steps in runs:
         if status := run_steps(one, steps, ranks, seed):
             return status
@@ -279,6 +284,7 @@ def run_steps(name: str, steps: Sequence[Step], ranks: int, seed: int = 1) -> in
 def run_locally(step: Step, ranks: int) -> None:
     """One stage through NeMo-Run's LocalExecutor and torchrun, its output on this terminal."""
     run = nemo_run()
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))  # torchrun kills after 30 s otherwise
     module, *words = train_command(step)
     task = run.Script(path=module, m=True, entrypoint="python", args=words)
     with run.Experiment(step.name, base_dir=os.environ["NEMORUN_HOME"]) as experiment:
@@ -286,13 +292,32 @@ def run_locally(step: Step, ranks: int) -> None:
         experiment.run(tail_logs=True)
 
 
-def _prepare(run_dir: Path, seed: int) -> None:
-    from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
-    from tools.make_tiny_model import make_tiny_model
+def _say_where(step: Step) -> int:
+    """Where a lone recipe's results are, and a report on them; returns the exit status."""
+    directory = stage_dir(step.config())
+    if not _finished(step):
+        print(f"{step.name} did not finish; run the same command to go on from its last checkpoint", flush=True)
+        return 1
+    if (directory / METRICS).is_file():
+        _run_tool("report", str(directory))
+    for what, file in {"model": "hf", "metrics": METRICS, "results": "results.json", "report": "report.html"}.items():
+        if (directory / file).exists():
+            print(f"{what}: {directory / file}", flush=True)
+    return 0
 
-    write_shapes_data(run_dir / "data", ShapesConfig())
+
+def _prepare(run_dir: Path, seed: int) -> None:
+    """Make the data and the base model, in processes of their own: this one lives as long as the pipeline."""
+    _run_tool("make_shapes_data", "--out", str(run_dir / "data"))
     if not (run_dir / "base" / "config.json").is_file():
-        make_tiny_model(run_dir / "base", seed=seed)
+        _run_tool("make_tiny_model", "--out", str(run_dir / "base"), "--seed", str(seed))
+
+
+def _run_tool(name: str, *arguments: str) -> None:
+    """A module of ``tools``, which says itself what it writes. Raises UserError where it fails."""
+    environment = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    if subprocess.run([sys.executable, "-m", f"tools.{name}", *arguments], env=environment, check=False).returncode:
+        raise UserError(f"tools/{name}.py failed; its last lines say why")
 
 
 def _finished(step: Step) -> bool:
@@ -303,20 +328,41 @@ def _finished(step: Step) -> bool:
 
 def _gather(run_dir: Path, steps: Sequence[Step]) -> None:
     collect_results(run_dir, steps)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "tools.report", str(run_dir)], env=environment, check=True)
+    _run_tool("report", str(run_dir))
 
 
 def _stop(number: int, _frame: object) -> None:
-    """End the running stage, which torchx started in a session of its own, and leave without waiting for NeMo-Run."""
+    """End the running stage, which torchx started in a session of its own, and leave without waiting for NeMo-Run.
+
+    The ranks save after the iteration they are in; a second signal kills them. What they and torchrun print from now
+    on is dropped: torchrun ends with tracebacks of its own.
+    """
     ranks = psutil.Process().children(recursive=True)
+
+    def leave(status: int, words: str) -> None:
+        os.write(terminal, f"{words}\n".encode())
+        os._exit(status)
+
+    def kill(number: int, _frame: object) -> None:
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+        leave(128 + number, "ended at once; the same command goes on from the last checkpoint")
+
+    terminal, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, kill)
+    if ranks:
+        os.write(terminal, b"stopping: the iteration is finished and saved; once more to end at once\n")
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
     for rank in ranks:
-        rank.terminate()
-    _, alive = psutil.wait_procs(ranks, timeout=10)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.terminate()
+    _, alive = psutil.wait_procs(ranks, timeout=STOP_SECONDS)
     for rank in alive:
         rank.kill()
-    print("stopped; the same command goes on from the last checkpoint", flush=True)
-    os._exit(128 + number)
+    leave(128 + number, "stopped; the same command goes on from the last checkpoint")
 
 
 def _say(what: str, began: float) -> None:

@@ -20,10 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prism_megatron.errors import UserError
-from prism_megatron.parallel.groups import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +46,8 @@ def median_and_p90(values: Sequence[float]) -> dict[str, float]:
 
 def peak_bytes() -> int:
     """The most memory this process has held: on the GPU where there is one, else resident."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -74,6 +73,8 @@ def extra_peak_bytes(work: Callable[[], Any]) -> int:
     On the GPU where there is one, else resident, as the Linux kernel counts it: it sees whoever allocates. What is
     freed counts until it is given back, so ``work`` should call :func:`give_back_freed` now and then.
     """
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -99,6 +100,8 @@ def _resident(line: str) -> int:
 
 def provenance() -> dict[str, Any]:
     """Commit, versions and hardware a figure belongs to."""
+    import torch
+
     return {
         "commit": _git("rev-parse", "HEAD") or None,
         "uncommitted_changes": bool(_git("status", "--porcelain")),
@@ -110,6 +113,8 @@ def provenance() -> dict[str, Any]:
 
 
 def hardware() -> str:
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
 
 
@@ -118,6 +123,8 @@ def start_ranks(ranks: int, command: Sequence[str]) -> int:
 
     Raises UserError with the first error that a rank reports in one line.
     """
+    from prism_megatron.parallel.groups import free_port
+
     cores = len(os.sched_getaffinity(0))
     environment = {"OMP_NUM_THREADS": str(max(cores // ranks, 1)), "PYTHONWARNINGS": "ignore", **os.environ}
     where = [f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
@@ -197,6 +204,17 @@ def write(result: Mapping[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def resolutions(text: str) -> tuple[tuple[int, int], ...]:
+    """Raises UserError for anything but WIDTHxHEIGHT, and commas between."""
+    sizes = []
+    for item in text.split(","):
+        width, _, height = item.partition("x")
+        if not (width.isdigit() and height.isdigit()):
+            raise UserError(f"--resolutions has {item!r}; give WIDTHxHEIGHT in pixels, for example 448x448,1024x768")
+        sizes.append((int(width), int(height)))
+    return tuple(sizes)
+
+
 def _baseline(path: str) -> dict[str, Any]:
     try:
         return read_baseline(Path(path))
@@ -220,5 +238,7 @@ def _git(*arguments: str) -> str:
 
 
 def _synchronize() -> None:
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.synchronize()

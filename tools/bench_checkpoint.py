@@ -18,17 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from prism_megatron.parallel import cpu, groups
-
-cpu.install()  # before anything imports megatron
-
-from prism_megatron.checkpoint.checkpointer import Checkpointer  # noqa: E402
-from prism_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
-from prism_megatron.convert.qwen3_vl import policy_table  # noqa: E402
-from prism_megatron.model.build import build_policy, wrap_for_training  # noqa: E402
-from prism_megatron.model.sizes import HFSizes  # noqa: E402
-from prism_megatron.optim.optimizer import build_optimizer  # noqa: E402
-from tools.make_tiny_model import TEXT_CONFIG, VISION_CONFIG  # noqa: E402
+from prism_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from prism_megatron.convert.qwen3_vl import policy_table
+from prism_megatron.model.sizes import HFSizes
+from tools.make_tiny_model import TEXT_CONFIG, VISION_CONFIG
 
 _STATE_BYTES = 12  # of a parameter: itself and AdamW's two moments, in float32
 
@@ -41,7 +34,11 @@ def main() -> int:
     if args.out.exists():
         print(f"error: {args.out} exists; remove it or give another --out", file=sys.stderr)
         return 2
+    from prism_megatron.parallel import groups
+
     groups.initialize(ParallelConfig(), seed=1)
+    from prism_megatron.checkpoint.checkpointer import Checkpointer
+
     chunks, optimizer = train_model(args.megabytes * 1_000_000)
     checkpointer = Checkpointer(args.out, keep=1, seed=1)
     alone = [step(chunks, optimizer) for _ in range(5)]
@@ -71,6 +68,8 @@ def main() -> int:
 
 def train_model(size: int) -> tuple[Any, Any]:
     """A model whose checkpoint has about ``size`` bytes, and its optimizer after one step."""
+    from prism_megatron.model.build import build_policy, wrap_for_training
+    from prism_megatron.optim.optimizer import build_optimizer
 
     def sizes(layers: int) -> HFSizes:
         text = TEXT_CONFIG | {"vocab_size": 400, "rms_norm_eps": 1e-6, "num_hidden_layers": layers}

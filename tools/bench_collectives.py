@@ -14,18 +14,18 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-import torch.distributed as dist
 
 from prism_megatron.config import ParallelConfig
 from tools import bench
 
+if TYPE_CHECKING:
+    import torch
+
 SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes
-Exchange = Callable[[torch.Tensor], None]
+Exchange = Callable[["torch.Tensor"], None]
 
 
 def main() -> int:
@@ -47,6 +47,9 @@ def main() -> int:
 
 def measure(steps: int) -> dict[str, Any] | None:
     """Median seconds of each exchange and size, and the fit; None on ranks but the first."""
+    import torch
+    import torch.distributed as dist
+
     from prism_megatron.parallel import groups
 
     groups.initialize(ParallelConfig(), seed=1)
@@ -71,6 +74,7 @@ def _run(exchange: Exchange, tensor: torch.Tensor, _: int) -> None:
 
 def exchanges(ranks: int) -> dict[str, tuple[Exchange, float]]:
     """Each exchange, and the bytes that a rank sends in it for each byte of the tensor (of a ring)."""
+    import torch.distributed as dist
 
     def all_reduce(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
@@ -94,6 +98,8 @@ def exchanges(ranks: int) -> dict[str, tuple[Exchange, float]]:
 
 def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Latency in seconds and bandwidth in bytes a second of (bytes, seconds)."""
+    import torch
+
     size, seconds = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
     rows = torch.stack((torch.ones_like(size), size), 1) / seconds[:, None]
     latency, per_byte = torch.linalg.lstsq(rows, torch.ones(len(size), 1, dtype=torch.float64)).solution[:, 0]

@@ -20,17 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from prism_megatron.parallel import cpu
-
-cpu.install()  # before anything imports megatron
-
-import torch  # noqa: E402
-
-from prism_megatron.convert.manifest import JOURNAL  # noqa: E402
-from prism_megatron.convert.qwen3_vl import policy_table  # noqa: E402
-from prism_megatron.convert.safetensors_writer import ShardWriter  # noqa: E402
-from prism_megatron.files import fsync  # noqa: E402
-from prism_megatron.model.sizes import read_sizes  # noqa: E402
+from prism_megatron.convert.qwen3_vl import policy_table
+from prism_megatron.model.sizes import read_sizes
 
 _CONVERTER = Path(__file__).resolve().with_name("convert.py")
 # Qwen3-VL-2B but for its depth, which makes the size.
@@ -97,6 +88,11 @@ def main() -> int:
 
 def make_checkpoint(directory: Path, size: int) -> int:
     """Write a random checkpoint of about ``size`` bytes; returns the bytes of its largest tensor."""
+    import torch
+
+    from prism_megatron.convert.manifest import JOURNAL
+    from prism_megatron.convert.safetensors_writer import ShardWriter
+
     directory.mkdir(parents=True)
 
     def configure(layers: int) -> int:
@@ -120,6 +116,8 @@ def make_checkpoint(directory: Path, size: int) -> int:
 
 def copy(source: Path, target: Path, size: int) -> dict[str, float]:
     """Copy the files and wait until they are on disk, as the converter does."""
+    from prism_megatron.files import fsync
+
     target.mkdir()
     began = time.monotonic()
     for path in source.iterdir():

@@ -26,19 +26,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from prism_megatron.config import AlignConfig
-from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from recipes import STAGE_RECIPES
 from tools import bench
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prism_megatron.data.pack import TrainingSequence
 
 _AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}  # of both sides' scores, relative to the largest
 
@@ -146,6 +148,8 @@ def _sides(
     config: AlignConfig, data: Path, samples: int, prompts: int, scale: int
 ) -> tuple[dict[str, Callable[[], Tensor]], list[TrainingSequence], int]:
     """Both ways of scoring one step's sequences, these, and the token that stands for images in them."""
+    import torch
+
     from prism_megatron.data.branches import branch_sequences
     from prism_megatron.data.dataset import read_alignment
     from prism_megatron.stages.discriminator import score

@@ -7,13 +7,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from prism_megatron.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, apply_overrides
-from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import HFSizes
@@ -21,6 +17,9 @@ from prism_megatron.types import EncodedPrompt, Example, InputSpec, Message, Vis
 from recipes import STAGE_RECIPES, stage_recipe
 from recipes.memory import PUBLISHED
 from tools.make_tiny_model import MOE_CONFIG, PATCH, TEXT_CONFIG, VISION_CONFIG, VOCAB_SIZE, make_tiny_model
+
+if TYPE_CHECKING:
+    from prism_megatron.data.pack import TrainingSequence
 
 BATCHES = 4  # distinct ones, taken in turn
 _SIZES = Path(__file__).parent / "sizes"
@@ -90,6 +89,8 @@ def make_model(settings: Settings, folder: Path, batches: int) -> TrainingConfig
 
     Raises UserError for what cannot be run.
     """
+    import torch.distributed as dist
+
     from prism_megatron.model.fp8 import check_hardware
     from prism_megatron.parallel import groups
     from prism_megatron.parallel.degrees import check_degrees
@@ -192,17 +193,6 @@ def shown_files(settings: Settings, count: int) -> list[Example]:
     return [Example(f"{number} {p}", chat, (p.read_bytes(),), str(p)) for number, p in enumerate(chosen)]
 
 
-def resolutions(text: str) -> tuple[tuple[int, int], ...]:
-    """Raises UserError for anything but WIDTHxHEIGHT, and commas between."""
-    sizes = []
-    for item in text.split(","):
-        width, _, height = item.partition("x")
-        if not (width.isdigit() and height.isdigit()):
-            raise UserError(f"--resolutions has {item!r}; give WIDTHxHEIGHT in pixels, for example 448x448,1024x768")
-        sizes.append((int(width), int(height)))
-    return tuple(sizes)
-
-
 def mock_shape(settings: Settings, sizes: HFSizes, number: int) -> tuple[int, int]:
     """Tokens and patches of a made-up row."""
     height, width = _grid(settings, sizes.vision["spatial_merge_size"], number)
@@ -212,6 +202,10 @@ def mock_shape(settings: Settings, sizes: HFSizes, number: int) -> tuple[int, in
 
 def mock_row(spec: InputSpec, settings: Settings, number: int) -> TrainingSequence:
     """A made-up row with one image of random pixels, the same on every rank."""
+    import torch
+
+    from prism_megatron.data.pack import TrainingSequence
+
     height, width = _grid(settings, spec.merge_size, number)
     generator = torch.Generator().manual_seed(number)
     visual = Visual(torch.randn(width * height, spec.patch_dim, generator=generator), (1, height, width))

@@ -14,22 +14,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
-
 from prism_megatron.config import SFTConfig
 from prism_megatron.data.loader import rank_share
-from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.errors import UserError
 from recipes.activations import Load
 from recipes.memory import stage_estimates
 from tools import bench
 from tools.bench_inputs import Settings, make_model, model_sizes, training_sequences
+
+if TYPE_CHECKING:
+    from prism_megatron.data.pack import TrainingSequence
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 CASES: dict[str, tuple[str, ...]] = {
@@ -54,6 +52,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     parser.add_argument("overrides", nargs="*", help="of the recipe, in every case")
     arguments = parser.parse_intermixed_args()
+    import torch
+
     if torch.cuda.is_available():
         print("error: allocations are counted on a CPU only; set CUDA_VISIBLE_DEVICES to nothing", file=sys.stderr)
         return 2
@@ -74,6 +74,7 @@ def main() -> int:
 
 def measure(cases: Sequence[str], overrides: Sequence[str], folder: Path) -> dict[str, Any] | None:
     """Bytes of each case on the rank that is estimated, its pipeline stage's first; None on ranks but the first."""
+    import torch.distributed as dist
     from megatron.core import parallel_state
 
     from prism_megatron.parallel import groups
@@ -108,7 +109,9 @@ def measure(cases: Sequence[str], overrides: Sequence[str], folder: Path) -> dic
 
 def measure_case(settings: Settings, folder: Path) -> tuple[int, dict[str, int], dict[str, float]]:
     """Pipeline stage, bytes found and bytes estimated of this rank."""
+    import torch.distributed as dist
     from megatron.core import parallel_state
+    from torch.profiler import ProfilerActivity, profile, record_function
 
     from prism_megatron.parallel import groups
     from prism_megatron.stages.setup import load_policy, load_processor
@@ -147,6 +150,8 @@ def load_of(rows: Sequence[TrainingSequence], config: SFTConfig) -> Load:
 
 def resident(policy: Any) -> dict[str, int]:
     """Bytes of the tensors that outlive a step."""
+    import torch
+
     weights = {p.untyped_storage().data_ptr(): p for chunk in policy.chunks for p in chunk.parameters()}
     buffers = [b for chunk in policy.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])

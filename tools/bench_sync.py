@@ -20,15 +20,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from torch import Tensor
 
 from prism_megatron.config import RLVRConfig, apply_overrides
 from recipes import STAGE_RECIPES
 from tools import bench
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

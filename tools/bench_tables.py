@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prism_megatron.errors import UserError
 from tools import bench
 from tools.bench_memory import PARTS
-from tools.plan_check import check
 
 BASELINES = Path(__file__).parent / "baselines"
 README, DETAILS = bench.ROOT / "README.md", bench.ROOT / "tools" / "README.md"
@@ -50,6 +49,8 @@ def with_tables(text: str, made: str) -> str:
 
 def tables(folder: Path) -> dict[Path, str]:
     """The tables of the results in ``folder``, as Markdown, by the file they belong in."""
+    from tools.plan_check import check
+
     paths = sorted(folder.glob("*.json"))
     results = {path.stem: bench.read_baseline(path) for path in paths}
 

@@ -34,15 +34,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch.distributed as dist
-
 from prism_megatron.config import SFTConfig
 from prism_megatron.errors import UserError
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.flops import peak_flops
 from tools import bench
-from tools.bench_inputs import BATCHES, Settings, TrainingConfig, make_model, resolutions
-from tools.step_timers import StepTimers
+from tools.bench_inputs import BATCHES, Settings, TrainingConfig, make_model
 
 if TYPE_CHECKING:
     from tools.bench_stages import Done, Training
@@ -89,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.recipe,
         arguments.size,
         arguments.images,
-        resolutions(arguments.resolutions),
+        bench.resolutions(arguments.resolutions),
         arguments.response_tokens,
         tuple(arguments.overrides),
         arguments.steps,
@@ -133,6 +130,8 @@ def prepare(settings: Settings, folder: Path) -> Prepared:
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any] | None:
     """Seconds, tokens and operations a second of each side; None on ranks but the first."""
+    import torch.distributed as dist
+
     from prism_megatron.parallel import groups
     from prism_megatron.parallel.collectives import gather_over_ranks, sum_over_data_parallel
     from tools.bench_passes import operations
@@ -176,6 +175,8 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any] | None:
 
 def split(prepared: Prepared) -> dict[str, dict[str, float]]:
     """Seconds of this rank's step by part, and by the stage's own phases: means over one step on each batch."""
+    from tools.step_timers import StepTimers
+
     timers, training = StepTimers(), prepared.training
     for model in training.models.values():
         timers.attach(model)

@@ -16,17 +16,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prism_megatron.config import ParallelConfig
-from prism_megatron.parallel import cpu
+from prism_megatron.convert.rules import PARTS
 
-cpu.install()  # before anything imports megatron
-
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn  # noqa: E402
-
-from prism_megatron.convert.offline import PARTS, Converted, Report, hf_to_megatron, megatron_to_hf  # noqa: E402
+if TYPE_CHECKING:
+    from prism_megatron.convert.offline import Converted, Report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,6 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace, report: Report) -> Converted:
+    from prism_megatron.parallel import cpu
+
+    cpu.install()  # before anything imports megatron
+    from prism_megatron.convert.offline import hf_to_megatron, megatron_to_hf
+
     if args.command == "hf-to-megatron":
         parallel = ParallelConfig(
             tensor_model_parallel_size=args.tp,
@@ -57,6 +60,8 @@ def _convert(args: argparse.Namespace, report: Report) -> Converted:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Report]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(title, total=None)

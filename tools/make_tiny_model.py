@@ -15,28 +15,14 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
-from transformers.utils.logging import disable_progress_bar
+from typing import TYPE_CHECKING, Any
 
 from prism_megatron.data.response import SYSTEM_PROMPT
 from prism_megatron.data.shapes import sample_texts
 from prism_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer, Qwen3VLProcessor
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -132,6 +118,14 @@ def make_tiny_model(
     Raises:
         UserError: an override that the configuration does not know.
     """
+    import torch
+    from transformers import (
+        GenerationConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeForConditionalGeneration,
+    )
+    from transformers.utils.logging import disable_progress_bar
+
     out = Path(out)
     processor = _processor(_tokenizer(sample_texts(CORPUS_QUESTIONS)))
     config = _config(processor.tokenizer, moe, overrides or {})
@@ -153,7 +147,6 @@ def make_tiny_model(
     return out
 
 
-@torch.no_grad()
 def init_weights(model: PreTrainedModel) -> None:
     """Initialise every matrix with standard deviation 1/sqrt(fan in), the embeddings with theirs.
 
@@ -171,11 +164,14 @@ def init_weights(model: PreTrainedModel) -> None:
             std = 1.0 / math.sqrt(parameter.shape[2])
         else:
             std = 1.0 / math.sqrt(parameter[0].numel())
-        parameter.normal_(0.0, std)
+        parameter.data.normal_(0.0, std)
 
 
 def _tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
     """A byte-level BPE that splits text as Qwen's does, so that block boundaries tokenise like the real thing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
     shell = Tokenizer(models.BPE())
     shell.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     shell.decoder = decoders.ByteLevel()
@@ -200,6 +196,8 @@ def _tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
 
 
 def _processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
     geometry = {
         "patch_size": PATCH,
         "merge_size": MERGE,
@@ -217,6 +215,9 @@ def _processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
 
 
 def _config(tokenizer: Qwen2Tokenizer, moe: bool, overrides: Mapping[str, Mapping[str, Any]]) -> PreTrainedConfig:
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
+
     config_class = Qwen3VLMoeConfig if moe else Qwen3VLConfig
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text = {

@@ -33,7 +33,7 @@ from recipes import qwen3_vl
 from recipes.layouts import SIZES
 from recipes.memory import Memory, estimate, published_sizes
 from recipes.step_time import Costs, Rows, StepTime, predict, read_costs
-from tools.bench_inputs import resolutions
+from tools import bench
 
 _COSTS = Path(__file__).resolve().parents[1] / "recipes" / "costs" / "h100.json"
 _DEGREES = (1, 2, 4, 8)
@@ -124,7 +124,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def equal_rows(arguments: argparse.Namespace, config: SFTConfig, sizes: HFSizes) -> Rows:
     """The global batch: every row an image, a prompt and a response of the sizes asked for."""
-    ((width, height),) = resolutions(arguments.image)
+    ((width, height),) = bench.resolutions(arguments.image)
     merge = sizes.vision["spatial_merge_size"]
     unit = sizes.vision["patch_size"] * merge
     patches = max(round(width / unit), 1) * max(round(height / unit), 1) * merge**2

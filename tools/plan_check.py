@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prism_megatron.config import ParallelConfig, SFTConfig
 from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
 from prism_megatron.errors import UserError
@@ -156,6 +154,8 @@ def calibrate(runs: Sequence[Mapping[str, Any]], collectives: Mapping[str, Any])
 
 def non_negative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
     """Costs c >= 0 with rows @ c near ``seconds``, by least squares of relative errors; a negative one is set to 0."""
+    import torch
+
     matrix = torch.tensor(rows, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]
     scale = matrix.abs().amax(0).clamp(min=1e-300)
     kept = list(range(matrix.shape[1]))

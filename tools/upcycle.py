@@ -14,27 +14,21 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from prism_megatron.config import DiscriminatorConfig
 from prism_megatron.errors import UserError
-from prism_megatron.parallel import cpu
+from prism_megatron.model.sizes import HFSizes, check_discriminator, read_sizes
 
-cpu.install()  # before anything imports megatron
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoTokenizer  # noqa: E402
-from transformers.utils import logging  # noqa: E402
-
-from prism_megatron.config import DiscriminatorConfig  # noqa: E402
-from prism_megatron.convert.hf_io import HFWeights, save_hf  # noqa: E402
-from prism_megatron.convert.qwen3_vl import discriminator_table  # noqa: E402
-from prism_megatron.convert.rules import SCORE_HEAD  # noqa: E402
-from prism_megatron.convert.transfer import TensorSource, check_source  # noqa: E402
-from prism_megatron.convert.upcycle import NOISES, UpcycledWeights, WithScoreHead, upcycled_config  # noqa: E402
-from prism_megatron.model.sizes import HFSizes, check_discriminator, read_sizes  # noqa: E402
+    from prism_megatron.convert.hf_io import HFWeights
+    from prism_megatron.convert.transfer import TensorSource
 
 _TEXT = """A lighthouse is a tower with a bright light at the top, built to guide ships at night and in fog. Its keeper
 used to climb the stairs every evening to light the lamp; today most of them are automatic and nobody lives there."""
@@ -57,6 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def upcycle(args: argparse.Namespace) -> None:
     """Write the discriminator's HF directory (spec 8.2), in the dtype of the dense model but for the score heads."""
+    from prism_megatron.parallel import cpu
+
+    cpu.install()  # before anything imports megatron
+    from prism_megatron.convert.hf_io import HFWeights, save_hf
+    from prism_megatron.convert.qwen3_vl import discriminator_table
+    from prism_megatron.convert.transfer import check_source
+
     sizes = read_sizes(args.hf)
     wanted = DiscriminatorConfig(
         hf_checkpoint=str(args.hf),
@@ -82,6 +83,8 @@ def upcycle(args: argparse.Namespace) -> None:
 def _source(
     args: argparse.Namespace, weights: HFWeights, sizes: HFSizes, wanted: DiscriminatorConfig, heads: int
 ) -> tuple[TensorSource, dict[str, object]]:
+    from prism_megatron.convert.upcycle import UpcycledWeights, WithScoreHead, upcycled_config
+
     if sizes.num_experts is None:
         if args.init_score_head:
             raise UserError(f"{args.hf} is dense: it gets score heads with its experts, without --init-score-head")
@@ -93,12 +96,20 @@ def _source(
 
 
 def _named(source: TensorSource, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    from prism_megatron.convert.rules import SCORE_HEAD
+
     for name in names:
         yield name, source[name].to(torch.float32 if name == SCORE_HEAD else dtype)
 
 
 def language_model_loss(directory: Path, text: str) -> float:
     """Mean cross-entropy of the text's next tokens, in nats, by transformers and in float32."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    from transformers.utils import logging
+
     read_sizes(directory)
     logging.set_verbosity_error()  # it warns of the score heads, which this does not need
     logging.disable_progress_bar()
@@ -123,7 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--noise-std", type=float, default=0.0, help="standard deviation of the experts' noise")
     parser.add_argument(
-        "--noise", choices=NOISES, default="relative", help="to each weight's own deviation, or absolute"
+        "--noise",
+        choices=("relative", "absolute"),
+        default="relative",
+        help="to each weight's own deviation, or absolute",
     )
     parser.add_argument("--load-balance-coeff", type=float, default=0.0, help="kept in config.json")
     parser.add_argument("--seed", type=int, default=1)

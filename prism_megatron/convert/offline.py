@@ -33,7 +33,7 @@ from prism_megatron.convert.manifest import (
     write_manifest,
 )
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
-from prism_megatron.convert.rules import EMBEDDING, OUTPUT, SCORE_HEAD, Rule
+from prism_megatron.convert.rules import EMBEDDING, OUTPUT, PARTS, SCORE_HEAD, Rule
 from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, ShardWriter
 from prism_megatron.convert.torch_dist import TorchDistReader, TorchDistWriter, place, whole_shapes
 from prism_megatron.convert.transfer import check_source, check_tied
@@ -41,7 +41,6 @@ from prism_megatron.errors import UserError
 from prism_megatron.files import fsync, write_atomic
 from prism_megatron.model.sizes import HFSizes, read_sizes
 
-PARTS = ("policy", "discriminator")  # what a training checkpoint holds, and the prefix of its keys
 _INPUTS = "inputs.json"  # what an unfinished directory is made from
 Report = Callable[[int, int], object]  # called with bytes done and bytes in all
 

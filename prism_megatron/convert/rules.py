@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EMBEDDING = "model.language_model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 SCORE_HEAD = "v_head.1.weight"
+PARTS = ("policy", "discriminator")  # what a training checkpoint holds, and the prefix of its keys
 
 
 class Sliceable(Protocol):

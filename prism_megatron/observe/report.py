@@ -60,11 +60,13 @@ CHARTS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` of a run, finished or not, and return its path.
+    """Write ``report.html`` of a run, or of one stage's folder, finished or not, and return its path.
 
     Raises UserError if ``run_dir`` holds no stage that has logged anything.
     """
     stages = [_stage(run_dir / name, name) for name in STAGES if (run_dir / name / METRICS).is_file()]
+    if not stages and (run_dir / METRICS).is_file():  # of a recipe that ran alone
+        stages = [_stage(run_dir, run_dir.name)]
     if not stages:
         raise UserError(f"{run_dir} holds no stage with a {METRICS}; give a run, for example runs/quickstart")
     results_file = run_dir / "results.json"

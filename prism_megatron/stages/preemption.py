@@ -1,17 +1,20 @@
-"""Stopping when asked to: a batch system sends TERM some time before it kills.
+"""Stopping when asked to: a batch system sends TERM some time before it kills, Ctrl-C sends INT.
 
 The stage saves after the iteration it is in, and the process ends with ``EXIT_STATUS``; the same command goes on from
-there. TERM may come more than once, from the launcher and from the batch system.
+there. TERM may come more than once, from the launcher and from the batch system; a second INT ends the process at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
 EXIT_STATUS = 75  # EX_TEMPFAIL: try again
+INTERRUPTED = 128 + signal.SIGINT
 
 _asked = False
+_interrupts = 0
 
 
 class Preempted(Exception):
@@ -19,8 +22,9 @@ class Preempted(Exception):
 
 
 def listen() -> None:
-    """From now on TERM does not kill this process: :func:`is_asked` reports it."""
-    signal.signal(signal.SIGTERM, _note)
+    """From now on neither TERM nor a first INT kills this process: :func:`is_asked` reports it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _note)
 
 
 def is_asked() -> bool:
@@ -30,6 +34,9 @@ def is_asked() -> bool:
     return bool(max_over_ranks(float(_asked)))
 
 
-def _note(_number: int, _frame: FrameType | None) -> None:
-    global _asked
+def _note(number: int, _frame: FrameType | None) -> None:
+    global _asked, _interrupts
     _asked = True
+    _interrupts += number == signal.SIGINT
+    if _interrupts > 1:
+        os._exit(INTERRUPTED)  # what was not saved whole is passed over by the next start

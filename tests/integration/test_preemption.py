@@ -1,4 +1,4 @@
-"""TERM in the middle of a stage: it saves, ends with a status of its own, and goes on as if nothing had been."""
+"""TERM and Ctrl-C within a stage: it saves, ends with a status of its own, and goes on as if nothing had been."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def test_told_to_stop(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) ->
     wait_for(tmp_path / "stopped" / "metrics.jsonl", stopped)
     stopped.send_signal(signal.SIGTERM)
     stopped.send_signal(signal.SIGTERM)  # a launcher and the batch system may both send it
+    stopped.send_signal(signal.SIGINT)  # and the user may press Ctrl-C
     output, _ = stopped.communicate(timeout=60)
     assert stopped.returncode == EXIT_STATUS, output
     done = len(losses(tmp_path / "stopped"))

@@ -105,3 +105,12 @@ def test_running_mean() -> None:
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no stage with a metrics.jsonl; give a run"):
         write_report(tmp_path)
+
+
+def test_a_stage_that_ran_alone_has_a_report(tmp_path: Path) -> None:
+    stage = tmp_path / "mine"
+    stage.mkdir()
+    (stage / "metrics.jsonl").write_text(json.dumps({"iteration": 1, "time": 0.0, "loss": 2.0}) + "\n")
+    page = write_report(stage)
+    assert page == stage / "report.html"
+    assert "mine" in "".join(Outline(page.read_text()).text)

@@ -40,6 +40,7 @@ def test_help_names_every_pipeline_and_recipe(
         (["tiny_stf"], "unknown recipe or pipeline 'tiny_stf'; there are tiny_sft, tiny_"),
         (["sft_qwen3_vl_8b_2n8g_h100_bf16"], "there are sft_qwen3_vl_8b_1n8g_h100_bf16"),
         (["pipeline_ppo_qwen3_vl_8b_h100_bf16"], "_qwen3_vl_8b_h100_bf16, pipeline_"),
+        ([SFT_8B, "--estimate", "--ranks", "4"], "--estimate takes the GPUs that the recipe's name says"),
         (["x"], "unknown recipe or pipeline 'x'; --help lists them all"),
         (["sft"], "unknown recipe or pipeline 'sft'; there are tiny_sft, sft_qwen3_vl_2b_1n8g_h100_bf16, sft_"),
         (["RLVR_8b"], "there are rlvr_grpo_qwen3_vl_8b_1n8g_h100_bf16, rlvr_"),

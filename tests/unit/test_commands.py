@@ -1,0 +1,72 @@
+"""What commands import before they know what they are asked for, and for arithmetic: nothing that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = (
+    *("torch", "torchvision", "megatron", "transformers", "vllm", "networkx", "sympy", "matplotlib", "tensorboard"),
+    *("nemo_run", "torchx"),
+)
+COMMANDS = [
+    *(
+        [f"tools.{path.stem}", "--help"]
+        for path in sorted((ROOT / "tools").glob("*.py"))
+        if "ArgumentParser(" in path.read_text() and path.stem != "parity"  # all of it computes
+    ),
+    ["prism_megatron.train", "--help"],
+    ["recipes.launch", "--help"],
+    ["recipes.launch", "tiny_pipeline", "--dryrun"],
+    ["recipes.launch", "rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16", "--estimate"],
+    ["tools.plan", "--model", "2b", "--top", "1"],
+]
+# Runs every command in one process. A heavy module is refused, so that the next command meets it anew.
+RUNNER = """
+import contextlib, io, json, runpy, sys
+
+heavy, commands = json.loads(sys.argv[1])
+asked = []
+
+
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in heavy:
+            asked.append(name)
+            raise ImportError(f"a command imports {name}")
+
+
+sys.meta_path.insert(0, Refuses())
+results = []
+for module, *arguments in commands:
+    asked.clear()
+    sys.argv = [module, *arguments]
+    error = ""
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            error = "" if not end.code else f"exit status {end.code}"
+        except Exception as raised:
+            error = repr(raised)
+    results.append([" ".join([module, *arguments]), sorted(set(asked)), error])
+print(json.dumps(results))
+"""
+
+
+def test_help_estimates_and_plans_import_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUNNER, json.dumps([HEAVY, COMMANDS])],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == len(COMMANDS)
+    assert [result for result in results if result[1] or result[2]] == []
