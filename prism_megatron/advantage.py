@@ -9,10 +9,16 @@ from torch import Tensor
 
 from prism_megatron.config import GatingConfig
 
+_DUST = 1e-12, 1e-9  # absolute and relative: how far apart equal sums of float64 may be
 
-def group_normalize(scores: Tensor, groups: Tensor, *, eps: float, compat: str = "fixed") -> Tensor:
-    """(s - mean) / (std + eps) inside each group, std unbiased, [N] float32 computed in float64 (spec 4.5, 5.1).
 
+def group_normalize(
+    scores: Tensor, groups: Tensor, *, eps: float, std_floor: float = 0.0, compat: str = "fixed"
+) -> Tensor:
+    """(s - mean) / (max(std, std_floor) + eps) inside each group, [N] float32 computed in float64 (spec 4.5, 5.1).
+
+    std is the unbiased deviation within the group. ``eps`` only keeps the division finite; ``std_floor`` (the paper has
+    none) keeps scores that hardly differ from being blown up to advantages of full size.
     A group of one has nothing to be compared with: its advantage is 0. (In the paper's code, ``compat`` reference, it
     keeps its raw score, which is on no common scale.) A group of equal scores gives zeros, whatever its mean rounds to.
     """
@@ -23,7 +29,8 @@ def group_normalize(scores: Tensor, groups: Tensor, *, eps: float, compat: str =
     mean = zeros.index_add(0, index, scores) / counts
     centred = scores - mean[index]
     variance = zeros.index_add(0, index, centred.square()) / (counts - 1).clamp(min=1)
-    normalized = torch.where(informative_groups(scores, groups), centred / (variance.sqrt()[index] + eps), 0.0)
+    deviation = variance.sqrt().clamp(min=std_floor)
+    normalized = torch.where(informative_groups(scores, groups), centred / (deviation[index] + eps), 0.0)
     if compat == "reference":
         normalized = torch.where(counts[index] == 1, scores / (1 + eps), normalized)
     return normalized.float()
@@ -39,6 +46,7 @@ def alignment_advantage(
     format_penalty: float,
     combine: str,
     eps: float,
+    std_floor: float = 0.0,
     compat: str = "fixed",
     correct: Tensor,
     gating: GatingConfig,
@@ -49,7 +57,7 @@ def alignment_advantage(
     released code does; weighted_sum adds the raw scores first and normalises once, as Eq. 1 and 3 say. A response
     outside the grammar stands one below the worst valid one of its group, and pays ``format_penalty`` on top. A group
     without any valid response has nothing to learn from: its advantages are 0, gated or not (D8); ``compat`` reference
-    pushes all of it down.
+    pushes all of it down. ``std_floor`` is for scores; verified rewards have none.
 
     With a ``gating`` mode, which has penalties of its own; GN is group normalisation, c the ``align_coeff``, wp, fp,
     wa and wf its penalties and weights, F outside the grammar, W wrong though inside it:
@@ -64,18 +72,18 @@ def alignment_advantage(
     perception = _below_the_worst(perception_scores.float(), format_valid, groups)
     reasoning = _below_the_worst(reasoning_scores.float(), format_valid, groups)
 
-    def normalized(values: Tensor) -> Tensor:
-        return group_normalize(values, groups, eps=eps, compat=compat)
+    def normalized(values: Tensor, floor: float = 0.0) -> Tensor:
+        return group_normalize(values, groups, eps=eps, std_floor=floor, compat=compat)
 
     if combine == "per_branch":
-        advantage = alpha * normalized(perception) + (1 - alpha) * normalized(reasoning)
+        advantage = alpha * normalized(perception, std_floor) + (1 - alpha) * normalized(reasoning, std_floor)
     else:
         assert combine == "weighted_sum"
-        advantage = normalized(alpha * perception + (1 - alpha) * reasoning)
+        advantage = normalized(alpha * perception + (1 - alpha) * reasoning, std_floor)
     if gating.mode == "none":
         advantage = advantage - format_penalty * (~format_valid).float()
     else:
-        advantage = _gated(advantage, format_valid, correct, normalized, gating)
+        advantage = _gated(advantage, format_valid, correct, normalized, gating).float()
     if compat == "reference":
         return advantage
     index, size = _group_index(groups)
@@ -86,7 +94,8 @@ def alignment_advantage(
 def _gated(
     align: Tensor, format_valid: Tensor, correct: Tensor, normalized: Callable[[Tensor], Tensor], gating: GatingConfig
 ) -> Tensor:
-    valid, accuracy = format_valid.float(), (correct & format_valid).float()
+    # In float64, so that equal rewards made of different sums are equal but for dust.
+    valid, accuracy = format_valid.double(), (correct & format_valid).double()
     wrong, invalid = valid - accuracy, 1 - valid
     align = gating.align_coeff * align
     reward = gating.accuracy_weight * accuracy + gating.format_weight * valid
@@ -104,12 +113,13 @@ def _gated(
 
 
 def informative_groups(rewards: Tensor, groups: Tensor) -> Tensor:
-    """[N] bool: whether a response's group has rewards that differ, and so a gradient at all."""
+    """[N] bool: whether a response's group has rewards that differ by more than rounding, and so a gradient at all."""
     index, size = _group_index(groups)
     rewards = rewards.double()
     low = torch.full((size,), float("inf"), dtype=rewards.dtype).scatter_reduce(0, index, rewards, "amin")
     high = torch.full((size,), float("-inf"), dtype=rewards.dtype).scatter_reduce(0, index, rewards, "amax")
-    return (high > low)[index]
+    absolute, relative = _DUST
+    return (high - low > absolute + relative * torch.maximum(high.abs(), low.abs()))[index]
 
 
 def _group_index(groups: Tensor) -> tuple[Tensor, int]:

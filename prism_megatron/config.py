@@ -152,7 +152,7 @@ class PolicyGradientConfig(StageConfig):
     algorithm: str = setting("grpo", one_of("grpo", "dapo", "gspo"))
     mini_batches_per_iteration: int = setting(1, at_least(1))  # each has its part of every prompt's responses
     epochs_per_iteration: int = setting(1, at_least(1))
-    advantage_eps: float = setting(1e-6, above(0))
+    advantage_eps: float = setting(1e-6, above(0))  # added to a group's deviation, so that its inverse is finite
     clip_low: float = setting(0.2, between(0, 1, "[)"))
     clip_high: float = setting(0.2, at_least(0))
     dual_clip: float = setting(0.0, above(1, zero="off"))
@@ -222,7 +222,8 @@ class AlignConfig(PolicyGradientConfig):
     ``algorithm`` is the loss and nothing else: dapo's dynamic sampling and overlong penalty are for verifiable rewards,
     and RLVR's, so that dapo here is grpo.
     ``gradient_penalty`` weighs an R1-style penalty on the demonstrations' embedded responses, measured with noise of
-    ``gradient_penalty_std``.
+    ``gradient_penalty_std``. ``score_std_floor`` is the least deviation that a group's scores are divided by: once the
+    discriminator hardly tells responses apart, their advantages are small, too.
     """
 
     stage: str = setting("align", one_of("align"))
@@ -232,6 +233,7 @@ class AlignConfig(PolicyGradientConfig):
     perception_weight: float = setting(MISSING, between(0, 1))  # alpha of Eq. 1
     format_penalty: float = setting(MISSING, at_least(0))
     score_regularizer: float = setting(MISSING, at_least(0))
+    score_std_floor: float = setting(0.0, at_least(0))
     label_smoothing: float = setting(0.0, between(0, 0.5, "[)"))
     gradient_penalty: float = setting(0.0, at_least(0))
     gradient_penalty_std: float = setting(0.0, at_least(0))
@@ -248,10 +250,10 @@ class AlignConfig(PolicyGradientConfig):
                 "give one, or gradient_penalty=0"
             )
         knobs = (self.label_smoothing, self.gradient_penalty, self.replay.prompts, self.discriminator.max_branch_tokens)
-        if self.compat == "reference" and any(knobs):
+        if self.compat == "reference" and any((*knobs, self.score_std_floor)):
             raise UserError(
-                "compat=reference is the paper's code, which has no label_smoothing, gradient_penalty, replay or "
-                "discriminator.max_branch_tokens; turn them off, or use compat=fixed"
+                "compat=reference is the paper's code, which has no label_smoothing, gradient_penalty, replay, "
+                "score_std_floor or discriminator.max_branch_tokens; turn them off, or use compat=fixed"
             )
         _check_pairs_fit(self)
 
@@ -264,7 +266,8 @@ class RLVRConfig(PolicyGradientConfig):
     rewards that differ, and takes ``overlong_penalty`` times a response's part in the last ``overlong_buffer_tokens``
     from its reward. Each round samples ``oversampling`` prompts for a group still missing; the surplus is carried over
     to the next iterations, in which it is no longer of the policy's own making, so that this needs an
-    ``importance_cap``.
+    ``importance_cap``. ``mask_truncated`` leaves responses that were cut at the length limit out of the loss, DAPO's
+    overlong filtering; their groups' advantages are of all responses.
     """
 
     stage: str = setting("rlvr", one_of("rlvr"))
@@ -274,6 +277,7 @@ class RLVRConfig(PolicyGradientConfig):
     oversampling: float = setting(1.0, at_least(1))
     overlong_buffer_tokens: int = setting(0, at_least(1, zero="no such penalty"))
     overlong_penalty: float = setting(1.0, at_least(0))
+    mask_truncated: bool = setting(False)
 
     def check(self, at: str) -> None:
         super().check(at)

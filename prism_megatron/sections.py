@@ -114,8 +114,10 @@ class RolloutConfig(Section):
     sleep_level: int = setting(0, one_of(0, 1, 2))
     enforce_eager: bool = setting(True)
     tensor_model_parallel_size: int = setting(0, at_least(1, zero="the trainer's"))
-    # Stop where trainer and engine differ by more nats than this.
-    max_logprob_abs_diff: float = setting(0.0, above(0, zero="only log it"))
+    # Stop where log-probabilities of trainer and engine differ by more nats than this, on average over a response.
+    max_logprob_abs_diff: float = setting(
+        0.0, above(0, zero="what the precision allows"), hint="1e9 only logs the difference"
+    )
     # Weights on their way to the engine; at least twice the largest module is used.
     sync_bucket_mib: int = setting(256, at_least(1))
     sync_checksums: bool = setting(False)  # after each sync, compare on all ranks what every one of them was given

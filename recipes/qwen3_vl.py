@@ -30,6 +30,8 @@ from recipes.layouts import GPUS_PER_NODE, LAYOUTS, SIZES, VISION, Layout
 
 ALGORITHMS = ("grpo", "dapo", "gspo")
 _PROMPT_TOKENS = 2048  # longer prompts are not in the released data
+# Under FP8 the engine runs the policy in BF16, which is another policy than the one that trains.
+_IMPORTANCE_CAP = {"bf16": 0.0, "fp8": 2.0}
 _HUB_NAMES = {
     "2b": "2B",
     "4b": "4B",
@@ -110,6 +112,7 @@ def align(size: str, precision: str) -> AlignConfig:
         data="data/alignment.parquet",
         prompts_per_iteration=4,
         dual_clip=3.0,
+        importance_cap=_IMPORTANCE_CAP[precision],
         discriminator=_discriminator(f"runs/{size}/warmup/hf"),
         discriminator_optimizer=_adam(1e-6, weight_decay=0.01),
         perception_weight=0.5,
@@ -132,6 +135,7 @@ def rlvr_grpo(size: str, precision: str) -> RLVRConfig:
         data=f"runs/{size}/collect/rlvr.parquet",
         prompts_per_iteration=32,
         dual_clip=3.0,
+        importance_cap=_IMPORTANCE_CAP[precision],
         accuracy_weight=0.8,
         format_weight=0.2,
     )

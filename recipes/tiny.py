@@ -26,9 +26,7 @@ _MAX_HIDDEN_SIZE = 512  # the smallest that is published has 2048
 
 
 def _rollout(samples_per_prompt: int) -> RolloutConfig:
-    return RolloutConfig(
-        samples_per_prompt=samples_per_prompt, max_response_tokens=160, max_model_len=256, max_logprob_abs_diff=1e-4
-    )
+    return RolloutConfig(samples_per_prompt=samples_per_prompt, max_response_tokens=160, max_model_len=256)
 
 
 def _model(checkpoint: str) -> ModelConfig:

@@ -150,7 +150,7 @@ def prepare(settings: Settings, folder: Path) -> RLVRConfig:
     write_shapes_data(folder / "data", ShapesConfig(sft_rows=1, alignment_rows=1, rlvr_rows=count, heldout_rows=count))
     wanted = [f"model.hf_checkpoint={folder}/base", f"data={folder}/data/heldout.parquet", f"run.dir={folder}/runs"]
     wanted += [f"rollout.samples_per_prompt={settings.samples}", f"rollout.max_response_tokens={settings.tokens}"]
-    wanted += [f"rollout.max_model_len={settings.tokens + 256}", "rollout.max_logprob_abs_diff=0"]
+    wanted += [f"rollout.max_model_len={settings.tokens + 256}", "rollout.max_logprob_abs_diff=1e9"]
     config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), wanted)
     assert isinstance(config, RLVRConfig)
     return config

@@ -63,7 +63,7 @@ class PolicyStats:
     """Detached sums over trained tokens, for the log.
 
     How many were clipped, how many had their importance weight truncated, k3 estimates of KL(old || new), and estimates
-    of KL(new || reference).
+    of KL(new || reference), weighted as in the loss.
     """
 
     clip_fraction_sum: Tensor
@@ -80,46 +80,58 @@ def policy_loss(
     sequence_ids: Tensor,
     config: PolicyLossConfig,
 ) -> tuple[Tensor, PolicyStats]:
-    """w_t (-u_t min(r_t A_t, clip(r_t) A_t) + kl_coeff KL_t), whose sum is the loss; all inputs [T], and the result.
+    """w_t (-u_t min(r_t A_t, clip(r_t) A_t) + kl_coeff v_t KL_t), summed up the loss; all inputs [T], and the result.
 
     ``r_t`` is exp(log p - log p_old) of the token, or for gspo of its sequence's mean, the gradient flowing through
-    each token's own log-probability. ``u_t`` = min(p_old / p_engine, importance_cap) makes the expectation, taken over
-    what the engine sampled, one over what the trainer's policy would have.
+    each token's own log-probability. ``u_t`` = min(exp(log p_old - log p_engine), importance_cap), of the token or for
+    gspo of its sequence's mean, as the ratio is: it makes the expectation, taken over what the engine sampled, one over
+    what the trainer's policy would have. ``v_t`` = u_t p / p_old, without gradient, does the same for the KL
+    divergence, which is that of the policy as it is now: 1 while the policy has not moved and there is no cap.
     """
     # Where the mask is 0 a log-probability may be anything, infinity included; it must not reach a sum or a gradient.
     trained = mask > 0
     current, old = torch.where(trained, logprobs.current, 0.0), torch.where(trained, logprobs.old, 0.0)
     log_ratio = current - old
     if config.kind == "gspo":
-        lengths = sequence_sums(mask, sequence_ids).clamp(min=1.0)
-        mean = (sequence_sums(log_ratio.detach(), sequence_ids) / lengths)[sequence_ids]
-        log_ratio = current - current.detach() + mean
+        log_ratio = current - current.detach() + _sequence_means(log_ratio.detach(), mask, sequence_ids)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     per_token = torch.maximum(-advantages * ratio, -advantages * clipped)
     if config.dual_clip is not None:
         bounded = torch.minimum(per_token, -advantages * config.dual_clip)
         per_token = torch.where(advantages < 0, bounded, per_token)
-    importance = torch.ones_like(old)
+    importance, weight = torch.ones_like(old), torch.ones_like(old)
     if config.importance_cap is not None:
         assert logprobs.engine is not None
-        importance = torch.where(trained, old - logprobs.engine, 0.0).exp()
-        per_token = per_token * importance.clamp(max=config.importance_cap)
+        mismatch = torch.where(trained, old - logprobs.engine, 0.0)
+        if config.kind == "gspo":
+            mismatch = _sequence_means(mismatch, mask, sequence_ids)
+        importance = mismatch.exp()
+        weight = importance.clamp(max=config.importance_cap)
+        per_token = per_token * weight
     divergence = torch.zeros_like(old)
     if config.kl_coeff:
         assert logprobs.reference is not None
-        divergence = kl_estimate(current, torch.where(trained, logprobs.reference, 0.0), config.kl_estimator)
+        moved = (current.detach() - old).exp()
+        estimate = kl_estimate(current, torch.where(trained, logprobs.reference, 0.0), config.kl_estimator)
+        divergence = weight * moved * estimate
         per_token = per_token + config.kl_coeff * divergence
     losses = torch.where(trained, per_token, 0.0) * weights
     with torch.no_grad():
         drift = old - current
         stats = PolicyStats(
             clip_fraction_sum=((-advantages * clipped > -advantages * ratio) & trained).float().sum(),
-            truncated_sum=(importance > (config.importance_cap or float("inf"))).float().sum(),
+            truncated_sum=((importance > (config.importance_cap or float("inf"))) & trained).float().sum(),
             approx_kl_sum=((-drift).exp().sub(1) + drift).sum(),
             reference_kl_sum=divergence.sum(),
         )
     return losses, stats
+
+
+def _sequence_means(values: Tensor, mask: Tensor, sequence_ids: Tensor) -> Tensor:
+    """The mean of each token's sequence over its trained tokens, [T]; ``values`` [T] are 0 where nothing is trained."""
+    lengths = sequence_sums(mask, sequence_ids).clamp(min=1.0)
+    return (sequence_sums(values, sequence_ids) / lengths)[sequence_ids]
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:

@@ -32,26 +32,27 @@ _CSS = dict(zip((*_SERIES, _INK, _GRID), ("--series-1", "--series-2", "--series-
 
 @dataclass(frozen=True)
 class Chart:
-    """Metrics drawn on one pair of axes. ``limit`` is a horizontal line that must not be crossed."""
+    """Metrics drawn on one pair of axes."""
 
     title: str
     metrics: tuple[str, ...]
     log_scale: bool = False
-    limit: float | None = None
 
 
 CHARTS = (
     Chart("Cross-entropy (nats per response token)", (names.LOSS,), log_scale=True),
     Chart("Reward", (names.REWARD,)),
-    Chart("Sampled responses: right answer, valid format", (names.ACCURACY, names.FORMAT_VALID)),
+    Chart(
+        "Sampled responses: right answer, valid format, cut at the length limit",
+        (names.ACCURACY, names.FORMAT_VALID, names.CUT_RESPONSES),
+    ),
     Chart("Score gap, demonstration minus policy", (names.PERCEPTION_GAP, names.REASONING_GAP)),
     Chart("Pairs the discriminator ranks rightly", (names.PERCEPTION_PAIR_ACCURACY, names.REASONING_PAIR_ACCURACY)),
     Chart("Discriminator loss (Bradley-Terry)", (names.DISCRIMINATOR_LOSS,)),
     Chart(
-        "Largest |trainer - engine| log-probability (nats)",
-        (names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF,),
+        "Difference of trainer and engine in log-probability: largest, mean (nats)",
+        (names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF, names.TRAIN_ROLLOUT_MEAN_ABS_DIFF),
         log_scale=True,
-        limit=1e-4,
     ),
     Chart("Entropy (nats per token)", (names.ENTROPY,)),
     Chart("Response length (tokens)", (names.RESPONSE_TOKENS,)),
@@ -169,8 +170,6 @@ def _draw(chart: Chart, rows: Sequence[Mapping[str, Any]], salt: str) -> Markup:
             axes.plot(x, y, color=color, linewidth=1.5, marker=marker, markersize=3, label=label)
         if chart.log_scale:
             axes.set_yscale("log")
-        if chart.limit is not None:
-            axes.axhline(chart.limit, color=_SERIES[2], linewidth=1, linestyle="--", label=f"limit {chart.limit:g}")
         axes.grid(visible=True, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlabel("iteration")

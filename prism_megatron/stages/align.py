@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.loss.discriminator import REFERENCE_SCORE_CLIP
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.timers import Timers
-from prism_megatron.parallel.collectives import gather_over_data_parallel
+from prism_megatron.parallel.collectives import sum_over_data_parallel
 from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, branch_pairs, discriminator_step, score
 from prism_megatron.stages.evaluate import conclude, response_metrics
 from prism_megatron.stages.guard import Guard
@@ -122,7 +124,7 @@ def take_turn(
     with timers("score"):
         branches = score_branches(discriminator, samples, processor, config)
     advantages = branches.advantages(samples, config)
-    measured = response_metrics(samples) | branches.length_correlations()
+    measured = response_metrics(samples) | branches.length_correlations(samples)
     with timers("discriminator"):
         lr = discriminator.learning_rate(iteration, train_iters)
         adversary, count = discriminator_objective(config), config.discriminator_steps
@@ -157,6 +159,16 @@ def discriminator_objective(config: AlignConfig) -> DiscriminatorObjective:
     )
 
 
+def within_groups(values: Sequence[float], groups: Sequence[int]) -> list[float]:
+    """Each value less its group's mean."""
+    members: dict[int, list[float]] = defaultdict(list)
+    for value, group in zip(values, groups, strict=True):
+        members[group].append(value)
+    # Of equal values the mean is exact, not rounded: a constant score has no correlation.
+    means = {g: own[0] if max(own) == min(own) else statistics.fmean(own) for g, own in members.items()}
+    return [value - means[group] for value, group in zip(values, groups, strict=True)]
+
+
 @dataclass(frozen=True)
 class ScoredBranches:
     """The discriminator's view of an iteration's samples, before it is updated.
@@ -183,24 +195,30 @@ class ScoredBranches:
             format_penalty=config.format_penalty,
             combine=config.combine,
             eps=config.advantage_eps,
+            std_floor=config.score_std_floor,
             compat=config.compat,
             correct=torch.tensor([s.correct for s in samples]),
             gating=config.gating,
         ).tolist()
         return advantages
 
-    def length_correlations(self) -> dict[str, float | None]:
-        """Of the valid responses' scores with their lengths, over all ranks: what a discriminator must not learn."""
+    def length_correlations(self, samples: Sequence[Sample]) -> dict[str, float | None]:
+        """Of valid responses' scores and lengths within their groups, over all ranks: what must not be learnt.
+
+        Each group's means are subtracted first: that a question with long answers has high scores says nothing.
+        """
+        groups = [sample.group for sample in samples if sample.response is not None]
         measured = {}
         for branch, scores, name in (
             (PERCEPTION, self.perception, names.PERCEPTION_LENGTH_CORRELATION),
             (REASONING, self.reasoning, names.REASONING_LENGTH_CORRELATION),
         ):
-            lengths = [len(student.response_ids) for student in self.students if student.branch == branch]
-            valid = scores[self.valid].tolist()
-            points = gather_over_data_parallel(list(zip(valid, lengths, strict=True)))
-            varied = len({s for s, _ in points}) > 1 and len({length for _, length in points}) > 1
-            measured[name] = statistics.correlation(*zip(*points, strict=True)) if varied else None
+            lengths = [float(len(student.response_ids)) for student in self.students if student.branch == branch]
+            x, y = within_groups(scores[self.valid].tolist(), groups), within_groups(lengths, groups)
+            products = [sum(a * b for a, b in zip(*pair, strict=True)) for pair in ((x, y), (x, x), (y, y))]
+            shared, of_scores, of_lengths = sum_over_data_parallel(*products)
+            varied = of_scores > 0 and of_lengths > 0
+            measured[name] = shared / math.sqrt(of_scores * of_lengths) if varied else None
         return measured
 
     def gallery(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,8 +50,9 @@ def run_collect(config: CollectConfig) -> None:
         mine = [_pair(sample, number) for number, sample in enumerate(responses, first)]
         pairs = gather_over_data_parallel([pair for pair in mine if pair is not None])
         answers = _sample(engine, processor, candidates, config, "pass rates")
-        rates = _pass_rates(gather_over_data_parallel([(answer.example.id, answer.correct) for answer in answers]))
-        kept = [row for row in candidates if config.band_low <= rates[row.id] <= config.band_high]
+        own = pass_rates([answer.correct for answer in answers], config.rollout.samples_per_prompt)
+        rates = gather_over_data_parallel(own)
+        kept = [row for row, rate in zip(candidates, rates, strict=True) if config.band_low <= rate <= config.band_high]
         if not pairs:
             raise UserError(
                 "no student response was in the grammar, so there is no pair to warm up on; train SFT longer"
@@ -113,9 +113,7 @@ def _pair(sample: Sample, number: int) -> PreferencePair | None:
     )
 
 
-def _pass_rates(answers: Sequence[tuple[str, bool]]) -> dict[str, float]:
-    """The share of correct answers to each row, from (row id, is correct) of every answer."""
-    verdicts: dict[str, list[bool]] = defaultdict(list)
-    for row_id, correct in answers:
-        verdicts[row_id].append(correct)
-    return {row_id: sum(passed) / len(passed) for row_id, passed in verdicts.items()}
+def pass_rates(correct: Sequence[bool], samples_per_prompt: int) -> list[float]:
+    """The share of right answers to each row, by its place: ids may repeat. ``correct`` has each row's, in turn."""
+    starts = range(0, len(correct), samples_per_prompt)
+    return [sum(correct[start : start + samples_per_prompt]) / samples_per_prompt for start in starts]

@@ -70,17 +70,19 @@ def evaluate(engine: Engine, processor: ChatProcessor, stage: Stage) -> dict[str
 
 
 def response_metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """Means over all ranks' samples: accuracy, format validity, length."""
-    correct, valid, tokens, count = sum_over_data_parallel(
+    """Means over all ranks' samples: accuracy, format validity, length, how many reached its limit."""
+    correct, valid, tokens, cut, count = sum_over_data_parallel(
         sum(s.correct for s in samples),
         sum(s.response is not None for s in samples),
         sum(len(s.rollout.token_ids) for s in samples),
+        sum(not s.rollout.finished for s in samples),
         len(samples),
     )
     return {
         names.ACCURACY: correct / count,
         names.FORMAT_VALID: valid / count,
         names.RESPONSE_TOKENS: tokens / count,
+        names.CUT_RESPONSES: cut / count,
     }
 
 

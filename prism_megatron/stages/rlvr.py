@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from prism_megatron.config import RLVRConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
 from prism_megatron.data.loader import batch_indices, count_passes, further_indices, rank_share
+from prism_megatron.data.response import Response
 from prism_megatron.errors import UserError
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups as ranks
@@ -34,7 +35,7 @@ from prism_megatron.stages.rollouts import (
     start_engine,
 )
 from prism_megatron.stages.setup import load_policy, load_processor, load_reference, open_stage, say
-from prism_megatron.types import Example, Rollout
+from prism_megatron.types import EncodedPrompt, Example, Rollout
 
 Group = tuple[str, list[dict[str, Any]]]  # a row's id and its rollouts, as plain data
 
@@ -69,8 +70,17 @@ def run_rlvr(config: RLVRConfig) -> None:
             advantages = verified_advantages(samples, config)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
+                trained = trained_samples(samples, config)
                 measured = policy_gradient_step(
-                    policy, reference, samples, advantages, processor, objective, config, lr, iteration
+                    policy,
+                    reference,
+                    [samples[i] for i in trained],
+                    [advantages[i] for i in trained],
+                    processor,
+                    objective,
+                    config,
+                    lr,
+                    iteration,
                 )
             measured |= sampling_metrics(sampled, config)
             measured[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
@@ -98,6 +108,20 @@ class Sampled:
     carried: int = 0
 
 
+class Candidate(NamedTuple):
+    """A sample as ranks exchange it: ``row`` is the place in the file of its prompt, which every rank has read."""
+
+    group: int
+    row: int
+    rollout: Rollout
+    response: Response | None
+    correct: bool
+
+    @classmethod
+    def of(cls, sample: Sample, row: int) -> Candidate:
+        return cls(sample.group, row, sample.rollout, sample.response, sample.correct)
+
+
 def sample_groups(
     engine: Engine,
     processor: ChatProcessor,
@@ -120,9 +144,10 @@ def sample_groups(
         rounds = config.max_sampling_rounds
     kept = _restored(surplus, rows, processor, config.compat)
     generated: list[Sample] = []
+    prompts: dict[int, EncodedPrompt] = {}
     tried = 0
     for _ in range(rounds):
-        missing = config.prompts_per_iteration - len({sample.group for sample in kept})
+        missing = config.prompts_per_iteration - len({candidate.group for candidate in kept})
         drawn = order[tried : tried + math.ceil(max(missing, 0) * config.oversampling)]
         if not drawn:
             break
@@ -130,45 +155,65 @@ def sample_groups(
         asked = [rows[i] for i in share]
         samples = sample_responses(engine, processor, asked, iteration, config, config.compat)
         first = tried + len(drawn) * ranks.data_parallel_rank() // ranks.data_parallel_size()
+        row_of = {first + group: row for group, row in enumerate(share)}
         samples = [replace(sample, group=first + sample.group) for sample in samples]
         generated += samples
         tried += len(drawn)
         if config.algorithm != "dapo":
             return Sampled(samples, generated, [])
-        kept += gather_over_data_parallel(_informative(samples, config))
+        prompts |= {row_of[sample.group]: sample.prompt for sample in samples}
+        found_here = [Candidate.of(sample, row_of[sample.group]) for sample in _informative(samples)]
+        kept += gather_over_data_parallel(found_here)
     if not kept:
         raise UserError(
             f"of {tried} prompts none has responses with different rewards; choose prompts that the policy solves "
             "sometimes (the collect stage does), raise rollout.samples_per_prompt, or max_sampling_rounds"
         )
-    found = sorted({sample.group for sample in kept})
+    found = sorted({candidate.group for candidate in kept})
     trained, left = found[: config.prompts_per_iteration], found[config.prompts_per_iteration :]
     mine = rank_share(trained, ranks.data_parallel_rank(), ranks.data_parallel_size())
     return Sampled(
-        [sample for sample in kept if sample.group in mine],
+        _as_samples([candidate for candidate in kept if candidate.group in mine], rows, processor, prompts),
         generated,
-        [_as_group([sample for sample in kept if sample.group == group]) for group in left],
+        [_as_group([candidate for candidate in kept if candidate.group == group], rows) for group in left],
         sum(group < 0 for group in trained),
     )
 
 
-def _as_group(samples: Sequence[Sample]) -> Group:
-    return samples[0].example.id, [vars(sample.rollout) for sample in samples]
+def _as_group(candidates: Sequence[Candidate], rows: Sequence[Example]) -> Group:
+    return rows[candidates[0].row].id, [vars(candidate.rollout) for candidate in candidates]
 
 
-def _restored(surplus: Sequence[Group], rows: Sequence[Example], processor: ChatProcessor, compat: str) -> list[Sample]:
-    """Samples of groups left over, numbered below 0 so that the oldest are trained on first."""
-    by_id = {row.id: row for row in rows} if surplus else {}
-    examples = [by_id[row_id] for row_id, _ in surplus]
-    prompts = processor.encode_prompts(examples)
+def _as_samples(
+    candidates: Sequence[Candidate],
+    rows: Sequence[Example],
+    processor: ChatProcessor,
+    prompts: Mapping[int, EncodedPrompt],
+) -> list[Sample]:
+    """Samples to train on; ``prompts`` are those that this rank encoded before, by row."""
+    others = list(dict.fromkeys(candidate.row for candidate in candidates if candidate.row not in prompts))
+    encoded = processor.encode_prompts([rows[row] for row in others]) if others else []
+    prompts = {**prompts, **dict(zip(others, encoded, strict=True))}
+    return [Sample(rows[c.row], prompts[c.row], c.rollout, c.response, c.correct, c.group) for c in candidates]
+
+
+def _restored(
+    surplus: Sequence[Group], rows: Sequence[Example], processor: ChatProcessor, compat: str
+) -> list[Candidate]:
+    """Groups left over, numbered below 0 so that the oldest are trained on first."""
+    places = {row.id: place for place, row in enumerate(rows)} if surplus else {}
+    not_encoded = EncodedPrompt(())
     return [
-        as_sample(processor, row, prompt, Rollout(**fields), number - len(surplus), compat)
-        for number, (row, prompt, (_, rollouts)) in enumerate(zip(examples, prompts, surplus, strict=True))
+        Candidate.of(
+            as_sample(processor, rows[places[row_id]], not_encoded, Rollout(**fields), number - len(surplus), compat),
+            places[row_id],
+        )
+        for number, (row_id, rollouts) in enumerate(surplus)
         for fields in rollouts
     ]
 
 
-def _informative(samples: Sequence[Sample], config: RLVRConfig) -> list[Sample]:
+def _informative(samples: Sequence[Sample]) -> list[Sample]:
     """Samples of the groups in which some answers are right and some are wrong, as the reference filters (spec 5.2)."""
     if not samples:
         return []
@@ -183,7 +228,7 @@ def sampling_metrics(sampled: Sampled, config: RLVRConfig) -> dict[str, float | 
     Where a surplus was enough nothing was, and there is nothing to say of it.
     """
     samples = sampled.generated
-    rewards = torch.tensor([reward(sample, config) for sample in samples])
+    rewards = torch.tensor([reward(sample, config) for sample in samples], dtype=torch.float64)
     useful = informative_groups(rewards, torch.tensor([sample.group for sample in samples]))
     total, informative, count, prompts = sum_over_data_parallel(
         float(rewards.sum()), float(useful.sum()), len(samples), len({sample.group for sample in samples})
@@ -195,9 +240,14 @@ def sampling_metrics(sampled: Sampled, config: RLVRConfig) -> dict[str, float | 
     return measured | means | response_metrics(samples)
 
 
+def trained_samples(samples: Sequence[Sample], config: RLVRConfig) -> list[int]:
+    """Which samples the loss is of: all, or with ``mask_truncated`` those that ended before the length limit."""
+    return [i for i, sample in enumerate(samples) if sample.rollout.finished or not config.mask_truncated]
+
+
 def verified_advantages(samples: Sequence[Sample], config: RLVRConfig) -> list[float]:
     """Rewards, normalised within each group."""
-    rewards = torch.tensor([reward(sample, config) for sample in samples])
+    rewards = torch.tensor([reward(sample, config) for sample in samples], dtype=torch.float64)
     groups = torch.tensor([sample.group for sample in samples])
     advantages: list[float] = group_normalize(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
     return advantages

@@ -25,7 +25,7 @@ RUNS = {
     "shared": [
         *("tiny_align", "discriminator.experts=shared", "discriminator.num_experts=4"),
         *("discriminator_steps=2", "label_smoothing=0.1", "run.log_rollouts_per_iteration=16"),
-        *("gating.mode=rlvr_v2", "combine=weighted_sum"),
+        *("gating.mode=rlvr_v2", "combine=weighted_sum", "score_std_floor=0.1"),
     ],
     "reference": [
         *("tiny_align", "compat=reference", "discriminator_optimizer.lr=1e-3"),
@@ -34,6 +34,7 @@ RUNS = {
     "dapo": [
         *("tiny_rlvr", "algorithm=dapo", "mini_batches_per_iteration=2", "epochs_per_iteration=2"),
         *("clip_low=0.01", "clip_high=0.02", "dual_clip=3", "importance_cap=2", "overlong_buffer_tokens=32"),
+        "mask_truncated=true",
     ],
     "gspo": ["tiny_rlvr", "algorithm=gspo", "mini_batches_per_iteration=2", "clip_low=3e-4", "clip_high=4e-4"],
     "grpo": [

@@ -64,6 +64,41 @@ def test_close_scores_on_a_high_level_are_told_apart() -> None:
     assert group_normalize(scores, torch.zeros(3), eps=0.0).tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("sums", "other"), [((0.3, -0.7), -0.4), ((0.1, 0.2, -0.3), 0.0), ((0.8, 0.2, -0.1), 0.9), ((1e6, 0.1, -1e6), 0.1)]
+)
+def test_equal_rewards_of_different_sums_have_no_advantage(sums: tuple[float, ...], other: float) -> None:
+    """In float64 0.3 - 0.7 is not -0.4."""
+    rewards = torch.tensor([sum(sums), other, other, 1.0, 0.0], dtype=torch.float64)
+    advantage = group_normalize(rewards, torch.tensor([0, 0, 0, 1, 1]), eps=1e-6)
+    assert advantage[:3].tolist() == [0.0] * 3
+    assert advantage[3] > 0
+
+
+def test_gated_rewards_that_are_equal_in_the_reals_have_no_advantage() -> None:
+    # In the grammar and wrong: 0.3 - 0.7; outside of it: -0.4. In float32 these differ, and their z-scores are 0.7.
+    gating = GatingConfig("rlvr_v2", 0.0, wrong_penalty=0.7, format_penalty=0.4, accuracy_weight=1.0, format_weight=0.3)
+    advantage = align([0.0, 0.0], [0.0, 0.0], [True, False], [0, 0], gating=gating)
+    assert advantage.tolist() == [0.0, 0.0]
+
+
+def test_a_floor_keeps_scores_that_hardly_differ_small() -> None:
+    # Deviations: 1 in group 0, 0.02 in group 1. Under a floor of 0.5 the latter's advantages are a 25th of a z-score.
+    scores, groups = torch.tensor([0.0, 1.0, 2.0, 5.0, 5.02, 5.04]), torch.tensor([0, 0, 0, 1, 1, 1])
+    assert group_normalize(scores, groups, eps=0.0).tolist() == pytest.approx([-1, 0, 1, -1, 0, 1], abs=1e-4)
+    floored = group_normalize(scores, groups, eps=0.0, std_floor=0.5)
+    assert floored.tolist() == pytest.approx([-1, 0, 1, -0.04, 0, 0.04], abs=1e-4)
+
+
+def test_the_floor_is_for_scores_and_not_for_verified_rewards() -> None:
+    # Scores 0 and 1 have a deviation of 0.71, here divided by 7.1; rewards 1 and 2 keep their z-score.
+    gating = GatingConfig("rlvr", align_coeff=1.0)
+    correct = torch.tensor([False, True])
+    options = {"std_floor": 7.0710678, "gating": gating, "correct": correct, "format_penalty": 0.0}
+    advantage = align([0.0, 1.0], [0.0, 1.0], [True, True], [0, 0], **options)
+    assert advantage.tolist() == pytest.approx([-ROOT_HALF, ROOT_HALF + 0.0707107], abs=1e-5)
+
+
 def test_informative_groups_are_those_with_different_rewards() -> None:
     rewards, groups = torch.tensor([1.0, 1.0, 0.2, 1.0]), torch.tensor([0, 0, 1, 1])
     assert informative_groups(rewards, groups).tolist() == [False, False, True, True]

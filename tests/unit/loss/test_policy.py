@@ -161,6 +161,40 @@ def test_importance_weights_are_truncated() -> None:
     assert float(stats.truncated_sum) == 1
 
 
+def test_gspo_truncates_one_importance_weight_for_the_sequence() -> None:
+    # Trainer over engine: 2 and 8 in sequence 0, whose geometric mean is 4, truncated at 3; 1/2 in sequence 1. The
+    # prompt's token, 1e9, is not part of the mean. A = 1, on-policy: each token's loss is minus its sequence's weight.
+    config = PolicyLossConfig("gspo", 0.2, 0.2, importance_cap=3.0)
+    old, ids = torch.tensor([1e9, 2.0, 8.0, 0.5]).log(), torch.tensor([0, 0, 0, 1])
+    mask = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    tokens = TokenLogprobs(old.clone().requires_grad_(), old, engine=torch.zeros(4))
+    losses, stats = policy_loss(tokens, torch.ones(4), mask, mask, ids, config)
+    losses.sum().backward()
+    assert tokens.current.grad is not None
+    assert tokens.current.grad.tolist() == pytest.approx([0, -3, -3, -0.5])
+    assert losses.tolist() == pytest.approx([0, -3, -3, -0.5])
+    assert float(stats.truncated_sum) == 2
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+@pytest.mark.parametrize("cap", [None, 100.0])
+def test_the_kl_gradient_is_that_of_the_policy_as_it_is_now(estimator: str, cap: float | None) -> None:
+    # Three tokens, sampled from the engine's policy, which is the old one or (with a cap) a third: in expectation the
+    # gradient is that of KL(p || ref) with respect to the logits, p (log(p / ref) - KL), though p has moved away.
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().requires_grad_()
+    old, reference = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.4, 0.4, 0.2])
+    sampled = old if cap is None else torch.tensor([0.3, 0.3, 0.4])
+    logp, ids = logits.log_softmax(0), torch.arange(3)
+    config = PolicyLossConfig("grpo", 0.2, 0.2, None, 1.0, estimator, cap)  # type: ignore[arg-type]
+    tokens = TokenLogprobs(logp, old.log(), sampled.log(), reference.log())
+    losses, _ = policy_loss(tokens, torch.zeros(3), sampled, torch.ones(3), ids, config)
+    losses.sum().backward()
+    p = logp.exp().detach()
+    divergence = (p * (p / reference).log()).sum()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == pytest.approx((p * ((p / reference).log() - divergence)).tolist(), abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo"])
 def test_cutting_the_batch_changes_nothing(kind: str) -> None:
     """Sum over micro-batches and ranks = the whole: weights divide by global totals, and ratios need one sequence only.

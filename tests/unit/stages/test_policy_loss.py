@@ -13,7 +13,15 @@ from prism_megatron.data.pack import TrainingSequence, pack
 from prism_megatron.loss.policy import PolicyLossConfig
 from prism_megatron.loss.reduce import token_weights
 from prism_megatron.model.logprobs import TokenScores
-from prism_megatron.stages.policy import Objective, PolicyMicrobatch, policy_gradient_loss, policy_objective
+from prism_megatron.stages.policy import (
+    LOGPROB_TOLERANCE,
+    Objective,
+    PolicyMicrobatch,
+    check_difference,
+    engine_differences,
+    policy_gradient_loss,
+    policy_objective,
+)
 from prism_megatron.train import load
 from prism_megatron.types import EncodedPrompt, InputSpec
 
@@ -84,3 +92,45 @@ def test_a_loss_that_overflows_is_its_samples() -> None:
     # A = -2 and a ratio of exp(100): more than float32 holds, though all that goes in is finite.
     with pytest.raises(FloatingPointError, match=r"^policy loss of sample second is inf"):
         policy_gradient_loss(OBJECTIVE, microbatch(), scores(t3=100.0))
+
+
+def test_trainer_and_engine_are_compared_on_fresh_tokens_by_hand() -> None:
+    # Two responses of two tokens: ratios p / q of 2 and 1/2, then 1 and 4, whose last token an older policy sampled.
+    # k3 = r - 1 - ln r: 1 - ln 2, ln 2 - 1/2 and 0. What is not fresh may be anything.
+    ln2 = math.log(2)
+    differences = torch.tensor([ln2, -ln2, 0.0, math.inf])
+    fresh, ids = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    sums, maxima = engine_differences(differences, fresh, ids)
+    assert {name: float(value) for name, value in sums.items()} == pytest.approx(
+        {"fresh": 3, "difference_sum": 2 * ln2, "mismatch": 0.5}
+    )
+    assert {name: float(value) for name, value in maxima.items()} == pytest.approx(
+        {"difference": ln2, "response_difference": ln2}
+    )
+
+
+def test_one_far_token_of_many_does_not_stop_a_run_and_a_response_far_off_does() -> None:
+    ids = torch.repeat_interleave(torch.arange(2), 1000)
+    outlier = torch.full((2000,), 0.02)
+    outlier[7] = 5.0
+    _, maxima = engine_differences(outlier, torch.ones(2000), ids)
+    config = load("tiny_rlvr", ["model.precision=bf16"])
+    assert isinstance(config, RLVRConfig)
+    check_difference(float(maxima["response_difference"]), config)
+    outlier[1000:] = 0.6
+    _, maxima = engine_differences(outlier, torch.ones(2000), ids)
+    with pytest.raises(RuntimeError, match=r"differ by 0.6 nats a token over a response, more than .* allows \(0.5\)"):
+        check_difference(float(maxima["response_difference"]), config)
+
+
+@pytest.mark.parametrize(
+    ("precision", "limit", "allowed"), [("fp32", 0, 1e-3), ("bf16", 0, 0.5), ("fp8", 0, 1.0), ("fp32", 2.0, 2.0)]
+)
+def test_every_precision_has_a_finite_limit(precision: str, limit: float, allowed: float) -> None:
+    assert set(LOGPROB_TOLERANCE) == {"fp32", "bf16", "fp8"}
+    config = load("tiny_rlvr", [f"model.precision={precision}", f"rollout.max_logprob_abs_diff={limit}"])
+    assert isinstance(config, RLVRConfig)
+    check_difference(0.99 * allowed, config)
+    with pytest.raises(RuntimeError, match="a greater limit lets it pass"):
+        check_difference(1.01 * allowed, config)
+    check_difference(1e6, replace(config, rollout=replace(config.rollout, max_logprob_abs_diff=1e9)))
