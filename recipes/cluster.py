@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # 512 responses of 8192 tokens and the updates on them.
 GRACE_SECONDS = {"sft": 300, "collect": 300, "warmup": 300, "align": 900, "rlvr": 1800}
 _MAX_GRACE = 65535  # SLURM's own limit
+_OPTION = re.compile(r"[A-Za-z][A-Za-z_-]*")
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _TIME = re.compile(r"\d+(?::\d+){0,2}|\d+-\d+(?::\d+){0,2}|UNLIMITED", re.ASCII)  # as sbatch --time takes it
 _LEAST = {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0, "max_crashes": 0, "max_preemptions": 0}
@@ -127,6 +128,11 @@ def _check_values(path: Path, cluster: ClusterConfig) -> None:
         raise UserError(f"{path}: time must be minutes, hours:minutes:seconds or days-hours, got {cluster.time!r}")
     if cluster.grace_seconds >= _seconds(cluster.time):
         raise UserError(f"{path}: grace_seconds ({cluster.grace_seconds}) must be less than the time, {cluster.time}")
+    for name in cluster.sbatch:
+        if not _OPTION.fullmatch(name):
+            raise UserError(f"{path}: sbatch has {name!r}, which is no name of an option")
+    if lines := [word for word in (*cluster.srun, *cluster.container_mounts) if "\n" in word]:
+        raise UserError(f"{path}: an item of srun or container_mounts must be one line, got {lines[0]!r}")
     words = {"account": cluster.account, "partition": cluster.partition, "mem": cluster.mem} | cluster.sbatch
     for key, value in words.items():
         if re.search(r"\s", value) or not value:

@@ -150,6 +150,9 @@ def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bo
             before = [experiment.add(command, executor=executor, name=step.name, dependencies=before)]
         if dryrun:
             experiment.dryrun(delete_exp_dir=False)
+            folder = max((home / "experiments" / title).iterdir(), key=lambda path: path.stat().st_mtime)
+            # What was printed is wrapped to the terminal's width; these may be submitted as they are.
+            print("scripts:", *sorted(map(str, folder.glob("*_sbatch.sh"))), sep="\n  ", flush=True)
             return 0
         experiment.run(detach=detach)
     if detach:

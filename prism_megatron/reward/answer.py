@@ -68,7 +68,7 @@ _CURRENCY_NAMES = {"$": "dollars"}
 _CHOICE = re.compile(r"\(?([A-J])\)?(?:[.:)]\s*(.*))?", re.DOTALL)
 _SMALL_CHOICE = re.compile(r"\(?[a-j][.:)](?:\s|$)")
 _CHOICES = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|&|和|与|及|\band\b)\s*(?:and\s+)?\(?[A-J]\)?)+")
-_ENUMERATED_CHOICE = re.compile(r"([(（]?[A-JＡ-Ｊ][)）]?)\s*、\s*(?!.?[A-JＡ-Ｊ]\b)")  # A、5, but not A、C
+_ENUMERATED_CHOICE = re.compile(r"^\s*([(（]?[A-JＡ-Ｊ][)）]?)\s*、\s*(?!.?[A-JＡ-Ｊ]\b)")  # A、5, but not A、C
 _LOOSE_CHOICE = re.compile(
     r"(?:(?i:answer|option|choice)(?:\s+is)?|(?:答案|选项?|选择)(?:是|为)?)\s*:?\s*\(?([A-Ja-j])(?![A-Za-z])\)?|\(([A-J])\)"
 )
@@ -171,10 +171,7 @@ def _clean(text: str) -> str:
     """Without delimiters, typography and spacing that mean nothing."""
     if len(text) >= 4 * _MAX_CHARS:
         return text  # refused by its length
-    text = _ENUMERATED_CHOICE.sub(r"\1. ", text.strip(), count=1) if _ENUMERATED_CHOICE.match(text.strip()) else text
-    text = _SUPERSCRIPTS.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}".replace("−", "-"), text)
-    text = _SUBSCRIPTS.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = " ".join(text.translate(_CHARACTERS).split())
+    text = " ".join((text if text.isascii() else _without_typography(text)).split())
     for _ in range(4):
         before = text
         text = text.removesuffix(".").rstrip(", ") if not text.endswith("..") else text
@@ -192,6 +189,14 @@ def _clean(text: str) -> str:
     if amount := _CURRENCY.fullmatch(text):
         text = f"{amount[1]}{amount[3]} {_CURRENCY_NAMES.get(amount[2], amount[2])}"
     return " ".join(text.split())
+
+
+def _without_typography(text: str) -> str:
+    """In ASCII and LaTeX what has a form there."""
+    text = _ENUMERATED_CHOICE.sub(r"\1. ", text)
+    text = _SUPERSCRIPTS.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = _SUBSCRIPTS.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    return text.translate(_CHARACTERS)
 
 
 def _unboxed(text: str) -> str:

@@ -78,9 +78,18 @@ def test_dapo_samples_until_groups_differ_and_its_clips_act(logged: Logged) -> N
         assert row[names.CLIP_FRACTION] > 0
         assert row[names.APPROX_KL] > 0
         assert row[names.TRUNCATED_FRACTION] == 0, "trainer and engine agree"
-        assert row[names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF] < 1e-4, (
+        assert row[names.TRAIN_ROLLOUT_RESPONSE_ABS_DIFF] < 1e-4, (
             "old log-probabilities are those of the sampling policy"
         )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trainer_and_engine_are_compared_and_cut_responses_counted(name: str, logged: Logged) -> None:
+    for row in logged(name):
+        mean, of_response = row[names.TRAIN_ROLLOUT_MEAN_ABS_DIFF], row[names.TRAIN_ROLLOUT_RESPONSE_ABS_DIFF]
+        assert 0 < mean <= of_response <= row[names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF]
+        assert -1e-7 < row[names.TRAIN_ROLLOUT_KL] < mean
+        assert 0 <= row[names.CUT_RESPONSES] <= 1 - row[names.FORMAT_VALID] + 1e-9, "what is cut is outside the grammar"
 
 
 def test_gspo_clips_sequences(logged: Logged) -> None:

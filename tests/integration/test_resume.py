@@ -28,7 +28,7 @@ from prism_megatron.observe.metrics import (
     GRADIENT_PENALTY,
     LOSS,
     REPLAYED_PAIRS,
-    TRAIN_ROLLOUT_LOGPROB_ABS_DIFF,
+    TRAIN_ROLLOUT_RESPONSE_ABS_DIFF,
 )
 from prism_megatron.parallel.groups import free_port
 from prism_megatron.types import PreferencePair
@@ -104,7 +104,7 @@ def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Ca
     if stage == "rlvr":
         assert max(row[CARRIED_GROUPS] for row in expected) > 0
         # Of this iteration's own tokens, of which there are none where the surplus was enough.
-        assert all((row.get(TRAIN_ROLLOUT_LOGPROB_ABS_DIFF) or 0.0) < 1e-4 for row in expected)
+        assert all((row.get(TRAIN_ROLLOUT_RESPONSE_ABS_DIFF) or 0.0) < 1e-4 for row in expected)
     if stage == "align":
         assert expected[0][REPLAYED_PAIRS] == 0
         assert all(row[REPLAYED_PAIRS] > 0 for row in expected[1:])

@@ -238,10 +238,11 @@ def test_production_pipeline(slurm: dict[str, str], tmp_path: Path) -> None:
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("{account: none, partition: batch, workdir: /shared, pass_environment: [HF_TOKEN]}")
     secret = slurm | {"HF_TOKEN": "not-to-be-written"}
-    launch(secret, PRODUCTION, "--executor", "slurm", "--cluster", str(cluster), "--dryrun")
+    said = launch(secret, PRODUCTION, "--executor", "slurm", "--cluster", str(cluster), "--dryrun")
     (experiment,) = (Path(slurm["NEMORUN_HOME"]) / "experiments" / PRODUCTION).iterdir()
     scripts = sorted(experiment.glob("*_sbatch.sh"))
     assert len(scripts) == 5
+    assert all(f"\n  {script}\n" in said for script in scripts)
     for script in scripts:
         ask(slurm, "sbatch", "--test-only", str(script))
         text = script.read_text().replace(str(experiment), "EXPERIMENT")
@@ -253,14 +254,15 @@ def test_production_pipeline(slurm: dict[str, str], tmp_path: Path) -> None:
     assert not any(secret["HF_TOKEN"].encode() in content for content in written)
 
 
-def launch(environment: dict[str, str], *arguments: str) -> None:
-    python(environment, "recipes.launch", *arguments)
+def launch(environment: dict[str, str], *arguments: str) -> str:
+    return python(environment, "recipes.launch", *arguments)
 
 
-def python(environment: dict[str, str], *arguments: str) -> None:
+def python(environment: dict[str, str], *arguments: str) -> str:
     process = start(environment, *arguments[1:], module=arguments[0])
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
+    return said
 
 
 def start(

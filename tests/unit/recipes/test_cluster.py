@@ -40,6 +40,8 @@ def test_examples_are_accepted(path: Path) -> None:
         ("account: my account", "account must be one word for an #SBATCH line, got 'my account'"),
         ("sbatch: {comment: 'my run'}", "comment must be one word"),
         ("sbatch: {qos: ''}", "qos must be one word"),
+        ("sbatch: {'qos;rm -rf': x}", "sbatch has 'qos;rm -rf', which is no name of an option"),
+        ('srun: ["--mpi=none\\nrm"]', "an item of srun or container_mounts must be one line"),
     ],
 )
 def test_values_that_slurm_or_the_shell_would_misread(text: str, complaint: str, tmp_path: Path) -> None:
