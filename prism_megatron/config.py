@@ -6,7 +6,6 @@ decides (learning rates, group sizes, lengths) has no default and lives in the r
 """
 
 # Annotations are types here, not strings: NeMo-Run's command line (recipes/factories.py) reads them.
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -342,9 +341,3 @@ def to_yaml(config: StageConfig) -> str:
 def stage_dir(config: StageConfig) -> Path:
     """Folder of this stage: ``<run.dir>/<run.name>``; a pipeline names its stages ``<name>/<stage>``."""
     return Path(config.run.dir) / config.run.name
-
-
-def is_finished(config: StageConfig) -> bool:
-    """Whether this stage has ended before, with this very configuration."""
-    marker = stage_dir(config) / FINISHED
-    return marker.is_file() and bool(json.loads(marker.read_text())["config"] == to_yaml(config))

@@ -158,6 +158,9 @@ class RunConfig(Section):
     """Where a stage writes, how long it runs and how often it saves.
 
     It runs for ``train_iters`` iterations or for ``num_epochs`` over its rows; the one that is not used is 0.
+
+    A folder that holds another experiment (``stages/identity.py`` says which keys make one) is refused, but for
+    differences in the keys of ``allow_change``; with ``on_change`` restart it is moved aside and the stage begun anew.
     """
 
     name: str = setting(MISSING, NAME, hint="run.dir says which folder it is in")
@@ -168,6 +171,8 @@ class RunConfig(Section):
     save_interval: int = setting(100, at_least(1), hint="a number above run.train_iters saves only at the end")
     keep_checkpoints: int = setting(2, at_least(1), hint="a stage goes on from the last one")
     log_rollouts_per_iteration: int = setting(4, at_least(0))
+    allow_change: list[str] = field(default_factory=list, metadata=ruled(None))  # keys, such as optimizer.lr
+    on_change: str = setting("refuse", one_of("refuse", "restart"))
 
     def check(self, at: str) -> None:
         if self.train_iters and self.num_epochs:

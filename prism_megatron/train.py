@@ -72,7 +72,9 @@ def load(recipe: str, overrides: Sequence[str]) -> cfg.StageConfig:
 
 def run_stage(config: cfg.StageConfig) -> None:
     """Run a stage from wherever it was left."""
-    if cfg.is_finished(config):
+    from prism_megatron.stages.identity import is_finished
+
+    if is_finished(config):
         if os.environ.get("RANK", "0") == "0":
             print(f"{config.stage}: already finished in {cfg.stage_dir(config)}", flush=True)
         return

@@ -7,7 +7,7 @@
 A recipe takes key=value, a pipeline stage.key=value (rlvr.run.train_iters=40). A pipeline is SFT, collection, warm-up,
 alignment and RLVR, each from the checkpoint of the one before; tiny_study is the tiny one with three seeds, each beside
 RLVR straight after SFT, here only. Stages that are finished are skipped, one that was interrupted goes on from its last
-checkpoint.
+checkpoint, and one whose settings or inputs are others than they were is moved aside and begun anew.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import dropwhile
 from pathlib import Path
 
 import fiddle
@@ -135,7 +136,8 @@ def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bo
     run = nemo_run()
     before: list[str] = []
     is_remote = bool(cluster.ssh.host)  # what is finished is seen there only, and skipped there
-    unfinished = [step for step in steps if dryrun or is_remote or not _finished(step)]
+    # What comes after an unfinished step is made anew if its inputs change, which its job finds out.
+    unfinished = list(steps if dryrun or is_remote else dropwhile(_finished, steps))
     if not unfinished:
         print(f"{title}: all is finished")
         return 0
@@ -271,7 +273,7 @@ def run_steps(name: str, steps: Sequence[Step], ranks: int, seed: int = 1) -> in
     began = time.monotonic()
     _prepare(run_dir, seed)
     _say("data and base model", began)
-    for step in steps:
+    for number, step in enumerate(steps, start=1):
         began = time.monotonic()
         if not _finished(step):
             run_locally(step, ranks)
@@ -279,7 +281,7 @@ def run_steps(name: str, steps: Sequence[Step], ranks: int, seed: int = 1) -> in
                 print(f"{step.name} did not finish; run the same command to go on from its last checkpoint")
                 return 1
         _say(step.name, began)
-        _gather(run_dir, steps)
+        _gather(run_dir, steps[:number])  # what was left of later ones may be of other inputs
     print(f"results: {run_dir}/results.json   report: {run_dir}/report.html   model: {run_dir}/hf", flush=True)
     return 0
 
@@ -324,7 +326,7 @@ def _run_tool(name: str, *arguments: str) -> None:
 
 
 def _finished(step: Step) -> bool:
-    from prism_megatron.config import is_finished
+    from prism_megatron.stages.identity import is_finished
 
     return is_finished(step.config())
 

@@ -18,6 +18,7 @@ from recipes import stage_recipe
 from recipes.layouts import LAYOUTS, SIZES
 from recipes.qwen3_vl import ALGORITHMS, recipe_name
 
+_RESTART = "run.on_change=restart"
 BASELINE = "rlvr_only"  # what a study sets beside the method: RLVR straight after SFT
 
 
@@ -75,7 +76,10 @@ def production_steps(pipeline: str, name: str, extra: Sequence[str] = ()) -> lis
 
 
 def _chain(name: str, stages: Mapping[str, tuple[str, tuple[str, ...]]], extra: Sequence[str]) -> list[Step]:
-    """SFT -> collect -> warm-up -> alignment -> RLVR, one checkpoint lineage; ``extra`` comes last."""
+    """SFT -> collect -> warm-up -> alignment -> RLVR, one checkpoint lineage; ``extra`` comes last.
+
+    A stage that was made from other inputs or settings than it would be now is moved aside and begun anew.
+    """
     root = f"runs/{name}"
     handed_over = {
         "sft": (),
@@ -86,7 +90,7 @@ def _chain(name: str, stages: Mapping[str, tuple[str, tuple[str, ...]]], extra: 
     }
     by_stage = _by_stage(extra, handed_over)
     return [
-        Step(stage, recipe, (f"run.name={name}/{stage}", *handed_over[stage], *own, *by_stage.get(stage, ())))
+        Step(stage, recipe, (f"run.name={name}/{stage}", _RESTART, *handed_over[stage], *own, *by_stage.get(stage, ())))
         for stage, (recipe, own) in stages.items()
     ]
 

@@ -40,7 +40,7 @@ def main() -> int:
     from prism_megatron.checkpoint.checkpointer import Checkpointer
 
     chunks, optimizer = train_model(args.megabytes * 1_000_000)
-    checkpointer = Checkpointer(args.out, keep=1, seed=1)
+    checkpointer = Checkpointer(args.out, keep=1)
     alone = [step(chunks, optimizer) for _ in range(5)]
 
     began = time.monotonic()

@@ -41,14 +41,14 @@ _MISFITS = (RuntimeError, KeyError, CheckpointException, dist_checkpointing.core
 class Checkpointer:
     """Saves named (model, optimizer) pairs and the iteration; keeps the newest few.
 
-    ``seed`` is kept with each checkpoint: with another one, a run would not go on as it began. Writing goes on in the
+    ``about`` is plain data for each checkpoint's manifest, such as which experiment it is of. Writing goes on in the
     background until :meth:`poll` finds it done on every rank; close the checkpointer when the last save must be whole.
     """
 
-    def __init__(self, directory: Path, keep: int, seed: int = 0) -> None:
+    def __init__(self, directory: Path, keep: int, about: Mapping[str, Any] | None = None) -> None:
         self.directory = directory
         self.keep = max(keep, 1)
-        self.seed = seed
+        self._about = about or {}
         self._queue = AsyncCallsQueue(persistent=False)
 
     def latest(self) -> int:
@@ -90,7 +90,7 @@ class Checkpointer:
         dist.barrier()
         with results_in(partial, dist.get_rank()):
             request = dist_checkpointing.save(
-                _state(parts, iteration, self.seed) | {"carried": carried},
+                _state(parts, iteration) | {"carried": carried},
                 str(partial),
                 async_sharded_save=True,
                 async_strategy="mcore",
@@ -121,10 +121,6 @@ class Checkpointer:
                 f"{folder} does not fit this configuration ({_last_line(error)}); it is of another model, "
                 "or of another optimizer.use_distributed_optimizer. Give the run another run.name, or remove it"
             ) from error
-        if loaded["seed"] != self.seed:
-            raise UserError(
-                f"{folder} was trained with run.seed {loaded['seed']}, not {self.seed}; use that, or another run.name"
-            )
         for name, (model, optimizer) in parts.items():
             load_weights_of(model, loaded[name])
             restore(optimizer, own[name], loaded[f"{name}_optimizer"])
@@ -150,7 +146,7 @@ class Checkpointer:
             files |= {name: digest_file(partial / name) for name in _MEGATRON_FILES}
             for name in _MEGATRON_FILES:
                 fsync(partial / name)
-            write_manifest(partial, files, about={"iteration": iteration, "policy_version": iteration})
+            write_manifest(partial, files, about={**self._about, "iteration": iteration, "policy_version": iteration})
             replace_directory(partial, self._folder(iteration))
             write_atomic(self.directory / _LATEST, f"{iteration}\n")
             self._prune()
@@ -176,8 +172,8 @@ class Checkpointer:
             print(f"checkpoint: {text}", flush=True)
 
 
-def _state(parts: Mapping[str, tuple[Any, Any]], iteration: int, seed: int) -> dict[str, Any]:
-    state: dict[str, Any] = {"iteration": iteration, "policy_version": iteration, "seed": seed}
+def _state(parts: Mapping[str, tuple[Any, Any]], iteration: int) -> dict[str, Any]:
+    state: dict[str, Any] = {"iteration": iteration, "policy_version": iteration}
     for name, (model, optimizer) in parts.items():
         state[name] = sharded_weights(model, f"{name}.")
         state[f"{name}_optimizer"] = saved_state(optimizer, state[name])

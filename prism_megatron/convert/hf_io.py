@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prism_megatron.convert.manifest import JOURNAL, check_finite
+from prism_megatron.convert.manifest import JOURNAL, digest_files, write_manifest
 from prism_megatron.convert.rules import SCORE_HEAD
 from prism_megatron.convert.safetensors_writer import DTYPES, ShardWriter
 from prism_megatron.errors import UserError
@@ -30,6 +31,7 @@ _UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".distcp")
 _NOT_SIDE_FILES = ("config.json", "metadata.json", "manifest.json")
 _VALUE_HEAD_NAMES = (SCORE_HEAD, "v_head.summary.weight")
+_CHECKED_AT_ONCE = 1 << 22  # elements
 _MAPPED_BYTES = 64 << 20  # pages of read files stay in memory until the file is opened again
 
 
@@ -156,8 +158,12 @@ class HFWeights:
         for path in (self.directory / "value_head.safetensors", self.directory / "value_head.pt"):
             if not path.is_file():
                 continue
-            # weights_only: a pickle from elsewhere may hold tensors and nothing that runs.
-            held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            try:
+                # weights_only: a pickle from elsewhere may hold tensors and nothing that runs.
+                held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"{path} is damaged or truncated ({reason}); copy it again") from error
             names = [n for n in _VALUE_HEAD_NAMES if n in held]
             if len(names) != 1:
                 raise UserError(f"{path} holds {sorted(held)}; it must hold one of {', '.join(_VALUE_HEAD_NAMES)}")
@@ -173,9 +179,11 @@ def _weight_files(directory: Path) -> list[Path]:
             raise UserError(f"{directory} holds no model.safetensors (or its index); give a complete HF checkpoint")
         return [directory / "model.safetensors"]
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(json.loads(index.read_bytes().decode())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({error!r}); copy the checkpoint again") from error
+    if not files:
+        raise UserError(f"{index} lists no files; copy the checkpoint again")
     for name in files:
         if not (directory / name).is_file():
             raise UserError(f"{index} lists {name}, which is missing; copy the checkpoint again")
@@ -205,6 +213,13 @@ def _experts_swapped(directory: Path, shapes: dict[str, Sequence[int]]) -> bool:
     return found == {True}
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises UserError if a value is infinite or not a number."""
+    for piece in torch.split(tensor.detach().flatten(), _CHECKED_AT_ONCE):
+        if piece.is_floating_point() and not bool(torch.isfinite(torch.stack(torch.aminmax(piece))).all()):
+            raise UserError(f"{name} holds values that are infinite or not a number; this checkpoint is broken")
+
+
 def save_hf(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
@@ -214,8 +229,8 @@ def save_hf(
 ) -> None:
     """Write a checkpoint directory that HF and vLLM load; every file but the weights comes from ``template``.
 
-    ``config_changes`` is merged into the template's ``config.json``. The directory appears only when complete; one that
-    was there before is replaced. Raises UserError at a value that is not finite.
+    ``config_changes`` is merged into the template's ``config.json``. The directory appears only when complete, with a
+    manifest of checksums; one that was there before is replaced. Raises UserError at a value that is not finite.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -224,9 +239,11 @@ def save_hf(
     for name, tensor in tensors:
         check_finite(name, tensor)
         writer.add(name, tensor.dtype, tensor.shape, [tensor])
-    writer.finish()
+    names = [*writer.finish(), *copy_side_files(template, partial, config_changes or {})]
     (partial / JOURNAL).unlink()
-    copy_side_files(template, partial, config_changes or {})
+    for name in names:
+        fsync(partial / name)
+    write_manifest(partial, digest_files(partial, names), writer.entries)
     replace_directory(partial, directory)
 
 

