@@ -31,12 +31,15 @@ from prism_megatron.observe.metrics import (
     TRAIN_ROLLOUT_RESPONSE_ABS_DIFF,
 )
 from prism_megatron.parallel.groups import free_port
+from prism_megatron.stages.run_lock import LOCK, RunLock
+from prism_megatron.train import main
 from prism_megatron.types import PreferencePair
 from tools.convert import main as convert
 from tools.make_tiny_model import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 5
+ALLOWED = "run.allow_change=[run.train_iters]"
 SHORT = [f"run.train_iters={ITERATIONS}", "run.save_interval=1", "eval.num_questions=0"]
 SMALL = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prompts_per_iteration=4"]
 
@@ -94,7 +97,9 @@ def some_pairs(alignment: Path) -> list[PreferencePair]:
 
 
 @pytest.mark.parametrize("stage", ["sft", "warmup", "align", "rlvr"])
-def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Callable[..., str]) -> None:
+def test_killed_and_resumed(
+    stage: str, stages: dict[str, list[str]], launch: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     command = stages[stage]
     straight = [*command, f"run.name={stage}/straight"]
     launch(1, ["-m", "prism_megatron.train", *straight])
@@ -118,8 +123,36 @@ def test_killed_and_resumed(stage: str, stages: dict[str, list[str]], launch: Ca
     launch(1, ["-m", "prism_megatron.train", *interrupted])
     assert measured(interrupted) == expected, f"killed at iteration {kill_at}"
     if stage == "sft":
-        again = launch(1, ["-m", "prism_megatron.train", *interrupted])
-        assert f"{stage}: already finished in" in again
+        refuses_all_but_the_same(interrupted, launch, capsys)
+
+
+def refuses_all_but_the_same(
+    command: list[str], launch: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What has ended is done again for nobody: not with other settings, and not beside a run in its folder."""
+    before = contents(folder(command))
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"sft: already finished in {folder(command)}\n"
+    data = next(word for word in command if word.startswith("data="))
+    other_data = data.replace("sft.jsonl", "rlvr_candidates.parquet")
+    for change, message in (
+        ("optimizer.lr=0.5", "optimizer.lr: 0.002 -> 0.5"),
+        ("global_batch_size=8", "global_batch_size: 16 -> 8"),
+        ("run.train_iters=2", "run.train_iters: 5 -> 2, fewer than the 5 that are trained"),
+        (other_data, "rlvr_candidates.parquet (other content)"),
+    ):
+        assert main([*command, change]) == 2
+        assert message in capsys.readouterr().err
+    with RunLock(folder(command)):
+        output = launch(1, ["-m", "prism_megatron.train", *command, "run.train_iters=6", ALLOWED], expect=1)
+        assert f"error: {folder(command)} is in use by process {os.getpid()} on " in output
+        assert output.count("Traceback") == 1, "torchrun's own, and none of the rank's"
+    assert contents(folder(command)) == before
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != LOCK}
 
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"

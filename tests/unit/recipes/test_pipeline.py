@@ -42,6 +42,7 @@ def test_production_stages_start_from_the_one_before():
         assert configs["rlvr"].model.hf_checkpoint == "runs/r/align/hf"
         assert configs["rlvr"].data == f"runs/r/collect/{PROMPTS}"
         assert configs["rlvr"].run.train_iters == 7
+        assert {config.run.on_change for config in configs.values()} == {"restart"}
         precision = pipeline.rpartition("_")[2]
         assert {configs[stage].model.precision for stage in ("sft", "align", "rlvr")} == {precision}
 

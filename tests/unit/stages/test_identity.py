@@ -176,6 +176,7 @@ def test_other_content_of_an_input_is_refused(key: str, arguments: list[str], tm
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"another experiment \({key}: \S+ \(other content\)\)"):
         is_finished(configured(arguments))
+    assert not is_finished(configured(arguments, "run.on_change=restart")), "so that a pipeline makes it anew"
 
 
 def test_what_does_not_change_the_result_is_not_compared(arguments: list[str], tmp_path: Path) -> None:
