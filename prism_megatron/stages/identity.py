@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ NOT_IDENTITY = (
     *("run.save_interval", "run.keep_checkpoints", "run.log_rollouts_per_iteration"),  # what is stored on the way
     *("run.allow_change", "run.on_change"),
     *("parallel.*", "optimizer.use_distributed_optimizer", "discriminator_optimizer.use_distributed_optimizer"),
-    "model.recompute",
+    *("model.recompute", "model.max_hidden_size"),
     *("rollout.engine", "rollout.transport", "rollout.timeout_seconds", "rollout.tensor_model_parallel_size"),
     *("rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "rollout.sleep_level"),
     *(
@@ -37,7 +37,7 @@ NOT_IDENTITY = (
         "rollout.max_logprob_*",
         "rollout.images_per_prompt",
     ),
-    "run.train_iters",  # changes() has its rule
+    *("run.train_iters", "run.num_epochs"),  # changes() has their rule
 )
 # Where packing does not decide what is seen of a row; the discriminator's branches are cut to fit.
 NOT_IDENTITY_OF: dict[type[cfg.StageConfig], tuple[str, ...]] = {
@@ -66,6 +66,7 @@ class Identity:
     evaluation: dict[str, Any]
     inputs: dict[str, dict[str, str | None]]
     train_iters: int
+    num_epochs: int = 0
 
     @classmethod
     def of(cls, config: cfg.StageConfig, hashed: HashedFiles) -> Identity:
@@ -78,7 +79,7 @@ class Identity:
             elif value:
                 inputs[key] = {"path": value, "sha256": hashed.fingerprint(Path(value))}
         train_iters = 0 if isinstance(config, cfg.CollectConfig) else config.run.train_iters
-        return cls(parts["config"], parts["evaluation"], inputs, train_iters)
+        return cls(parts["config"], parts["evaluation"], inputs, train_iters, config.run.num_epochs)
 
     @classmethod
     def stored(cls, content: Mapping[str, Any] | None) -> Identity | None:
@@ -148,12 +149,15 @@ def is_finished(config: cfg.StageConfig) -> bool:
     stored = Identity.stored(read_object(directory / cfg.FINISHED))
     if stored is None:
         return False
+    as_long = bool(config.run.train_iters) or stored.num_epochs == config.run.num_epochs
+    if not config.run.train_iters:  # the iterations of these epochs are known when the rows are counted
+        config = replace(config, run=replace(config.run, train_iters=stored.train_iters))
     new = Identity.of(config, HashedFiles(directory))
     if found := changes(stored, new, config, stored.train_iters):
         if config.run.on_change == "restart":
             return False
         raise refusal(directory, found)
-    return stored.train_iters == new.train_iters and stored.is_evaluated_as(new)
+    return as_long and stored.train_iters == new.train_iters and stored.is_evaluated_as(new)
 
 
 def refusal(directory: Path, found: Mapping[str, str]) -> UserError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,18 @@ def test_train_iters_may_rise_where_the_learning_rates_of_before_stay(arguments:
     save(configured([*decaying, "run.name=stopped"]), 4)
     with pytest.raises(UserError, match=r"run.train_iters: 10 -> 3, fewer than the 4 that are trained"):
         prepare(configured([*decaying, "run.name=stopped"], "run.train_iters=3"))
+
+
+def test_epochs_are_compared_before_their_iterations_are_known(arguments: list[str]) -> None:
+    arguments = [word for word in arguments if not word.startswith("run.train_iters=")]
+    counted = configured(arguments, "run.num_epochs=3")
+    counted = replace(counted, run=replace(counted.run, train_iters=12))
+    finish(counted)
+    assert is_finished(configured(arguments, "run.num_epochs=3"))
+    assert not is_finished(configured(arguments, "run.num_epochs=4"))
+    assert is_finished(configured(arguments, "run.train_iters=12"))
+    with pytest.raises(UserError, match="global_batch_size: "):
+        is_finished(configured(arguments, "run.num_epochs=3", "global_batch_size=3"))
 
 
 def test_a_stale_stage_begins_anew_where_that_is_asked_for(
