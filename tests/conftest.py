@@ -33,11 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A freshly initialised tiny Qwen3-VL in HF format."""
-    from tools.make_tiny_model import make_tiny_model
+    from tests.models import make_variant
 
-    directory = tmp_path_factory.mktemp("tiny") / "base"
-    make_tiny_model(directory, seed=1)
-    return directory
+    return make_variant("tied", tmp_path_factory.mktemp("tiny") / "base", seed=1)
 
 
 @pytest.fixture(scope="session")

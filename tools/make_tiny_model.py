@@ -127,13 +127,13 @@ def make_tiny_model(
     from transformers.utils.logging import disable_progress_bar
 
     out = Path(out)
-    processor = _processor(_tokenizer(sample_texts(CORPUS_QUESTIONS)))
-    config = _config(processor.tokenizer, moe, overrides or {})
+    tokenizer = _tokenizer(sample_texts(CORPUS_QUESTIONS))
+    config = _config(tokenizer, moe, overrides or {})
+    processor = _processor(tokenizer, config.vision_config)
     torch.manual_seed(seed)
     model_class = Qwen3VLMoeForConditionalGeneration if moe else Qwen3VLForConditionalGeneration
     model: PreTrainedModel = model_class(config).float()
     init_weights(model)
-    tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
@@ -195,13 +195,13 @@ def _tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
+def _processor(tokenizer: Qwen2Tokenizer, vision: PreTrainedConfig) -> Qwen3VLProcessor:
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     geometry = {
-        "patch_size": PATCH,
-        "merge_size": MERGE,
-        "temporal_patch_size": TEMPORAL_PATCH,
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
         "image_mean": [IMAGE_MEAN] * 3,
         "image_std": [IMAGE_STD] * 3,
     }

@@ -63,9 +63,11 @@ def sharded_weights(model: Any, prefix: str) -> dict[str, Any]:
 def load_weights_of(model: Any, loaded: dict[str, Any]) -> None:
     """Put what was loaded for :func:`sharded_weights` into the model."""
     for number, chunk in enumerate(model if isinstance(model, list | tuple) else [model]):
-        missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
+        inner: Any = unwrap(chunk)
+        missing, unexpected = inner.load_state_dict(loaded[f"model{number}"], strict=False)
         left = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
         assert not left, left
+        inner.clear_padding()  # rows that a checkpoint of another degree does not have
 
 
 def content_metadata() -> dict[str, Any]:

@@ -181,7 +181,7 @@ class _LastRead:
     def __call__(self, rule: Rule) -> Tensor:
         if self.parameter is None or self.name != rule.megatron:
             self.parameter = None  # before the next takes its memory
-            self.parameter = self.reader.read(place(rule), self.prefix)
+            self.parameter = rule.layout.trimmed(self.reader.read(place(rule), self.prefix))
             check_finite(rule.megatron, self.parameter)
             self.name = rule.megatron
         return self.parameter
@@ -278,10 +278,12 @@ def _only_part(directory: Path, stored: dict[str, tuple[tuple[int, ...], torch.d
 
 def _check_stored(table: Sequence[Rule], stored: dict[str, tuple[tuple[int, ...], torch.dtype]], prefix: str) -> None:
     expected = {prefix + key: shape for key, shape in whole_shapes(table).items()}
+    filled_up = {prefix + place(rule).key for rule in table if rule.layout.rows is not None}
     held = {key: shape for key, (shape, _) in stored.items() if key.startswith(prefix)}
     _compare("the checkpoint", expected.keys(), held.keys())
     for key, shape in expected.items():
-        if held[key] != shape:
+        fits = held[key] == shape or (key in filled_up and held[key][0] > shape[0] and held[key][1:] == shape[1:])
+        if not fits:
             raise UserError(f"{key} has shape {held[key]}, not {shape}; config.json is of another model")
 
 
@@ -311,19 +313,22 @@ def _check_layout(parallel: ParallelConfig, sizes: HFSizes) -> None:
         ("num_attention_heads", degrees.num_attention_heads, "--tp", tp),
         ("num_key_value_heads", degrees.num_query_groups, "--tp", tp),
         ("vision num_heads", degrees.vision_heads, "--tp", tp),
-        ("vocab_size", sizes.text["vocab_size"], "--tp", tp),
-        ("num_hidden_layers", degrees.num_layers, "--pp", parallel.pipeline_model_parallel_size),
         ("num_experts", degrees.num_moe_experts or 1, "--ep", parallel.expert_model_parallel_size),
     ):
         if degree < 1 or count % degree:
             raise UserError(f"{name} ({count}) must be divisible by {option} ({degree})")
+    if not 1 <= parallel.pipeline_model_parallel_size <= degrees.num_layers:
+        raise UserError(
+            f"--pp ({parallel.pipeline_model_parallel_size}) must be between 1 and num_hidden_layers "
+            f"({degrees.num_layers})"
+        )
 
 
 def _stage(rule: Rule, sizes: HFSizes, parallel: ParallelConfig) -> int:
     """Pipeline stage of a parameter, for the choice of its file."""
     if not rule.megatron.startswith("decoder.layers."):
         return parallel.pipeline_model_parallel_size - 1 if rule.megatron.startswith(("decoder.", "output_")) else 0
-    per_stage = sizes.text["num_hidden_layers"] // parallel.pipeline_model_parallel_size
+    per_stage = -(-sizes.text["num_hidden_layers"] // parallel.pipeline_model_parallel_size)
     return int(place(rule).lead[0] // per_stage)
 
 

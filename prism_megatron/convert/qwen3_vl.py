@@ -23,6 +23,7 @@ from prism_megatron.convert.rules import (
     flattened,
     grouped_qkv,
     headwise_qkv,
+    padded_rows,
 )
 from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import HFSizes
@@ -38,7 +39,7 @@ def policy_table(sizes: HFSizes) -> list[Rule]:
     width = sizes.text["intermediate_size" if sizes.num_experts is None else "moe_intermediate_size"]
     return [
         *_language_model(sizes, sizes.num_experts, width),
-        Rule("output_layer.weight", (EMBEDDING if tied else OUTPUT,), (shape,), ROWS, tied=tied),
+        Rule("output_layer.weight", (EMBEDDING if tied else OUTPUT,), (shape,), padded_rows(shape[0]), tied=tied),
         *_vision(sizes),
     ]
 
@@ -69,7 +70,8 @@ def _language_model(sizes: HFSizes, num_experts: int | None, width: int) -> Iter
     def row(ours: str, theirs: str, shape: tuple[int, ...], layout: Layout) -> Rule:
         return Rule(ours, (theirs,), (shape,), layout)
 
-    yield row("embedding.word_embeddings.weight", EMBEDDING, (text["vocab_size"], hidden), ROWS)
+    vocabulary = text["vocab_size"]
+    yield row("embedding.word_embeddings.weight", EMBEDDING, (vocabulary, hidden), padded_rows(vocabulary))
     for i in range(text["num_hidden_layers"]):
         ours, theirs = f"decoder.layers.{i}", f"{hf}.layers.{i}"
         attention = f"{theirs}.self_attn"

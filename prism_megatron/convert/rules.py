@@ -36,7 +36,8 @@ class Layout:
     """``axis`` of the HF tensors is cut over ranks, each of its ``sections`` equal blocks alike; None: all have all.
 
     Where the Megatron parameter is one big matrix, rank r's shard is its r-th part along ``megatron_axis``, cut in
-    ``megatron_sections`` likewise.
+    ``megatron_sections`` likewise. With ``rows``, the first axis is that long and need not divide: all parts are as
+    long as the first, and zeros fill up the last.
     """
 
     join: Callable[[Sequence[Tensor]], Tensor]
@@ -45,16 +46,20 @@ class Layout:
     sections: int = 1
     megatron_axis: int = 0
     megatron_sections: int = 1
+    rows: int | None = None
 
     def cut(self, tensor: Sliceable, rank: int, size: int) -> Tensor:
         """This rank's part of one HF tensor, reading only that part."""
         if self.axis is None or size == 1:
             return tensor[:]
         section = tensor.shape[self.axis] // self.sections
-        part = section // size
+        part = -(-section // size)
         starts = [s * section + rank * part for s in range(self.sections)]
         before = (slice(None),) * self.axis
         pieces = [tensor[(*before, slice(start, start + part))] for start in starts]
+        if self.rows is not None:
+            missing = part - len(pieces[0])
+            return _cat((pieces[0], pieces[0].new_zeros(missing, *pieces[0].shape[1:])), 0)
         return _cat(pieces, self.axis) if len(pieces) > 1 else pieces[0]
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
@@ -62,7 +67,11 @@ class Layout:
         if self.axis is None or len(parts) == 1:
             return parts[0]
         sections = zip(*(part.chunk(self.sections, self.axis) for part in parts), strict=True)
-        return _cat([piece for section in sections for piece in section], self.axis)
+        return self.trimmed(_cat([piece for section in sections for piece in section], self.axis))
+
+    def trimmed(self, parameter: Tensor) -> Tensor:
+        """A whole parameter without the rows that fill it up."""
+        return parameter if self.rows is None else parameter[: self.rows]
 
     def to_hf(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """HF tensors of one parameter's shards, in rank order."""
@@ -145,6 +154,13 @@ def _transposed(tensor: Tensor) -> list[Tensor]:
 REPLICATED = Layout(_first, _alone, axis=None)
 ROWS = Layout(_first, _alone, axis=0)
 COLUMNS = Layout(_first, _alone, axis=1, megatron_axis=1)
+
+
+def padded_rows(rows: int) -> Layout:
+    """A vocabulary's matrix, cut by rows over any number of ranks."""
+    return Layout(_first, _alone, axis=0, rows=rows)
+
+
 # SwiGLU's first linear: gate over up, each cut on its own.
 GATED = Layout(lambda ts: _cat(ts, 0), lambda t: list(t.chunk(2)), axis=0, megatron_sections=2)
 # One expert of HF's stacks, which are stored input-first: [H, gate | up] and [I, H].

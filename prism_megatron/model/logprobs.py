@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -23,19 +24,21 @@ class TokenScores(NamedTuple):
     entropy: Tensor
 
 
-def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
+def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, padding: int = 0) -> TokenScores:
     """Scores of tokens with final hidden states ``hidden`` [S, H] and targets [S]; ``weight`` is [V / tp, H].
 
+    Its last ``padding`` rows are no tokens; all ranks have equally many rows, those included.
     The gradient of ``hidden`` is this rank's part: sum it over the tensor-parallel ranks (Megatron's mappings do).
     """
-    return TokenScores(*_TokenScores.apply(hidden, weight, targets))
+    return TokenScores(*_TokenScores.apply(hidden, weight, targets, padding))
 
 
 class _TokenScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, padding: int) -> tuple[Tensor, Tensor]:
         group = parallel_state.get_tensor_model_parallel_group()
-        local, mine = _local_targets(targets, len(weight), group)
+        local, mine = _local_targets(targets, len(weight), padding, group)
+        ctx.padding, weight = padding, weight[: len(weight) - padding]
         chosen, log_sum, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         for part in _chunks(len(hidden), len(weight)):
             logits = (hidden[part] @ weight.T).float()
@@ -55,9 +58,9 @@ class _TokenScores(torch.autograd.Function):
         return chosen, entropy
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         hidden, weight, local, mine, log_sum = ctx.saved_tensors
-        hidden_needed, weight_needed, _ = ctx.needs_input_grad
+        hidden_needed, weight_needed, *_ = ctx.needs_input_grad
         hidden_gradient = torch.empty_like(hidden) if hidden_needed else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if weight_needed else None
         for part in _chunks(len(hidden), len(weight)):
@@ -69,14 +72,16 @@ class _TokenScores(torch.autograd.Function):
                 hidden_gradient[part] = slope @ weight
             if weight_gradient is not None:
                 weight_gradient += slope.T @ hidden[part]
-        return hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype), None
+        if weight_gradient is not None:
+            weight_gradient = F.pad(weight_gradient, (0, 0, 0, ctx.padding)).to(weight.dtype)
+        return hidden_gradient, weight_gradient, None, None
 
 
-def _local_targets(targets: Tensor, rows: int, group: Any) -> tuple[Tensor, Tensor]:
+def _local_targets(targets: Tensor, rows: int, padding: int, group: Any) -> tuple[Tensor, Tensor]:
     """Each target's row in this rank's part of the vocabulary, and whether it is there at all."""
     local = targets - group.rank() * rows
-    mine = (local >= 0) & (local < rows)
-    return local.clamp(0, rows - 1), mine
+    mine = (local >= 0) & (local < rows - padding)
+    return local.clamp(0, rows - padding - 1), mine
 
 
 def _chunks(tokens: int, rows: int) -> list[slice]:

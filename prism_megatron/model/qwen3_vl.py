@@ -107,11 +107,15 @@ class Qwen3VL(LanguageModule):
         self.text_sizes = text_sizes
         self.last_context: PackedContext | None = None
         self._received: Tensor | None = None
+        # A row more on some ranks where they do not divide the vocabulary: no token, and no part of any sum.
+        rows = -(-text_sizes.vocab_size // config.tensor_model_parallel_size)
+        self.padding = max((parallel_state.get_tensor_model_parallel_rank() + 1) * rows - text_sizes.vocab_size, 0)
+        assert self.padding < rows, "a rank without a token"
         if place.is_first:
             self.vision = VisionTower(vision_config, vision_sizes)
             self.embedding = LanguageModelEmbedding(
                 config=config,
-                vocab_size=text_sizes.vocab_size,
+                vocab_size=rows * config.tensor_model_parallel_size,
                 max_sequence_length=0,
                 position_embedding_type="none",
                 scatter_to_sequence_parallel=False,
@@ -126,7 +130,7 @@ class Qwen3VL(LanguageModule):
         if with_output_layer and place.is_last:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
-                text_sizes.vocab_size,
+                rows * config.tensor_model_parallel_size,
                 config=config,
                 init_method=config.init_method,
                 bias=False,
@@ -136,6 +140,13 @@ class Qwen3VL(LanguageModule):
             )
         if with_output_layer:
             self.setup_embeddings_and_output_layer()
+
+    @torch.no_grad()
+    def clear_padding(self) -> None:
+        """Zero the rows of the vocabulary's matrices that are no tokens."""
+        for name, parameter in self.named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                parameter[len(parameter) - self.padding :] = 0
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """What the stage before sent, from Megatron's pipeline schedule."""
@@ -160,7 +171,7 @@ class Qwen3VL(LanguageModule):
         index = context.token_index
         mask, targets = (x if index is None else x[index] for x in (batch.loss_mask, batch.targets))
         (trained,) = mask.nonzero(as_tuple=True)
-        scores = token_scores(hidden[trained] / temperature, weight, targets[trained])
+        scores = token_scores(hidden[trained] / temperature, weight, targets[trained], self.padding)
         place = trained if index is None else index[trained]
         return TokenScores(*(self._spread(values, place, len(batch.tokens)) for values in scores))
 
@@ -226,6 +237,7 @@ class Qwen3VL(LanguageModule):
 
     def _logits(self, hidden: Tensor, weight: Tensor, context: PackedContext) -> Tensor:
         logits = tensor_parallel.gather_from_tensor_model_parallel_region((hidden @ weight.T).float())
+        logits = logits[:, : self.text_sizes.vocab_size]
         if context.token_order is None:
             return logits
         return gather_sequence(logits, parallel_state.get_context_parallel_group())[context.token_order]

@@ -114,7 +114,6 @@ class HFSizes:
             num_attention_heads=self.text["num_attention_heads"],
             num_query_groups=self.text["num_key_value_heads"],
             vision_heads=self.vision["num_heads"],
-            vocab_size=self.text["vocab_size"],
             num_moe_experts=num_moe_experts or self.num_experts,
             # A dense model that is about to be upcycled has experts of its own width.
             moe_ffn_hidden_size=self.text.get("moe_intermediate_size", self.text["intermediate_size"]),

@@ -17,7 +17,6 @@ class ModelDegrees:
     num_attention_heads: int
     num_query_groups: int
     vision_heads: int
-    vocab_size: int
     num_moe_experts: int | None = None
     moe_ffn_hidden_size: int = 0
 
@@ -38,7 +37,6 @@ def check_degrees(parallel: ParallelConfig, world_size: int, model: ModelDegrees
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", model.num_query_groups),
         ("vision num_heads", model.vision_heads),
-        ("vocab_size", model.vocab_size),
     ):
         _check_divides(name, count, "tensor_model_parallel_size", tp)
     _check_layer_split(parallel, model.num_layers)

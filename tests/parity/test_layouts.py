@@ -5,7 +5,7 @@ logits). ``test_one_process`` proves ours in one process equal to it. ``test_lay
 process, to a tighter tolerance, and with it that packed is padded is one sequence at a time, that recomputation changes
 nothing, that DeepStack crosses any stage boundary and that an image shown by two rows, or by none, is no special case.
 Ranks beyond a layout's own are data parallel. The rows: text, one image, two sizes of image, videos, one image
-twice. Sizes are odd on purpose: heads x head_dim is not the hidden size, three DeepStack levels over four layers.
+twice. The models are those of ``tests/models.py``, which differ as published ones do.
 """
 
 from __future__ import annotations
@@ -19,27 +19,11 @@ import pytest
 from torch import Tensor
 
 from prism_megatron.config import ParallelConfig
+from tests.models import make_variant
 from tools import parity
-from tools.make_tiny_model import make_tiny_model
 from tools.parity_inputs import default_chats, encode_rows
 
 AUX = 0.05
-SIZES: dict[str, dict[str, Any]] = {
-    "text_config": {
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10_000.0,
-            "mrope_section": [4, 4, 4],
-            "mrope_interleaved": True,
-        },
-    },
-    "vision_config": {"depth": 4, "deepstack_visual_indexes": [0, 1, 3]},
-}
 
 
 def layout(
@@ -55,25 +39,27 @@ def layout(
 
 
 ONE = layout(1)
-DENSE = [
+UNTIED = [
     layout(2, distopt=True),
     layout(8),
     layout(1, "packed"),
     layout(2, "padded"),
     layout(2, tp=2),
     layout(4, tp=2, sp=True, distopt=True),
-    layout(2, pp=2),
-    layout(4, pp=4),
+    layout(2, pp=2, first=2),
+    layout(4, pp=4, first=1, last=2),
     layout(4, "packed", pp=2, first=1),
-    layout(2, pp=2, vpp=2),
     layout(2, cp=2),
     layout(4, "packed", cp=4, recompute=True),
-    layout(4, tp=2, pp=2, recompute=True),
-    layout(4, tp=2, sp=True, pp=2, vpp=2, distopt=True),
-    layout(8, tp=2, sp=True, pp=2, cp=2),
+    layout(4, tp=2, pp=2, last=2, recompute=True),
+    layout(8, tp=2, sp=True, pp=2, cp=2, first=2),
     layout(6, pp=3, cp=2, first=1, last=1, distopt=True),
 ]
-MOE = [
+TIED = [
+    layout(2, pp=2, vpp=2),
+    layout(4, tp=2, sp=True, pp=2, vpp=2, distopt=True),
+]
+EXPERTS = [
     layout(2),
     layout(2, ep=2),
     layout(4, ep=4, distopt=True),
@@ -95,7 +81,7 @@ BALANCED = [
     layout(1, "packed"),
     layout(2, "packed", tp=2, sp=True, ep=2),
     layout(2, "packed", recompute=True, cp=2, ep=2),
-    layout(4, "packed", tp=2, sp=True, pp=2, ep=2),
+    layout(4, "packed", tp=2, sp=True, pp=2, ep=2, first=2),
 ]
 CUT = [layout(1, "packed"), layout(1), layout(2, ep=2)]
 JUDGES = [
@@ -105,8 +91,9 @@ JUDGES = [
 ]
 JUDGED = [(cases[0].name, case.name) for cases in JUDGES for case in cases[1:]]
 CASES = {
-    "dense": [ONE, *DENSE],
-    "moe": [dataclasses.replace(case, moe_aux_loss_coeff=AUX) for case in (ONE, *MOE)],
+    "untied": [ONE, *UNTIED],
+    "tied": [ONE, *TIED],
+    "experts": [dataclasses.replace(case, moe_aux_loss_coeff=AUX) for case in (ONE, *EXPERTS)],
 }
 
 
@@ -119,14 +106,11 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Resu
 
     @functools.cache
     def run(kind: str) -> Results:
-        checkpoint = tmp_path_factory.mktemp(kind) / "base"
-        # The dense one has an output layer of its own, that of experts is tied.
-        sizes = {**SIZES, "text_config": SIZES["text_config"] | {"tie_word_embeddings": kind == "moe"}}
-        make_tiny_model(checkpoint, seed=3, moe=kind == "moe", overrides=sizes)
+        checkpoint = make_variant(kind, tmp_path_factory.mktemp(kind) / "base", seed=3)
         rows = encode_rows(checkpoint, default_chats())
-        found = {"hf": parity.hf_results(checkpoint, rows, True, AUX if kind == "moe" else 0.0)}
+        found = {"hf": parity.hf_results(checkpoint, rows, True, AUX if kind == "experts" else 0.0)}
         judges = [case for cases in JUDGES for case in cases]
-        cases = [*CASES[kind], *(judges if kind == "dense" else ())]
+        cases = [*CASES[kind], *(judges if kind == "untied" else ())]
         ran = parity.run_cases(checkpoint, rows, cases)
         return found | dict(zip((case.name for case in cases), ran, strict=True))
 
@@ -153,7 +137,7 @@ def test_layout(kind: str, name: str, results_of: Callable[[str], Results]) -> N
 
 @pytest.mark.parametrize(("alone", "name"), JUDGED)
 def test_discriminator(alone: str, name: str, results_of: Callable[[str], Results]) -> None:
-    results = results_of("dense")
+    results = results_of("untied")
     measured = parity.compare(results[name], results[alone])
     assert measured["logits_relative"] < 1e-5, "these are its scores"
     assert measured["gradients_relative"] < 1e-4, measured["gradients_worst_tensor"]

@@ -38,6 +38,23 @@ def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(mine, wanted)
 
 
+def test_rows_that_are_no_tokens_are_in_no_sum() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(11, 6)
+    filled_up = torch.cat((weight, torch.full((2, 6), float("nan")))).requires_grad_()
+    targets = torch.tensor([0, 10, 3, 4, 10])
+    plain = logprobs.token_scores(hidden, weight, targets)
+    scores = logprobs.token_scores(hidden, filled_up, targets, padding=2)
+    assert torch.equal(scores.logprobs, plain.logprobs)
+    assert torch.equal(scores.entropy, plain.entropy)
+    scores.logprobs.sum().backward()
+    assert filled_up.grad is not None
+    assert filled_up.grad[:11].any(1).all()
+    assert not filled_up.grad[11:].any()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
 def test_no_trained_token_gives_no_gradient() -> None:
     hidden, weight = torch.randn(0, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
     scores = logprobs.token_scores(hidden, weight, torch.zeros(0, dtype=torch.long))

@@ -7,7 +7,7 @@ import pytest
 from prism_megatron.config import ParallelConfig
 from prism_megatron.parallel.degrees import ModelDegrees, check_degrees, check_engine_ranks
 
-SIZES = {"num_layers": 8, "num_attention_heads": 16, "num_query_groups": 8, "vision_heads": 16, "vocab_size": 160}
+SIZES = {"num_layers": 8, "num_attention_heads": 16, "num_query_groups": 8, "vision_heads": 16}
 DENSE = ModelDegrees(**SIZES)
 MOE = ModelDegrees(**SIZES, num_moe_experts=4, moe_ffn_hidden_size=30)
 
