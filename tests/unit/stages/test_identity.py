@@ -54,11 +54,11 @@ ALIGN = {
     *("discriminator_steps", "perception_weight", "format_penalty", "score_regularizer", "label_smoothing"),
     *("gradient_penalty", "gradient_penalty_std", "combine", "replay.prompts", "replay.responses_per_prompt"),
     *("replay.responses_per_iteration", "gating.mode", "gating.align_coeff", "gating.wrong_penalty"),
-    *("gating.format_penalty", "gating.accuracy_weight", "gating.format_weight"),
+    *("gating.format_penalty", "gating.accuracy_weight", "gating.format_weight", "score_std_floor"),
 }
 RLVR = {
     *("accuracy_weight", "format_weight", "max_sampling_rounds", "oversampling", "overlong_buffer_tokens"),
-    "overlong_penalty",
+    *("overlong_penalty", "mask_truncated"),
 }
 POLICY_OPTIMIZER = {f"optimizer.{name}" for name in OPTIMIZER}
 IDENTITY = {
