@@ -24,8 +24,8 @@ tiny-data: setup ## data and base model for the tiny recipes: runs/tiny
 	$(PYTHON) -m tools.make_tiny_model --out runs/tiny/base
 
 test: setup ## all tests, two files at a time; those on SLURM alone, whose nodes need the cores
-	$(PYTHON) -m pytest -n 2 --dist loadfile --ignore tests/slurm
-	$(PYTHON) -m pytest tests/slurm
+	$(PYTHON) -m pytest --durations=20 -n 2 --dist loadfile --ignore tests/slurm
+	$(PYTHON) -m pytest --durations=20 tests/slurm
 
 check: lint types test ## lint, format, types, layers and tests
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
+from tests.ranks import run_ranks, usable_cores
+
 os.environ["HF_HUB_OFFLINE"] = "1"
-_CORES = os.cpu_count() or 1
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests beside each other share the cores: threads that wait for one spin
-    _CORES = max(_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
-    os.environ["OMP_NUM_THREADS"] = str(_CORES)
-ROOT = Path(__file__).resolve().parent.parent
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(usable_cores())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,52 +67,18 @@ def speaking_checkpoint(
 
 
 @pytest.fixture(scope="session")
-def launch() -> Callable[..., str]:
-    """Start real ranks: ``launch(ranks, ["-m", "module", ...])`` returns their output, or fails with it."""
-    return _launch
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Run real ranks: ``launch(ranks, ["-m", "module", ...])`` returns their output, or fails with it."""
+    root = tmp_path_factory.mktemp("ranks")
 
+    number = itertools.count()
 
-def _launch(
-    ranks: int, arguments: Sequence[str], cwd: Path = ROOT, timeout: float = 420, expect: int | None = 0
-) -> str:
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": str(max(_CORES // ranks, 1)),
-        # A rank that hangs prints its stack before the launcher is killed.
-        "PYTHONFAULTHANDLER": "1",
-        "PRISM_HANG_SECONDS": str(timeout - 15),
-    }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--master-port",
-        str(port),
-    ]
-    process = subprocess.Popen(
-        [*command, *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # ranks have sessions of their own
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        output, _ = process.communicate()
-        pytest.fail(f"{' '.join(arguments)}: no end after {timeout} s\n{output[-8000:]}")
-    if expect is not None and process.returncode != expect:
-        pytest.fail(f"{' '.join(arguments)}: exit status {process.returncode}, not {expect}\n{output[-8000:]}")
-    return output
+    def run(ranks: int, arguments: Sequence[str], expect: int = 0, **options: Any) -> str:
+        output = root / f"{next(number)}.txt"
+        status = run_ranks(ranks, arguments, output, **options)
+        text = output.read_text(errors="replace")
+        if status != expect:
+            pytest.fail(f"{' '.join(arguments)}: exit status {status}, not {expect}\n{text[-8000:]}")
+        return text
+
+    return run

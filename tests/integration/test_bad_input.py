@@ -142,9 +142,9 @@ def test_damaged_checkpoints(
     weights = (truncated / "model.safetensors").read_bytes()
     (truncated / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     command = ["-m", "prism_megatron.train", *sft(truncated, tiny_data / "sft.jsonl", tmp_path / "runs")]
-    output = launch(1, command, expect=1)  # torchrun's own status for a failed rank
+    output = launch(1, command, expect=2)
     assert "model.safetensors is damaged or truncated" in output
-    assert output.count("Traceback") == 1, "torchrun's own, and none of the rank's"
+    assert "Traceback" not in output
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

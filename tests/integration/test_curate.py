@@ -43,14 +43,14 @@ def endpoint(speaking_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
             yield Endpoint(f"http://127.0.0.1:{port}/v1", "tiny", "NO_KEY", 160, 1.0, price_in=1.0, price_out=10.0)
         finally:
             server.terminate()
-            server.wait(timeout=30)
+            server.wait(timeout=300)
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            urllib.request.urlopen(url, timeout=2)
+            urllib.request.urlopen(url, timeout=60)
         except OSError:  # refused, reset or timed out; urllib's own errors are among them
             time.sleep(1)
         else:
@@ -72,7 +72,7 @@ def run(
     pool: list[Example], out: Path, endpoint: Endpoint, verifier: Endpoint | None, **changed: Any
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"samples": SAMPLES, "band": (0.2, 0.8), "workers": 16}
-    options["client_of"] = lambda asked: asked.client(retries=2, timeout=120.0)
+    options["client_of"] = lambda asked: asked.client(retries=2, timeout=600.0)
     return curate(pool, out, endpoint, endpoint, verifier, **(options | changed))
 
 

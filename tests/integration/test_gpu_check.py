@@ -20,7 +20,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "gpu_check.py"
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(TOOL), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_the_dry_run_measures_what_a_cpu_can(tmp_path: Path) -> None:

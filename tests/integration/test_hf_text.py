@@ -55,7 +55,7 @@ def ask(checkpoint: Path, prompts: Path, count: int, tmp_path: Path) -> dict[str
     out = tmp_path / "answers.json"
     command = [sys.executable, "-W", "ignore", str(WORKER), str(checkpoint), str(prompts), str(count), str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
         pytest.fail(done.stderr[-4000:])
     answers: dict[str, list[str]] = json.loads(out.read_text())

@@ -6,19 +6,15 @@ tests/unit/checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
 import random
-import subprocess
-import sys
-import time
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from prism_megatron.data.dataset import read_alignment, write_pairs
@@ -30,14 +26,13 @@ from prism_megatron.observe.metrics import (
     REPLAYED_PAIRS,
     TRAIN_ROLLOUT_RESPONSE_ABS_DIFF,
 )
-from prism_megatron.parallel.groups import free_port
 from prism_megatron.stages.run_lock import LOCK, RunLock
 from prism_megatron.train import main
 from prism_megatron.types import PreferencePair
 from tools.convert import main as convert
 from tools.make_tiny_model import make_tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
+KILLED = Path(__file__).with_name("killed_stage_worker.py")
 ITERATIONS = 5
 ALLOWED = "run.allow_change=[run.train_iters]"
 SHORT = [f"run.train_iters={ITERATIONS}", "run.save_interval=1", "eval.num_questions=0"]
@@ -118,7 +113,7 @@ def test_killed_and_resumed(
     interrupted = [*command, f"run.name={stage}/interrupted"]
     rng = random.Random(stage)
     kill_at = rng.randint(1, ITERATIONS - 2)
-    start_and_kill(interrupted, kill_at, delay=rng.uniform(0, 0.1))
+    launch(1, [str(KILLED), str(kill_at), str(rng.uniform(1e-4, 0.1)), *interrupted], expect=-signal.SIGPROF)
     assert not (folder(interrupted) / "finished.json").exists()
     launch(1, ["-m", "prism_megatron.train", *interrupted])
     assert measured(interrupted) == expected, f"killed at iteration {kill_at}"
@@ -145,7 +140,7 @@ def refuses_all_but_the_same(
         assert main([*command, change]) == 2
         assert message in capsys.readouterr().err
     with RunLock(folder(command)):
-        output = launch(1, ["-m", "prism_megatron.train", *command, "run.train_iters=6", ALLOWED], expect=1)
+        output = launch(1, ["-m", "prism_megatron.train", *command, "run.train_iters=6", ALLOWED], expect=2)
         assert f"error: {folder(command)} is in use by process {os.getpid()} on " in output
         assert output.count("Traceback") == 1, "torchrun's own, and none of the rank's"
     assert contents(folder(command)) == before
@@ -193,7 +188,7 @@ def test_resumed_at_another_layout(
     straight = [*command, "run.name=straight", *before]
     launch(ranks, ["-m", "prism_megatron.train", *straight])
     moved = [*command, "run.name=moved"]
-    start_and_kill([*moved, *before], 3, delay=0.05, ranks=ranks)
+    launch(ranks, [str(KILLED), "3", "0.05", *moved, *before], expect=-signal.SIGPROF)
     launch(ranks_after, ["-m", "prism_megatron.train", *moved, *after])
     losses, expected = ([row[LOSS] for row in measured(run)] for run in (moved, straight))
     assert losses == pytest.approx(expected, abs=1e-5)
@@ -212,40 +207,6 @@ def test_started_from_a_converted_directory(stages: dict[str, list[str]], launch
     assert measured(runs[0]) == measured(runs[1])
     exported = [{path.name for path in (folder(run) / "hf").iterdir()} for run in runs]
     assert exported[0] == exported[1] >= {"model.safetensors", "config.json", "tokenizer.json"}
-
-
-def start_and_kill(command: list[str], iteration: int, delay: float, ranks: int = 1) -> None:
-    """Start a stage and kill -9 all its ranks ``delay`` seconds after it has logged ``iteration``."""
-    cores = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max(cores // ranks, 1))}
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", *torchrun, "-m", "prism_megatron.train", *command],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    log = folder(command) / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.is_file() and len(log.read_text().splitlines()) >= iteration:
-            time.sleep(delay)
-            kill_all(process.pid)
-            process.communicate()
-            return
-        time.sleep(0.02)
-    kill_all(process.pid)
-    pytest.fail(f"{command[0]} never logged iteration {iteration}:\n{process.communicate()[0][-4000:]}")
-
-
-def kill_all(launcher: int) -> None:
-    """Kill -9 a launcher, its ranks, which have sessions of their own, and their writers."""
-    parent = psutil.Process(launcher)
-    for process in [parent, *parent.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def folder(command: list[str]) -> Path:

@@ -20,7 +20,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "parity.py"
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TOOL), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_own_chats_and_dump(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -82,16 +82,16 @@ def _start(root: Path, environment: dict[str, str]) -> None:
         )
         commands.append(["unshare", "--uts", "--mount", "--propagation", "slave", "sh", "-c", script])
     for command in commands:
-        subprocess.run(command, check=True, env=environment, timeout=30)
+        subprocess.run(command, check=True, env=environment, timeout=300)
     if not _becomes(environment, str(len(NODES)), "sinfo", "-h", "-t", "idle", "-o", "%D"):
         pytest.fail(f"nodes never became idle:\n{(root / 'slurmctld.log').read_text()[-4000:]}")
 
 
 def _becomes(environment: dict[str, str], wanted: str, *command: str) -> bool:
-    """Whether the command prints ``wanted`` within 30 s."""
-    deadline = time.monotonic() + 30
+    """Whether the command prints ``wanted`` within 300 s."""
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode == 0 and done.stdout.strip() == wanted:
             return True
         time.sleep(0.1)
@@ -100,7 +100,7 @@ def _becomes(environment: dict[str, str], wanted: str, *command: str) -> bool:
 
 def _stop(root: Path, environment: dict[str, str]) -> None:
     """Cancel what still runs, then stop the daemons by their process ids."""
-    subprocess.run(["scancel", "--user", "root"], env=environment, timeout=30, check=False)
+    subprocess.run(["scancel", "--user", "root"], env=environment, timeout=300, check=False)
     _becomes(environment, "", "squeue", "-h")
     daemons = []
     for file in [*root.glob("slurmd.*.pid"), root / "slurmctld.pid", root / "munged.pid"]:

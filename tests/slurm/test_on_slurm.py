@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,22 @@ import psutil
 import pytest
 
 from prism_megatron.checkpoint.checkpointer import Checkpointer
+from prism_megatron.data.shapes import MANIFEST, ShapesConfig
 from recipes.pipeline import tiny_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 PRODUCTION = "pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
-ITERATIONS = 4
+ITERATIONS = 6
+STAGES = Path(__file__).resolve().parents[1] / "integration" / "stages_worker.py"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cluster") / "cluster.yaml"
     path.write_text(
-        "{account: none, partition: batch, time: '00:10:00', nodes: 2, ranks_per_node: 1, gpus_per_node: 0, "
+        "{account: none, partition: batch, time: '02:00:00', nodes: 2, ranks_per_node: 1, gpus_per_node: 0, "
         "exclusive: false, mem: 4G, grace_seconds: 60, max_crashes: 1, environment: {GLOO_SOCKET_IFNAME: lo}, "
         f"setup: ['export PATH={Path(sys.executable).parent}:$PATH']}}"
     )
@@ -46,93 +50,80 @@ def _launchers_end_with_their_test() -> Iterator[None]:
                 child.kill()
 
 
-def test_preempted_in_alignment_and_in_rlvr_and_resumed(
-    slurm: dict[str, str], cluster: Path, speaking_checkpoint: Path, tiny_data: Path, tmp_path: Path
+def test_told_to_stop_and_put_back_into_the_queue(
+    slurm: dict[str, str], tiny_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path: Path
 ) -> None:
-    """TERM to the ranks is what SLURM sends before a time limit (--signal). What is not disturbed needs no NeMo-Run."""
-    small = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prompts_per_iteration=4"]
-    run = [f"run.dir={tmp_path}", f"run.train_iters={ITERATIONS}", "run.save_interval=100", "eval.num_questions=0"]
-    own = {
-        "align": (f"discriminator.hf_checkpoint={speaking_checkpoint}", f"data={tiny_data}/alignment.parquet"),
-        "rlvr": (f"data={tiny_data}/rlvr_candidates.parquet",),
-    }
-    jobs = {}
-    for stage, data in own.items():
-        arguments = [f"tiny_{stage}", f"model.hf_checkpoint={speaking_checkpoint}", *data, *run, *small]
-        place = tmp_path / stage / "straight"
-        jobs[place] = submit_without_nemo_run(slurm, place, [*arguments, f"run.name={stage}/straight"])
-        options = ["--executor", "slurm", "--cluster", str(cluster), "--detach"]
-        launch(slurm, *arguments, f"run.name={stage}/stopped", *options)
-        jobs[tmp_path / stage / "stopped"] = newest_job(slurm)
-    for stage in own:
-        stopped = tmp_path / stage / "stopped"
-        logs = stopped / "logs" / f"job{jobs[stopped]}"
-        wait_for(lambda place=stopped: iterations(place) >= 1)
-        ask(slurm, "scancel", "--signal=TERM", jobs[stopped])
-        wait_for(lambda logs=logs: "told to stop, and saved; it goes on from there" in report(logs / "start0"))
-        assert 0 < iterations(stopped) < ITERATIONS
-        assert not (stopped / "finished.json").exists()
-    wait_for(lambda: {job_state(slurm, job) for job in jobs.values()} <= ENDED, 600)
-    assert {place.parts[-2:]: job_state(slurm, job) for place, job in jobs.items()} == {
-        (stage, how): "COMPLETED" for stage in own for how in ("straight", "stopped")
-    }
-    for stage in own:
-        stopped, straight = tmp_path / stage / "stopped", tmp_path / stage / "straight"
-        logs = stopped / "logs" / f"job{jobs[stopped]}" / "start1"
-        assert sorted(path.name for path in logs.iterdir()) == ["rank_0000.log", "rank_0001.log"]
-        assert measured(stopped) == measured(straight)
-        assert len(measured(straight)) == ITERATIONS
-        assert f"name: {stage}/stopped" in (stopped / "config.yaml").read_text()
-    merged = ask(slurm, "slurm/merge_logs.sh", str(logs)).splitlines()
+    """Without NeMo-Run, on two nodes with a rank each. TERM is what SLURM sends before a time limit (--signal)."""
+    small = [f"model.hf_checkpoint={tiny_checkpoint}", f"data={tiny_data}/sft.jsonl", "eval.num_questions=0"]
+    run = [f"run.dir={tmp_path}", "run.train_iters=60", "run.save_interval=100"]
+    arguments = ["tiny_sft", *small, *run]
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    job = submit_without_nemo_run(slurm, stopped, [*arguments, "run.name=stopped"])
+    wait_for(lambda: iterations(stopped) >= 1)
+    ask(slurm, "scancel", "--signal=TERM", job)
+    logs = stopped / "logs" / f"job{job}"
+    wait_for(lambda: "told to stop, and saved; it goes on from there" in report(logs / "start0"))
+    assert 0 < iterations(stopped) < 60
+    assert not (stopped / "finished.json").exists()
+    launch(2, ["-m", "prism_megatron.train", *arguments, "run.name=straight"], threads=1)
+    wait_for(lambda: job_state(slurm, job) in ENDED)
+    assert job_state(slurm, job) == "COMPLETED"
+    assert sorted(path.name for path in (logs / "start1").iterdir()) == ["rank_0000.log", "rank_0001.log"]
+    assert measured(stopped) == measured(straight)
+    assert len(measured(straight)) == 60
+    assert "name: stopped" in (stopped / "config.yaml").read_text()
+    merged = ask(slurm, "slurm/merge_logs.sh", str(logs / "start1")).splitlines()
     times_and_ranks = [line.split()[:3] for line in merged]
     assert times_and_ranks == sorted(times_and_ranks, key=lambda words: words[:2])
     assert {words[2] for words in times_and_ranks} == {"[0]", "[1]"}
 
 
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(3600)
 def test_the_whole_pipeline_preempted_in_two_of_its_stages(
-    slurm: dict[str, str], cluster: Path, speaking_checkpoint: Path, tiny_data: Path, tmp_path: Path
+    slurm: dict[str, str],
+    cluster: Path,
+    speaking_checkpoint: Path,
+    tiny_data: Path,
+    launch: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
-    """Two nodes of two ranks. Alignment and RLVR then run again from the same checkpoints, undisturbed."""
+    """Two nodes of two ranks. Alignment and RLVR then run again from the same checkpoints, undisturbed, on four."""
     pairs = tmp_path / "cluster.yaml"
     pairs.write_text(cluster.read_text().replace("ranks_per_node: 1", "ranks_per_node: 2").replace("4G", "10G"))
     small = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prompts_per_iteration=8"]
     own = {
-        "sft": [
-            f"model.hf_checkpoint={speaking_checkpoint}",
-            "run.train_iters=4",
-            "optimizer.min_lr=0",
-            "optimizer.lr=1e-5",
-        ],
-        "collect": [f"alignment_data={tiny_data}/alignment.parquet", "num_candidates=32", "band_low=0", "band_high=1"],
-        "warmup": ["run.train_iters=4", "global_batch_size=8"],
+        "sft": [f"model.hf_checkpoint={speaking_checkpoint}", "run.train_iters=2", "optimizer.lr=1e-5"],
+        "collect": [f"alignment_data={tiny_data}/alignment.parquet", "num_candidates=16", "band_low=0", "band_high=1"],
+        "warmup": ["run.train_iters=2", "global_batch_size=8"],
         "align": [*small, f"run.train_iters={ITERATIONS}", f"data={tiny_data}/alignment.parquet"],
         "rlvr": [*small, f"run.train_iters={ITERATIONS}"],
     }
     for stage in ("sft", "align", "rlvr"):
         own[stage].append("eval.num_questions=0")
-    on_slurm = ["--executor", "slurm", "--cluster", str(pairs)]
     overrides = [f"{stage}.{override}" for stage, values in own.items() for override in values]
-    environment = slurm | {"PYTHONPATH": str(ROOT)}
-    process = start(environment, "tiny_pipeline", "--name", "whole", *on_slurm, *overrides, cwd=tmp_path)
     whole = tmp_path / "runs" / "whole"
+    put_data(tiny_data, whole)
+    arguments = ["tiny_pipeline", "--name", "whole", "--executor", "slurm", "--cluster", str(pairs), *overrides]
+    process = start(slurm | {"PYTHONPATH": str(ROOT)}, *arguments, cwd=tmp_path)
     for stage in ("align", "rlvr"):
-        wait_for(lambda stage=stage: iterations(whole / stage) >= 1 or process.poll() is not None, 1200)
+        wait_for(lambda stage=stage: iterations(whole / stage) >= 1 or process.poll() is not None, 1800)
         assert process.poll() is None, process.communicate()[0]
         job = ask(slurm, "squeue", "-h", "-n", f"prism.{stage}", "-o", "%i").strip()
         ask(slurm, "scancel", "--signal=TERM", job)
-        wait_for(lambda stage=stage, job=job: "told to stop" in report(whole / stage / f"logs/job{job}/start0"), 600)
-    said, _ = process.communicate(timeout=1200)
+        logs = whole / stage / "logs" / f"job{job}"
+        wait_for(lambda logs=logs: "told to stop, and saved; it goes on from there" in report(logs / "start0"))
+    said, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, said
     assert [stage for stage in own if (whole / stage / "finished.json").exists()] == list(own)
     undisturbed = [step for step in tiny_steps("whole", overrides) if step.name in ("align", "rlvr")]
-    for step in undisturbed:
-        again = f"whole/{step.name}_again"
-        process = start(environment, step.recipe, *step.overrides, f"run.name={again}", *on_slurm, cwd=tmp_path)
-        said, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, said
-        assert measured(whole / step.name) == measured(tmp_path / "runs" / again)
-        assert len(measured(whole / step.name)) == ITERATIONS
+    runs = [[step.recipe, *step.overrides, f"run.name=whole/{step.name}_again"] for step in undisturbed]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    launch(4, [str(STAGES), str(tmp_path / "runs.json")], cwd=tmp_path, threads=1)
+    for stage in ("align", "rlvr"):
+        assert measured(whole / stage) == measured(whole / f"{stage}_again")
+        assert len(measured(whole / stage)) == ITERATIONS
+        logs = whole / stage / "logs"
+        assert len(list(logs.glob("job*/start*"))) == 2
 
 
 @pytest.mark.slow
@@ -144,7 +135,7 @@ def test_weak_scaling_over_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
     for nodes, out in enumerate(results, start=1):
         small = ["--steps", "2", "--warmup", "1", "--images", "mock", f"global_batch_size={4 * nodes}"]
         jobs.append(ask(settings, "sbatch", f"--nodes={nodes}", *shape, "slurm/bench.sbatch", str(out), *small).strip())
-    wait_for(lambda: {job_state(slurm, job) for job in jobs} <= ENDED, 600)
+    wait_for(lambda: {job_state(slurm, job) for job in jobs} <= ENDED)
     assert [json.loads(out.read_text())["ranks"] for out in results] == [1, 2]
     table = ask(settings, sys.executable, "tools/bench_sweep.py", "--out", str(tmp_path), *map(str, results))
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.strip().splitlines()[2:]]
@@ -152,17 +143,18 @@ def test_weak_scaling_over_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_a_stage_that_crashes_too_often_cancels_those_after_it(
-    slurm: dict[str, str], cluster: Path, tmp_path: Path
+    slurm: dict[str, str], cluster: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     """A rank is killed; the next start cannot save, for a file is where checkpoints go; there is no third."""
     stage = tmp_path / "runs" / "fails" / "sft"
     stage.mkdir(parents=True)
     (stage / "checkpoints").touch()
+    put_data(tiny_data, stage.parent)
     arguments = ["tiny_pipeline", "--executor", "slurm", "--cluster", str(cluster), "--name", "fails"]
     process = start(slurm | {"PYTHONPATH": str(ROOT)}, *arguments, "sft.run.save_interval=12", cwd=tmp_path)
     wait_for(lambda: iterations(stage) >= 2)
     kill_rank(1, "run.name=fails/sft")
-    said, _ = process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=1200)
     assert process.returncode == 1, said
     (logs,) = (stage / "logs").glob("job*")
     assert re.search(r"rank 1 on node\d, GPU 0, was the first to end, with status 137", report(logs / "start0"))
@@ -188,7 +180,7 @@ def test_a_node_that_is_not_healthy_is_named_and_avoided(slurm: dict[str, str], 
     file.write_text(cluster.read_text().replace("export PATH=", f"export PATH={program.parent}:"))
     arguments = ["tiny_sft", f"run.dir={tmp_path}", "run.name=sft", "--executor", "slurm", "--cluster", str(file)]
     process = start(slurm | {"PYTHONPATH": str(ROOT)}, *arguments, cwd=tmp_path)
-    said, _ = process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=1200)
     assert process.returncode == 1, said
     (logs,) = (tmp_path / "sft" / "logs").glob("job*")
     refused = []
@@ -226,7 +218,7 @@ def test_native_factory_and_nemo_run_s_own_commands(
     assert re.search(r"Status: RUNNING.*Job id: " + job, nemo(environment, "status", "native"), re.DOTALL)
     nemo(environment, "cancel", "native")
     wait_for(lambda: job_state(slurm, job) == "CANCELLED")
-    wait_for(lambda: not ranks_of(str(tmp_path)), 30)
+    wait_for(lambda: not ranks_of(str(tmp_path)))
     logged = nemo(environment, "logs", "native")  # ends by itself, for the job has
     assert re.search(r"sft +3/\d+  loss ", logged)
     assert not (stage / "finished.json").exists()
@@ -238,7 +230,7 @@ def test_production_pipeline(slurm: dict[str, str], tmp_path: Path) -> None:
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("{account: none, partition: batch, workdir: /shared, pass_environment: [HF_TOKEN]}")
     secret = slurm | {"HF_TOKEN": "not-to-be-written"}
-    said = launch(secret, PRODUCTION, "--executor", "slurm", "--cluster", str(cluster), "--dryrun")
+    said = python(secret, "recipes.launch", PRODUCTION, "--executor", "slurm", "--cluster", str(cluster), "--dryrun")
     (experiment,) = (Path(slurm["NEMORUN_HOME"]) / "experiments" / PRODUCTION).iterdir()
     scripts = sorted(experiment.glob("*_sbatch.sh"))
     assert len(scripts) == 5
@@ -254,13 +246,15 @@ def test_production_pipeline(slurm: dict[str, str], tmp_path: Path) -> None:
     assert not any(secret["HF_TOKEN"].encode() in content for content in written)
 
 
-def launch(environment: dict[str, str], *arguments: str) -> str:
-    return python(environment, "recipes.launch", *arguments)
+def put_data(data: Path, run_dir: Path) -> None:
+    """Few rows where the launcher would write many: the manifest says that it has."""
+    shutil.copytree(data, run_dir / "data")
+    (run_dir / "data" / MANIFEST).write_text(json.dumps(asdict(ShapesConfig()), indent=2) + "\n")
 
 
 def python(environment: dict[str, str], *arguments: str) -> str:
     process = start(environment, *arguments[1:], module=arguments[0])
-    said, _ = process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, said
     return said
 
@@ -311,7 +305,7 @@ def job_state(environment: dict[str, str], job: str) -> str:
     return found[1] if found else ""
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -30,7 +30,7 @@ def test_killed_conversions_go_on(tiny_checkpoint: Path, tmp_path: Path) -> None
     worker = Path(__file__).with_name("killed_worker.py")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(worker), str(tiny_checkpoint), str(tmp_path), str(SEED)]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=200)
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=900)
     started = json.loads(answer.stdout)
     for direction in ("there", "back"):
         assert len(started[direction]) > 3, "it was killed"

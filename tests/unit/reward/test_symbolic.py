@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,10 +66,8 @@ def test_a_child_that_stands_still_is_replaced() -> None:
     child = symbolic._child
     assert child is not None
     os.kill(child.pid, signal.SIGSTOP)
-    began = time.monotonic()
     with pytest.raises(TooHard):
         same_symbolically("y+y", "2y", Budget(wall_seconds=0.5))
-    assert time.monotonic() - began < 30
     assert child.returncode == -signal.SIGKILL
     assert same_symbolically("y+y", "2y", Budget()), "another child answers"
 

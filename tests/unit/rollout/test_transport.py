@@ -61,7 +61,7 @@ def sent(owner: Transport, named: Named, processes: int) -> tuple[list[Named], l
         for end in ends:
             end.tell(pieces)
         for end in ends:
-            assert end.waits.acquire(timeout=60)
+            assert end.waits.acquire(timeout=600)
 
     with ThreadPoolExecutor(processes) as threads:
         running = [threads.submit(end.run) for end in ends]
