@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The whole suite is to end within an hour on two cores."""
+    """Leave out what is slow: set-up, quickstart and tests together are to take 40 minutes on two cores."""
     if "PRISM_SLOW_TESTS" in os.environ:
         return
     for item in items:
@@ -58,11 +59,16 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def speaking_checkpoint(
     tiny_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A tiny policy that already answers in the grammar."""
-    root = tmp_path_factory.mktemp("speaks")
+    """A tiny policy that already answers in the grammar, trained once for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "speaks"
+    root.mkdir(exist_ok=True)
     sft = [f"model.hf_checkpoint={tiny_checkpoint}", f"data={tiny_data}/sft.jsonl", "global_batch_size=16"]
     run = ["run.name=sft", f"run.dir={root}", "run.train_iters=150", "eval.num_questions=0"]
-    launch(1, ["-m", "prism_megatron.train", "tiny_sft", *sft, *run])
+    with (root / "one worker trains").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "sft" / "finished.json").exists():
+            launch(1, ["-m", "prism_megatron.train", "tiny_sft", *sft, *run])
     return root / "sft" / "hf"
 
 
