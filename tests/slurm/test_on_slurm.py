@@ -344,5 +344,5 @@ def kill_rank(rank: int, argument: str) -> None:
 def measured(stage: Path) -> list[dict[str, Any]]:
     """What was logged, without what depends on the clock."""
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    clock = ("time", "tokens_per_second")
+    clock = ("time", "tokens_per_second", "tflops_per_rank")
     return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds_")} for row in rows]
