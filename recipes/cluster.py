@@ -213,13 +213,18 @@ def local_executor(ranks: int) -> Any:
         run.LocalExecutor,
         ntasks_per_node=ranks,
         launcher="torchrun",
-        env_vars={
-            "OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1)),
-            "PYTHONPATH": os.getcwd(),
-            "PYTHONWARNINGS": "ignore",
-            "LOGLEVEL": "WARNING",  # torchrun's own
-        },
+        env_vars=local_environment(ranks),
     )
+
+
+def local_environment(ranks: int) -> dict[str, str]:
+    """Variables for ``ranks`` processes that share this machine's cores."""
+    return {
+        "OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1)),
+        "PYTHONPATH": os.getcwd(),
+        "PYTHONWARNINGS": "ignore",
+        "LOGLEVEL": "WARNING",  # torchrun's own
+    }
 
 
 def rank_command(recipe: str, overrides: Sequence[str]) -> Any:

@@ -24,6 +24,7 @@ COMMANDS = [
     ["recipes.launch", "tiny_pipeline", "--dryrun"],
     ["recipes.launch", "rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16", "--estimate"],
     ["tools.plan", "--model", "2b", "--top", "1"],
+    ["recipes.launch", "tiny_sft", "run.name=never"],  # a launcher lives as long as its stages
 ]
 # Runs every command in one process. A heavy module is refused, so that the next command meets it anew.
 RUNNER = """
@@ -41,6 +42,7 @@ class Refuses:
 
 
 sys.meta_path.insert(0, Refuses())
+sys.executable = "/bin/true"  # the processes that a command starts are their own affair
 results = []
 for module, *arguments in commands:
     asked.clear()
@@ -69,4 +71,6 @@ def test_help_estimates_and_plans_import_nothing_heavy() -> None:
     )
     results = json.loads(done.stdout.splitlines()[-1])
     assert len(results) == len(COMMANDS)
-    assert [result for result in results if result[1] or result[2]] == []
+    ended = {command: error for command, _, error in results if error}
+    assert ended == {"recipes.launch tiny_sft run.name=never": "exit status 1"}  # nothing has run
+    assert [(command, heavy) for command, heavy, _ in results if heavy] == []

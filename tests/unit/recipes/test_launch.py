@@ -136,8 +136,8 @@ def test_a_dry_run_here_prints_the_commands_and_runs_nothing(
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
     assert run(monkeypatch, *arguments, "--dryrun") == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    start = ["torchrun", "--nproc-per-node", str(ranks), "-m", "prism_megatron.train"]
-    assert [words[:6] for words in commands] == [[*start, recipe] for recipe in recipes]
+    start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "prism_megatron.train"]
+    assert [words[:7] for words in commands] == [[*start, recipe] for recipe in recipes]
     assert ("run.name=mine" in commands[0]) == ("mine" in arguments)
     assert ("run.train_iters=3" in commands[0]) == any("train_iters" in word for word in arguments)
     assert not list(tmp_path.iterdir())
