@@ -2,6 +2,8 @@
 PYTHON := .venv/bin/python
 export HF_HUB_OFFLINE = 1
 export PYTHONPATH = .
+# Some images set this. Without bytecode on disk every start of a rank compiles its libraries anew, for 8 s of CPU.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup setup-gpu gpu-check quickstart tiny-data test check lint format types clean
 help:
