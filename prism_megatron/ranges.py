@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 RULE, HINT, REPLACES = "rule", "hint", "replaces"
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_KEY = re.compile(r"[a-z]\w*(\.[a-z]\w*)*")
 _MAX_FILE_NAME_BYTES = 255
 
 
@@ -108,6 +109,17 @@ def some_of(*values: str) -> Some:
 
 
 @dataclass(frozen=True)
+class KeysRule:
+    """A list of configuration keys, such as ``optimizer.lr``, each once."""
+
+    def allows(self, value: list[str]) -> bool:
+        return all(_KEY.fullmatch(key) for key in value) and len(set(value)) == len(value)
+
+    def __str__(self) -> str:
+        return "a list of configuration keys such as optimizer.lr, each once"
+
+
+@dataclass(frozen=True)
 class PathRule:
     """The path of a file or folder; with ``inside``, one that cannot leave the folder it is joined to."""
 
@@ -132,3 +144,4 @@ class PathRule:
 PATH = PathRule()
 OPTIONAL_PATH = PathRule(optional=True)
 NAME = PathRule(inside=True)
+KEYS = KeysRule()

@@ -5,7 +5,19 @@ from dataclasses import dataclass, field
 
 from prism_megatron.errors import UserError
 from prism_megatron.overrides import MISSING, Section
-from prism_megatron.ranges import NAME, OPTIONAL_PATH, PATH, above, at_least, between, one_of, ruled, setting, some_of
+from prism_megatron.ranges import (
+    KEYS,
+    NAME,
+    OPTIONAL_PATH,
+    PATH,
+    above,
+    at_least,
+    between,
+    one_of,
+    ruled,
+    setting,
+    some_of,
+)
 
 PARTS = ("vision", "merger", "language_model")  # of a model, which may be frozen
 
@@ -171,7 +183,7 @@ class RunConfig(Section):
     save_interval: int = setting(100, at_least(1), hint="a number above run.train_iters saves only at the end")
     keep_checkpoints: int = setting(2, at_least(1), hint="a stage goes on from the last one")
     log_rollouts_per_iteration: int = setting(4, at_least(0))
-    allow_change: list[str] = field(default_factory=list, metadata=ruled(None))  # keys, such as optimizer.lr
+    allow_change: list[str] = field(default_factory=list, metadata=ruled(KEYS))
     on_change: str = setting("refuse", one_of("refuse", "restart"))
 
     def check(self, at: str) -> None:

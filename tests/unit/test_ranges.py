@@ -13,7 +13,7 @@ import pytest
 
 from prism_megatron import config as cfg
 from prism_megatron.errors import UserError
-from prism_megatron.ranges import NAME, RULE, OneOf, PathRule, Range, Some
+from prism_megatron.ranges import NAME, RULE, KeysRule, OneOf, PathRule, Range, Some
 from recipes import tiny
 
 STAGES = {
@@ -46,6 +46,8 @@ def outside(rule: Any, kind: Any) -> list[Any]:
         return [max(rule.values) + 1 if kind is int else "nonsense", *([""] if kind is str else [])]
     if isinstance(rule, Some):
         return ["nonsense", f"{rule.values[0]},{rule.values[0]}"]
+    if isinstance(rule, KeysRule):
+        return ["not a key", "optimizer.,x", "optimizer.lr,optimizer.lr"]
     assert isinstance(rule, PathRule)
     values = ["a\nb", "a\x00", "\ud800", 256 * "x", *([] if rule.optional else ["", " "])]
     return values + (["../x", "/x", "a/../x", "a//b", "a/", "."] if rule.inside else [])
