@@ -31,8 +31,9 @@ def run_and_exit(config: cfg.StageConfig) -> None:
 
 
 def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
-    from prism_megatron.stages.preemption import EXIT_STATUS, INTERRUPTED, Preempted
+    from prism_megatron.stages.preemption import EXIT_STATUS, INTERRUPTED, Preempted, follow_torchrun
 
+    follow_torchrun()
     try:
         run_stage(resolve())
     except Preempted as stop:
@@ -44,7 +45,7 @@ def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
         return EXIT_STATUS
     except KeyboardInterrupt:  # the stage does not listen yet
         if os.environ.get("RANK", "0") == "0":
-            print("ended before the first iteration; nothing is lost", file=sys.stderr, flush=True)
+            print("ended before there was anything new to save; the same command starts again", file=sys.stderr)
         return INTERRUPTED
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 from typing import IO
@@ -54,6 +55,7 @@ from recipes.pipeline import (
 
 PIPELINES = ("tiny_pipeline", "tiny_study", *PRODUCTION_PIPELINES)
 STUDY_SEEDS = (1, 2, 3)
+GO_ON = "the same command goes on from"
 STOP_SECONDS = 300  # that an iteration and its save may take when told to stop
 
 
@@ -79,7 +81,7 @@ def main() -> int:
     parser.add_argument("--estimate", action="store_true", help="print the need of GPU memory, run nothing")
     arguments = parser.parse_intermixed_args()  # overrides may follow options
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop if arguments.executor == "local" else signal.SIG_DFL)
+        signal.signal(number, partial(_stop, None) if arguments.executor == "local" else signal.SIG_DFL)
     name, run_name = arguments.name, arguments.run_name or arguments.name
     if arguments.run_name and name in STAGE_RECIPES:
         arguments.overrides.insert(0, f"run.name={run_name}")
@@ -300,6 +302,8 @@ def run_steps(name: str, steps: Sequence[Step], ranks: int, seed: int = 1) -> in
 
 def run_locally(step: Step, ranks: int) -> None:
     """One stage under torchrun, its output on this terminal. NeMo-Run would take 0.6 GB here while it waits."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(_stop, step))
     environment = os.environ | local_environment(ranks)
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))  # torchrun kills after 30 s otherwise
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun_arguments(step, ranks)]
@@ -359,8 +363,8 @@ def _gather(run_dir: Path, steps: Sequence[Step]) -> None:
     _run_tool("report", str(run_dir))
 
 
-def _stop(number: int, _frame: object) -> None:
-    """End the running stage, which has a session of its own, and leave.
+def _stop(step: Step | None, number: int, _frame: object) -> None:
+    """End the ranks of ``step``, which have sessions of their own, and leave.
 
     The ranks save after the iteration they are in; a second signal kills them. What they and torchrun print from now
     on is dropped: torchrun ends with tracebacks of its own.
@@ -375,7 +379,7 @@ def _stop(number: int, _frame: object) -> None:
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.kill()
-        leave(128 + number, "ended at once; the same command goes on from the last checkpoint")
+        leave(128 + number, f"ended at once; {GO_ON} the last checkpoint")
 
     terminal, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     for each in (signal.SIGINT, signal.SIGTERM):
@@ -390,7 +394,14 @@ def _stop(number: int, _frame: object) -> None:
     _, alive = psutil.wait_procs(ranks, timeout=STOP_SECONDS)
     for rank in alive:
         rank.kill()
-    leave(128 + number, "stopped; the same command goes on from the last checkpoint")
+    leave(128 + number, f"stopped: {_what_is_saved(step)}" if step else f"stopped; {GO_ON} what is there")
+
+
+def _what_is_saved(step: Step) -> str:
+    latest = stage_dir(step.config()) / "checkpoints" / "latest_checkpointed_iteration.txt"
+    if latest.is_file():
+        return f"{step.name} is saved at iteration {latest.read_text().strip()}; {GO_ON} there"
+    return f"nothing of {step.name} is saved; the same command starts it again"
 
 
 def _say(what: str, began: float) -> None:

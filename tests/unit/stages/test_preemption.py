@@ -1,0 +1,55 @@
+"""Signals that no terminal sends: the end of torchrun's agent, and INT before a stage listens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prism_megatron import train
+from prism_megatron.config import StageConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+RANK = """
+import signal
+from prism_megatron.stages import preemption
+preemption.follow_torchrun()
+preemption.listen()
+print("listens", flush=True)
+signal.pause()
+"""
+AGENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+
+
+def test_the_end_of_torchrun_is_a_ctrl_c_for_its_rank() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", AGENT, RANK],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "none"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as agent:
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == "listens\n"
+        agent.kill()
+        said = agent.stdout.read()  # to the end of the rank, which has the pipe, too
+    assert said == "told to stop: the iteration is finished and saved first; Ctrl-C once more ends at once\n"
+
+
+@pytest.mark.parametrize(
+    ("rank", "line"), [("0", "ended before there was anything new to save; the same command starts again\n"), ("1", "")]
+)
+def test_ctrl_c_before_the_stage_listens(
+    rank: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> StageConfig:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    monkeypatch.setenv("RANK", rank)
+    assert train._status(interrupted) == 130
+    assert capsys.readouterr().err == line
