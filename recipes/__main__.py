@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+import fiddle
+from nemo_run.cli.cli_parser import CLIException
+
+from prism_megatron.config import apply_overrides
 from prism_megatron.errors import UserError
 from prism_megatron.train import run_and_exit
-from recipes import factories
+from recipes import STAGE_RECIPES, factories
+
+run = factories.run
+
+
+class CheckedContext(run.cli.RunContext):  # type: ignore[name-defined, misc]
+    """NeMo-Run's context, which refuses a wrong configuration before it is shown, stored or run."""
+
+    def parse_fn(self, fn: Any, args: list[str], **defaults: Any) -> Any:
+        task = super().parse_fn(fn, args, **defaults)
+        apply_overrides(fiddle.build(task.config), [])
+        return task
+
+    def parse_executor(self, name: str, *args: str) -> Any:
+        if name == "slurm":
+            factories.slurm()  # NeMo-Run would take its UserError for a name that there is not
+        return super().parse_executor(name, *args)
+
+    def cli_execute(self, fn: Any, args: list[str], *kind: Any) -> None:
+        try:
+            super().cli_execute(fn, args, *kind)
+        except (UserError, CLIException) as error:  # NeMo-Run would call it unexpected and end with status 0
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+def main() -> None:
+    """Run the command line. A user's mistake is one line on stderr and exit status 2."""
+    if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):  # NeMo-Run's own cannot describe what is annotated by strings
+        print("\n  ".join([f"{factories.__doc__}\nFactories:", *STAGE_RECIPES]))
+        return
+    run.cli.main(run_and_exit, default_plugins=run.Config(factories.StageFolder), run_ctx_cls=CheckedContext)
+
 
 if __name__ == "__main__":
-    try:
-        factories.run.cli.main(run_and_exit, default_plugins=factories.run.Config(factories.StageFolder))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -164,12 +164,14 @@ def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bo
             command = rank_command(step.recipe, step.overrides)
             before = [experiment.add(command, executor=executor, name=step.name, dependencies=before)]
         if dryrun:
-            experiment.dryrun(delete_exp_dir=False)
-            folder = max((home / "experiments" / title).iterdir(), key=lambda path: path.stat().st_mtime)
-            # What was printed is wrapped to the terminal's width; these may be submitted as they are.
-            print("scripts:", *sorted(map(str, folder.glob("*_sbatch.sh"))), sep="\n  ", flush=True)
-            return 0
-        experiment.run(detach=detach)
+            experiment.dryrun(log=False, delete_exp_dir=False)
+        else:
+            experiment.run(detach=detach)
+    if dryrun:
+        folder = max((home / "experiments" / title).iterdir(), key=lambda path: path.stat().st_mtime)
+        scripts = [folder / f"{step.name}_sbatch.sh" for step in unfinished]
+        print(*(script.read_text() for script in scripts), "scripts:", *(f"  {script}" for script in scripts), sep="\n")
+        return 0
     if detach:
         print(f"to look at it, or to end it: NEMORUN_HOME={home} nemo experiment status|logs|cancel {title}")
         return 0

@@ -9,6 +9,7 @@ import pytest
 
 from prism_megatron.train import run_and_exit
 from recipes import STAGE_RECIPES, factories
+from recipes.__main__ import main
 from recipes.cluster import nemo_run
 
 run = nemo_run()
@@ -45,3 +46,31 @@ def test_slurm_jobs_know_where_their_stage_writes(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ValueError, match="global_batch_size must be at least 1, got 0"):
             factories.StageFolder().setup(task, anywhere)
     assert (executor.nodes, executor.srun_args) == (2, ["bash", "slurm/rank.sh"])
+
+
+def test_help_names_every_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["recipes", "--help"])
+    main()
+    assert {*STAGE_RECIPES, "--factory", "run.executor=slurm"} <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("config.run.train_iters=0", "error: run.train_iters and run.num_epochs are both 0"),
+        ("config.run.train_iters=many", "error: Failed to parse"),
+        ("config.run.train=1", "error: Invalid argument"),
+        ("run.executor=slurm", "error: run.executor=slurm needs PRISM_CLUSTER=FILE; slurm/clusters/ has examples"),
+    ],
+)
+def test_a_wrong_override_is_refused_by_a_dry_run_too(
+    override: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PRISM_CLUSTER", raising=False)
+    monkeypatch.setattr("sys.argv", ["recipes", "--factory", "tiny_sft", override, "--dryrun"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said

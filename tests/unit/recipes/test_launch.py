@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 from pathlib import Path
@@ -141,6 +142,19 @@ def test_a_dry_run_here_prints_the_commands_and_runs_nothing(
     assert ("run.name=mine" in commands[0]) == ("mine" in arguments)
     assert ("run.train_iters=3" in commands[0]) == any("train_iters" in word for word in arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_on_slurm_prints_the_script_as_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # read while NeMo-Run copies the code
+    wider_than_a_terminal = "a" * 100
+    command = ["tiny_sft", "--name", wider_than_a_terminal, *SLURM, "slurm/clusters/cpu.yaml", "--dryrun"]
+    assert run(monkeypatch, *command) == 0
+    shown, _, script = capsys.readouterr().out.partition("\nscripts:\n")
+    assert shown.endswith(Path(script.strip()).read_text())
+    assert f"\nexport PRISM_STAGE_DIR=runs/{wider_than_a_terminal}\n" in shown
 
 
 def test_one_rank_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
