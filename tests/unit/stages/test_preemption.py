@@ -15,12 +15,13 @@ from prism_megatron.config import StageConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 RANK = """
-import signal
+import time
 from prism_megatron.stages import preemption
 preemption.follow_torchrun()
 preemption.listen()
 print("listens", flush=True)
-signal.pause()
+while not preemption._asked:
+    time.sleep(0.01)
 """
 AGENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
 
