@@ -33,7 +33,8 @@ from prism_megatron.data.fields import (
     text_field,
 )
 from prism_megatron.data.response import SYSTEM_PROMPT, Response, parse_response
-from prism_megatron.data.rows import Columns, Data, Row, count_rows, read_rows, required
+from prism_megatron.data.rows import Columns, Row, count_rows, read_rows, required
+from prism_megatron.data.sources import Data
 from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.types import IMAGE_PLACEHOLDER, Example, Message, PreferencePair

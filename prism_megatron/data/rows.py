@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prism_megatron.data.sources import PARQUET, Data, data_files
 from prism_megatron.errors import UserError
 
-Data = str | Path | Sequence[str | Path]
-
-_JSON, _PARQUET = (".jsonl", ".json"), (".parquet",)
 _BATCH_ROWS = 16  # so few that no column of a batch comes near 2 GiB, where Arrow cuts it and cannot convert it
 _SHOWN_FAULTS = 5
 _FOREIGN = {
@@ -50,18 +47,6 @@ class Row:
     file: Path
     number: int
     source: str
-
-
-def data_files(data: Data) -> list[Path]:
-    """The files that ``data`` names: a file, a folder, a pattern, several of these with commas between, or a list.
-
-    Raises UserError where there is none.
-    """
-    names = [data] if isinstance(data, str | Path) else list(data)
-    files = [file for name in names for file in _named(str(name))]
-    if not files:
-        raise UserError("no data file is named; give a file, a folder or a pattern")
-    return list(dict.fromkeys(files))
 
 
 def read_rows[R](data: Data, columns: Columns, record_of: Callable[[Row], R]) -> list[R]:
@@ -111,7 +96,7 @@ def parquet_footer(file: Path, columns: Columns) -> pq.FileMetaData:
 def is_parquet(file: Path) -> bool:
     """Whether a file says that it is parquet, by its first bytes or its name."""
     with file.open("rb") as opened:
-        return opened.read(4) == b"PAR1" or file.suffix in _PARQUET
+        return opened.read(4) == b"PAR1" or file.suffix in PARQUET
 
 
 def count_rows(data: Data, columns: Columns) -> int:
@@ -149,24 +134,6 @@ def from_json(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
-
-
-def _named(name: str) -> list[Path]:
-    path = Path(name)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-        lines, tables = ([p for p in inside if p.suffix in suffixes] for suffixes in (_JSON, _PARQUET))
-        if bool(lines) == bool(tables):
-            held = "both JSON and parquet files" if lines else "no .jsonl, .json or .parquet file"
-            raise UserError(f"{name} holds {held}; name the file, or a pattern such as '{name}/*.parquet'")
-        return lines or tables
-    if found := sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file()):
-        return found
-    if "," in name:
-        return [file for part in name.split(",") for file in _named(part.strip())]
-    raise UserError(f"{name}: no such data file; correct it, or write the built-in task with make tiny-data")
 
 
 def _raw_rows(file: Path, columns: Columns) -> Iterator[tuple[int, str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from prism_megatron import config as cfg
 from prism_megatron.convert.manifest import MANIFEST, digest_file, read_manifest
+from prism_megatron.data.sources import data_files
 from prism_megatron.errors import UserError
 from prism_megatron.files import read_object, write_atomic
 from prism_megatron.optim.schedule import learning_rate
@@ -51,7 +52,8 @@ EVALUATION_OF: dict[type[cfg.StageConfig], tuple[str, ...]] = {
     cfg.SFTConfig: ("rollout.*",),
     cfg.WarmupConfig: ("rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p"),
 }
-INPUTS = ("model.hf_checkpoint", "discriminator.hf_checkpoint", "data", "alignment_data", "candidates", "eval.data")
+MODELS = ("model.hf_checkpoint", "discriminator.hf_checkpoint")
+INPUTS = (*MODELS, "data", "alignment_data", "candidates", "eval.data")
 
 _MODEL_FILES = (".json", ".txt", ".jinja", ".model", ".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
 _HASHED_WHOLE = 1 << 24  # bytes; of a larger file in a directory, its start and samples
@@ -77,7 +79,8 @@ class Identity:
             if key not in INPUTS:
                 parts[part_of(type(config), key)][key] = value
             elif value:
-                inputs[key] = {"path": value, "sha256": hashed.fingerprint(Path(value))}
+                sha256 = hashed.fingerprint(Path(value)) if key in MODELS else hashed.of_data(value)
+                inputs[key] = {"path": value, "sha256": sha256}
         train_iters = 0 if isinstance(config, cfg.CollectConfig) else config.run.train_iters
         return cls(parts["config"], parts["evaluation"], inputs, train_iters, config.run.num_epochs)
 
@@ -192,6 +195,18 @@ class HashedFiles:
             known = {"stamp": stamp, "sha256": digest_file(path).sha256}
             self._known[str(path.resolve())] = known
         return str(known["sha256"])
+
+    def of_data(self, data: str) -> str | None:
+        """Checksum of what the files of a data setting hold, in their order. None if there is none.
+
+        Pictures that rows name by their paths are not read.
+        """
+        try:
+            files = data_files(data)
+        except UserError:  # a start says it; what is finished does not need its data
+            return None
+        found = [str(self.fingerprint(file)) for file in files]
+        return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
 def _of_directory(directory: Path) -> str:

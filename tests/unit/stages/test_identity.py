@@ -344,3 +344,20 @@ def test_fingerprints(tmp_path: Path) -> None:
     data.write_text("bc")
     assert HashedFiles(tmp_path).fingerprint(data) == digest_file(data).sha256
     assert HashedFiles(tmp_path).fingerprint(tmp_path / "nothing") is None
+
+
+def test_data_of_several_files_is_known_by_what_they_hold(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("a")
+    hashed = HashedFiles(tmp_path)
+    alone = hashed.of_data(str(folder / "a.jsonl"))
+    assert alone == hashed.of_data(str(folder)) == digest_file(folder / "a.jsonl").sha256
+    (folder / "b.jsonl").write_text("b")
+    names = [str(folder), f"{folder}/*.jsonl", f"{folder}/a.jsonl,{folder}/b.jsonl"]
+    both = {hashed.of_data(name) for name in names}
+    assert len(both) == 1
+    assert both != {alone}
+    (folder / "b.jsonl").write_text("other")
+    assert {HashedFiles(tmp_path).of_data(name) for name in names}.isdisjoint(both)
+    assert hashed.of_data(f"{folder}/none.jsonl") is None
