@@ -6,6 +6,7 @@ it again), 130 ended at once by Ctrl-C (a second one, or before the run is set u
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
     from prism_megatron.stages.preemption import EXIT_STATUS, INTERRUPTED, Preempted, follow_torchrun
 
     follow_torchrun()
+    gc.disable()  # until the first iteration: what imports and readers make stays, and is many objects to look through
     try:
         run_stage(resolve())
     except Preempted as stop:
@@ -55,6 +57,8 @@ def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
             # before, all ranks see the same: the command line and its files
             print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
+    finally:
+        gc.enable()
     return 0
 
 

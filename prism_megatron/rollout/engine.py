@@ -6,6 +6,7 @@ the same engine in processes of its own.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -87,7 +88,7 @@ class RolloutEngine:
     def __init__(self, checkpoint: Path, config: EngineConfig) -> None:
         self._config = config
         check_engine(checkpoint, config)
-        with _process_state_kept():
+        with _process_state_kept(), _uncollected():
             self._llm = _start(checkpoint, config)
         _alive.append(self._llm)
         self._llm.llm_engine.engine_core._finalizer.atexit = False
@@ -180,7 +181,7 @@ class RolloutEngine:
         checksums, not the same on all ranks; the engine then refuses to generate until a complete update.
         """
         self._has_weights = False
-        with _process_state_kept():
+        with _process_state_kept(), _uncollected():
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": {"named": sync.checked(named)}})
             self._llm.finish_weight_update(str(sync.version))
@@ -207,7 +208,7 @@ class RolloutEngine:
         """Which of ``named``, all that was pushed, the engine computes with otherwise. Collective; in their order."""
         from prism_megatron.rollout.differences import differing_parameters
 
-        with _process_state_kept():
+        with _process_state_kept(), _uncollected():
             (found,) = self._llm.collective_rpc(
                 lambda worker: differing_parameters(worker.model_runner.get_model(), named)
             )
@@ -338,6 +339,18 @@ def _process_state_kept() -> Iterator[None]:
             os.environ.pop("LD_PRELOAD", None)
         else:
             os.environ["LD_PRELOAD"] = preload
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collect no garbage meanwhile: imports make many objects to look through, and none that goes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_engine(checkpoint: Path, config: EngineConfig) -> None:

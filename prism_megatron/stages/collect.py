@@ -7,6 +7,7 @@ prompts decides which of them RLVR trains on: those inside a band, neither hopel
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ def run_collect(config: CollectConfig) -> None:
         processor = load_processor(config)
         check_prompts([*demonstrations, *candidates], processor, config.rollout)
         engine = start_engine(config, Path(config.model.hf_checkpoint))
+        gc.enable()  # train.py stops it while there is nothing to collect
         for_pairs = dataclasses.replace(config.rollout, samples_per_prompt=config.pair_samples_per_prompt)
         responses = _sample(engine, processor, demonstrations, dataclasses.replace(config, rollout=for_pairs), "pairs")
         first = config.pair_samples_per_prompt * _share(demonstrations).start

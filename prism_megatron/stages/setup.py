@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +107,7 @@ class Stage:
 
         Returns what was ``carried`` when it was saved, or None.
         """
+        gc.enable()  # train.py stops it while there is nothing to collect
         preemption.listen()
         if not self.start:
             return None
