@@ -343,9 +343,13 @@ def _process_state_kept() -> Iterator[None]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Collect no garbage meanwhile: imports make many objects to look through, and none that goes."""
+    """Collect no garbage meanwhile: imports make many objects to look through, and none that goes.
+
+    vLLM collects by itself after each part of the model and freezes what there is; what was there before is frozen now.
+    """
     enabled = gc.isenabled()
     gc.disable()
+    gc.freeze()
     try:
         yield
     finally:
