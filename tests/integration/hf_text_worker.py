@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from prism_megatron.data.dataset import read_rlvr
+from prism_megatron.model.sizes import read_sizes
 
 RESPONSE_TOKENS = 160
 
@@ -57,7 +58,10 @@ def vllm_answers(checkpoint: str, texts: list[str], images: list[Image.Image]) -
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=checkpoint, dtype="float32", max_model_len=512, enforce_eager=True, seed=1)
+    # Rotary settings left out of config.json have other defaults in vLLM than in transformers.
+    rotary = read_sizes(Path(checkpoint)).rotary.rope_parameters()
+    overrides = {"text_config": {"rope_parameters": rotary}}
+    llm = LLM(model=checkpoint, dtype="float32", max_model_len=512, enforce_eager=True, seed=1, hf_overrides=overrides)
     prompts = [{"prompt": t, "multi_modal_data": {"image": i}} for t, i in zip(texts, images, strict=True)]
     answers = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=RESPONSE_TOKENS), use_tqdm=False)
     return [answer.outputs[0].text for answer in answers]

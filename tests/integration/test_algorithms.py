@@ -12,6 +12,7 @@ import pytest
 
 from prism_megatron.observe import metrics as names
 from prism_megatron.types import BRANCH_NAMES
+from tests.models import make_variant
 
 type Logged = Callable[[str], list[dict[str, Any]]]
 
@@ -44,6 +45,10 @@ RUNS = {
 }
 
 
+# Trained in the same ranks, on what the tiny policy is not.
+OTHERS = ("untied", "experts")
+
+
 @pytest.fixture(scope="module")
 def root(
     speaking_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
@@ -56,6 +61,10 @@ def root(
         "tiny_align": [f"data={tiny_data}/alignment.parquet", f"discriminator.hf_checkpoint={speaking_checkpoint}"],
     }
     runs = [[recipe, f"run.name={name}", *place, *data[recipe], *more] for name, (recipe, *more) in RUNS.items()]
+    for kind in OTHERS:
+        other = make_variant(kind, root / "models" / kind)
+        sft = [f"run.dir={root}", f"model.hf_checkpoint={other}", f"data={tiny_data}/sft.jsonl", "global_batch_size=16"]
+        runs.append(["tiny_sft", f"run.name={kind}", *sft, *SMALL[:3], "optimizer.lr=1e-3"])
     (root / "runs.json").write_text(json.dumps(runs))
     launch(1, [str(WORKER), str(root / "runs.json")])
     return root
@@ -90,6 +99,13 @@ def test_trainer_and_engine_are_compared_and_cut_responses_counted(name: str, lo
         assert 0 < mean <= of_response <= row[names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF]
         assert -1e-7 < row[names.TRAIN_ROLLOUT_KL] < mean
         assert 0 <= row[names.CUT_RESPONSES] <= 1 - row[names.FORMAT_VALID] + 1e-9, "what is cut is outside the grammar"
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_sft_of_other_models_learns(kind: str, logged: Logged) -> None:
+    first, second = logged(kind)
+    assert 0 < second[names.LOSS] < first[names.LOSS]
+    assert first[names.GRAD_NORM] > 0
 
 
 def test_gspo_clips_sequences(logged: Logged) -> None:

@@ -17,7 +17,7 @@ cpu.install()  # before anything imports megatron
 from prism_megatron.config import ParallelConfig  # noqa: E402
 from prism_megatron.convert.hf_io import HFWeights, save_hf  # noqa: E402
 from prism_megatron.convert.offline import hf_to_megatron, megatron_to_hf  # noqa: E402
-from tools.make_tiny_model import make_tiny_model  # noqa: E402
+from tests.models import make_variant  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("hf_text_worker.py")
@@ -36,9 +36,10 @@ def test_identical_greedy_text(speaking_checkpoint: Path, tiny_data: Path, tmp_p
     assert all("<answer>" in text for text in answers["vllm"])
 
 
-def test_converted_experts(tiny_data: Path, tmp_path: Path) -> None:
-    """A mixture-of-experts policy, stored as the released ones are, after a way to Megatron and back."""
-    made = make_tiny_model(tmp_path / "made", seed=6, moe=True)
+@pytest.mark.parametrize("kind", ["experts", "untied"])
+def test_converted(kind: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Policies unlike the tiny one, experts stored as the released ones are, after a way to Megatron and back."""
+    made = make_variant(kind, tmp_path / "made", seed=6)
     with HFWeights(made) as weights:
         save_hf(tmp_path / "hf", ((name, weights[name]) for name in sorted(weights.names)), made)
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", ParallelConfig())

@@ -29,8 +29,8 @@ from prism_megatron.observe.metrics import (
 from prism_megatron.stages.run_lock import LOCK, RunLock
 from prism_megatron.train import main
 from prism_megatron.types import PreferencePair
+from tests.models import make_variant
 from tools.convert import main as convert
-from tools.make_tiny_model import make_tiny_model
 
 KILLED = Path(__file__).with_name("killed_stage_worker.py")
 ITERATIONS = 5
@@ -40,12 +40,17 @@ SMALL = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prom
 
 
 @pytest.fixture(scope="module")
+def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_variant("untied", tmp_path_factory.mktemp("untied") / "base")
+
+
+@pytest.fixture(scope="module")
 def stages(
-    tiny_checkpoint: Path, speaking_checkpoint: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+    untied_checkpoint: Path, speaking_checkpoint: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[str]]:
-    """The command line of each stage, all on a policy that already speaks the grammar."""
+    """The command line of each stage, but for SFT on a policy that already speaks the grammar."""
     root = tmp_path_factory.mktemp("resume")
-    sft = [f"model.hf_checkpoint={tiny_checkpoint}", f"data={tiny_data}/sft.jsonl", "global_batch_size=16"]
+    sft = [f"model.hf_checkpoint={untied_checkpoint}", f"data={tiny_data}/sft.jsonl", "global_batch_size=16"]
     policy = f"model.hf_checkpoint={speaking_checkpoint}"
     write_pairs(root / "pairs.jsonl", some_pairs(tiny_data / "alignment.parquet"))
     dense = f"discriminator.hf_checkpoint={speaking_checkpoint}"
@@ -150,6 +155,7 @@ def contents(directory: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != LOCK}
 
 
+UNEVEN = "parallel.num_layers_in_first_pipeline_stage=2"
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
 EXPERT = "parallel.expert_model_parallel_size=2"
 SHARDED = "optimizer.use_distributed_optimizer=true"
@@ -157,16 +163,14 @@ SHARDED = "optimizer.use_distributed_optimizer=true"
 
 @pytest.fixture(scope="module")
 def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("moe") / "base"
-    make_tiny_model(directory, seed=1, moe=True)
-    return directory
+    return make_variant("experts", tmp_path_factory.mktemp("moe") / "base")
 
 
 @pytest.mark.parametrize(
     ("model", "ranks", "before", "after", "ranks_after"),
     [
-        ("tiny_checkpoint", 2, [TENSOR], [PIPELINE], 2),
-        pytest.param("moe_checkpoint", 1, [], [EXPERT], 2, marks=pytest.mark.slow),
+        ("untied_checkpoint", 2, [TENSOR], [PIPELINE, UNEVEN], 2),
+        ("moe_checkpoint", 1, [], [EXPERT], 2),
         pytest.param("moe_checkpoint", 2, [EXPERT, SHARDED], [SHARDED], 1, marks=pytest.mark.slow),
     ],
     ids=["tp2 to pp2", "ep1 to ep2", "ep2 dp2 to one rank, distributed optimizer"],

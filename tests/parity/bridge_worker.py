@@ -1,7 +1,7 @@
 """Runs under torchrun: weights of every training layout in a vLLM engine that lives on, against HF on the same.
 
-Arguments: the engine's tensor-parallel size, where to write, then names of layouts and kind=checkpoint pairs, a mixture
-of experts first: vLLM makes all its groups only then.
+Arguments: the engine's tensor-parallel size, where to write, then kind=checkpoint=layouts for each model, a mixture of
+experts first: vLLM makes all its groups only then.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor_model_parallel_size=2),
     "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "pp2-uneven": ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=2),
     "pp2-vpp2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     "cp2": ParallelConfig(context_parallel_size=2),
     "ep2": ParallelConfig(expert_model_parallel_size=2),
@@ -60,11 +61,12 @@ class Prompt:
 
 def main() -> None:
     tp, out = int(sys.argv[1]), Path(sys.argv[2])
-    layouts = [argument for argument in sys.argv[3:] if "=" not in argument]
-    kinds = dict(argument.split("=", 1) for argument in sys.argv[3:] if "=" in argument)
+    models = [argument.split("=") for argument in sys.argv[3:]]
     groups.initialize(ParallelConfig(), seed=1)
-    found: dict[str, Any] = {f"{kind} memory": memory(Path(checkpoint)) for kind, checkpoint in kinds.items()}
-    found |= {kind: run(Path(checkpoint), layouts, tp) for kind, checkpoint in kinds.items()}
+    found: dict[str, Any] = {
+        f"{kind} memory": memory(Path(checkpoint)) for kind, checkpoint, _ in models if kind != "tied"
+    }
+    found |= {kind: run(Path(checkpoint), layouts.split(","), tp) for kind, checkpoint, layouts in models}
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -72,15 +74,13 @@ def main() -> None:
 
 def run(checkpoint: Path, layouts: Sequence[str], tp: int) -> dict[str, dict[str, Any]]:
     """One engine, and one layout after the other, each with other weights."""
-    from prism_megatron.model.sizes import read_sizes
     from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
 
     engine = RolloutEngine(checkpoint, EngineConfig(tp, "float32", 512, 16, 1.0, 0.5, enforce_eager=True, seed=1))
     sampling = Sampling(1, 0.0, 1.0, RESPONSE_TOKENS)
     processor = ChatProcessor(checkpoint)
-    chosen = [name for name in layouts if read_sizes(checkpoint).num_experts or not cuts_experts(name)]
     found = {}
-    for number, name in enumerate(chosen, start=1):
+    for number, name in enumerate(layouts, start=1):
         prompts = make_prompts(processor, unseen=number)
         seen = [prompt.request for prompt in prompts if prompt.label != "unseen image"]
         before = engine.generate(seen, sampling)
@@ -100,11 +100,6 @@ def run(checkpoint: Path, layouts: Sequence[str], tp: int) -> dict[str, dict[str
             found[name]["changed"] = tokens(before) != tokens(answers[: len(before)])
             found[name]["versions"] = sorted({rollout.policy_version for rank in everybody for rollout in rank})
     return found
-
-
-def cuts_experts(layout: str) -> bool:
-    parallel = LAYOUTS[layout]
-    return parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size > 1
 
 
 def push(engine: Any, checkpoint: Path, parallel: ParallelConfig, version: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """From any training layout to any engine layout: after random changes of the weights, vLLM computes what HF does.
 
-One launch per degree of the engine: its engines, a dense and a mixture-of-experts one, live on while the training side
+One launch per degree of the engine: its engines, one for each kind of model, live on while the training side
 is built anew in one layout after the other. HF runs on the tensors that were exported, which are those put in, bit by
 bit. The prompts: text, an image and a prefix (longer than a cache block) that the engine saw with the weights before,
 and an image that it did not see.
@@ -17,21 +17,24 @@ from typing import Any
 import pytest
 
 from prism_megatron.convert.hf_io import HFWeights, save_hf
-from tools.make_tiny_model import make_tiny_model
+from tests.models import make_variant
 
 WORKER = Path(__file__).with_name("bridge_worker.py")
-LAYOUTS = {  # by the engine's tensor-parallel size
-    1: ("tp2", "pp2", "pp2-vpp2", "cp2", "ep2", "etp2", "tp2-sp", "tp2-sp-ep2"),
-    2: ("tp2", "pp2", "pp2-vpp2", "ep2", "tp2-sp", "tp2-sp-ep2"),
+# By the engine's tensor-parallel size; experts first, since vLLM makes all its groups only for them.
+LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {
+        "experts": ("tp2", "pp2", "pp2-vpp2", "cp2", "ep2", "etp2", "tp2-sp", "tp2-sp-ep2"),
+        "untied": ("tp2", "pp2-uneven", "cp2", "tp2-sp"),
+        "tied": ("pp2-vpp2",),
+    },
+    2: {
+        "experts": ("tp2", "pp2", "pp2-vpp2", "ep2", "tp2-sp", "tp2-sp-ep2"),
+        "untied": ("tp2", "pp2-uneven", "tp2-sp"),
+    },
 }
+FOUR_RANKS: dict[str, tuple[str, ...]] = {"experts": ("tp2-pp2",), "tied": ("tp2-pp2",)}
 PROMPTS = ("text", "seen image", "seen long prefix", "unseen image")
-CASES = [
-    (kind, tp, name)
-    for kind in ("dense", "moe")
-    for tp, layouts in LAYOUTS.items()
-    for name in layouts
-    if kind == "moe" or not {"ep2", "etp2"} & set(name.split("-"))
-]
+CASES = [(kind, tp, name) for tp, kinds in LAYOUTS.items() for kind, layouts in kinds.items() for name in layouts]
 
 Found = dict[str, Any]
 
@@ -40,17 +43,18 @@ Found = dict[str, Any]
 def found_at(launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Found]:
     """What the worker found with engines of some tensor-parallel size, run when first asked for."""
     root = tmp_path_factory.mktemp("bridge")
-    make_tiny_model(root / "dense", seed=1)
-    saved = make_tiny_model(root / "saved", seed=1, moe=True, overrides={"text_config": {"tie_word_embeddings": False}})
+    for kind in ("untied", "tied"):
+        make_variant(kind, root / kind, seed=1)
+    saved = make_variant("experts", root / "saved", seed=1)
     with HFWeights(saved) as weights:  # vLLM reads experts only as they are released
-        save_hf(root / "moe", ((name, weights[name]) for name in sorted(weights.names)), saved)
+        save_hf(root / "experts", ((name, weights[name]) for name in sorted(weights.names)), saved)
 
     @functools.cache
-    def run(tp: int, ranks: int = 2, layouts: tuple[str, ...] | None = None) -> Found:
+    def run(tp: int, ranks: int = 2) -> Found:
         out = root / f"{ranks}-{tp}.json"
-        launch(
-            ranks, [str(WORKER), str(tp), str(out), *(layouts or LAYOUTS[tp]), f"moe={root}/moe", f"dense={root}/dense"]
-        )
+        kinds = LAYOUTS[tp] if ranks == 2 else FOUR_RANKS
+        models = [f"{kind}={root}/{kind}={','.join(layouts)}" for kind, layouts in kinds.items()]
+        launch(ranks, [str(WORKER), str(tp), str(out), *models])
         found: Found = json.loads(out.read_text())
         return found
 
@@ -65,9 +69,9 @@ def test_layout(kind: str, tp: int, name: str, found_at: Callable[..., Found]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", FOUR_RANKS)
 def test_four_ranks(kind: str, tp: int, found_at: Callable[..., Found]) -> None:
-    check(found_at(tp, 4, ("tp2-pp2",))[kind]["tp2-pp2"])
+    check(found_at(tp, 4)[kind]["tp2-pp2"])
 
 
 def check(found: Found) -> None:
@@ -78,12 +82,12 @@ def check(found: Found) -> None:
 
 
 def test_an_export_of_small_modules_holds_two_buckets_at_most(found_at: Callable[..., Found]) -> None:
-    memory = found_at(1)["dense memory"]
+    memory = found_at(1)["untied memory"]
     assert memory["buckets"] < 2 * memory["bucket"] < memory["whole"] / 2
     assert memory["at once"] > memory["whole"], "what gathers the whole model is not seen to"
 
 
 def test_an_export_of_experts_has_buckets_that_hold_two_layers_of_them(found_at: Callable[..., Found]) -> None:
-    memory = found_at(1)["moe memory"]
+    memory = found_at(1)["experts memory"]
     assert memory["asked"] < memory["bucket"] < memory["buckets"] < 1.1 * memory["bound"] < 2 * memory["bucket"]
     assert memory["bound"] < memory["whole"] / 2
