@@ -181,7 +181,7 @@ class RolloutEngine:
         checksums, not the same on all ranks; the engine then refuses to generate until a complete update.
         """
         self._has_weights = False
-        with _process_state_kept(), _uncollected():
+        with _process_state_kept():
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": {"named": sync.checked(named)}})
             self._llm.finish_weight_update(str(sync.version))
@@ -208,7 +208,7 @@ class RolloutEngine:
         """Which of ``named``, all that was pushed, the engine computes with otherwise. Collective; in their order."""
         from prism_megatron.rollout.differences import differing_parameters
 
-        with _process_state_kept(), _uncollected():
+        with _process_state_kept():
             (found,) = self._llm.collective_rpc(
                 lambda worker: differing_parameters(worker.model_runner.get_model(), named)
             )
@@ -343,9 +343,9 @@ def _process_state_kept() -> Iterator[None]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Collect no garbage meanwhile: imports make many objects to look through, and none that goes.
+    """Collect no garbage while an engine starts: imports make many objects to look through, and none that goes.
 
-    vLLM collects by itself after each part of the model and freezes what there is; what was there before is frozen now.
+    vLLM collects after each part of the model, and freezes all objects in the end. Those from before are frozen now.
     """
     enabled = gc.isenabled()
     gc.disable()

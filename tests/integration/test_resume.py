@@ -197,7 +197,7 @@ def test_resumed_at_another_layout(
     losses, expected = ([row[LOSS] for row in measured(run)] for run in (moved, straight))
     first = 3  # the first after the resume, whose weights are those of the other run
     assert losses[:first] == pytest.approx(expected[:first], abs=1e-5)
-    # Rounding may send a token that its router is undecided about to another expert. An iteration lowers the loss by 0.2.
+    # Rounding may send a token that its router is undecided about to another expert. A step lowers the loss by 0.2.
     assert losses[first:] == pytest.approx(expected[first:], abs=1e-5 if model == "untied_checkpoint" else 2e-3)
 
 
