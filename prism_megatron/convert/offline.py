@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -26,7 +27,7 @@ from prism_megatron.convert.hf_io import HFWeights, StoredTensor, check_finite, 
 from prism_megatron.convert.manifest import (
     JOURNAL,
     TensorEntry,
-    digest_file,
+    digest_files,
     first_fault,
     read_manifest,
     write_manifest,
@@ -99,8 +100,7 @@ def hf_to_megatron(
                 count += sum(entry.bytes for entry in entries)
                 report(count, total)
             files = writer.finish(table)
-            for name in copy_side_files(hf, partial, {}):
-                files[name] = digest_file(partial / name)
+            files |= digest_files(partial, copy_side_files(hf, partial, {}))
             _check_complete(names, writer.entries)
             write_manifest(partial, files, writer.entries, about)
     return Converted(out, writer.entries)
@@ -144,9 +144,7 @@ def megatron_to_hf(
                 if output.name not in done:
                     count += writer.add(output.name, output.dtype, output.shape, output.parts()).bytes
                     report(count, total)
-            files = {name: digest_file(partial / name) for name in writer.finish()}
-            for name in copy_side_files(template, partial, {}):
-                files[name] = digest_file(partial / name)
+            files = digest_files(partial, [*writer.finish(), *copy_side_files(template, partial, {})])
             _check_complete({output.name for output in outputs}, writer.entries)
             _check_unchanged(about["tensors"], writer.entries)
             if verify is not None:
@@ -212,16 +210,25 @@ def _store(unit: list[Rule], weights: HFWeights, writer: TorchDistWriter) -> lis
     tensors = [weights.lazy(name) for name in unit[0].hf]
     digests = [hashlib.sha256() for _ in tensors]
     swapped = unit[0].expert is not None and weights.experts_swapped
-    for rule in unit:
-        parts = [source[:] for source in rule.sources(tensors)]
-        for digest, part in zip(digests, parts, strict=True):
-            check_finite(", ".join(rule.hf), part)
-            digest.update(_raw(part.T if swapped else part))
-        writer.add(rule, rule.layout.join(parts))
+    with ThreadPoolExecutor(len(tensors)) as hashing:
+        for rule in unit:
+            parts = [source[:] for source in rule.sources(tensors)]
+            for part in parts:
+                check_finite(", ".join(rule.hf), part)
+            # While the writer takes the file's checksum of the same values, laid out otherwise.
+            hashed = [hashing.submit(_hash, *pair, swapped) for pair in zip(digests, parts, strict=True)]
+            writer.add(rule, rule.layout.join(parts))
+            for one in hashed:
+                one.result()
     return [
         _entry(name, tensor, swapped, digest.hexdigest())
         for name, tensor, digest in zip(unit[0].hf, tensors, digests, strict=True)
     ]
+
+
+def _hash(digest: Any, tensor: Tensor, swapped: bool) -> None:
+    """Append a tensor's values as they are stored."""
+    digest.update((tensor.T if swapped else tensor).contiguous().flatten().view(torch.uint8).numpy())
 
 
 def verify_against(hf: Path, entries: Sequence[TensorEntry]) -> None:
@@ -233,7 +240,7 @@ def verify_against(hf: Path, entries: Sequence[TensorEntry]) -> None:
             swapped = getattr(tensor, "swapped", False)
             digest = hashlib.sha256()
             for part in (tensor[i] for i in range(entry.shape[0])) if swapped else [tensor[:]]:
-                digest.update(_raw(part.T if swapped else part))
+                _hash(digest, part, swapped)
             if _entry(entry.name, tensor, swapped, digest.hexdigest()) != entry:
                 raise UserError(f"{entry.name} is not what {hf} holds")
 
@@ -242,10 +249,6 @@ def _entry(name: str, tensor: StoredTensor | Tensor, swapped: bool, sha256: str)
     shape = tuple(tensor.shape)
     stored = (shape[0], shape[2], shape[1]) if swapped else shape
     return TensorEntry(name, DTYPE_NAMES[tensor.dtype], stored, _bytes(tensor), sha256)
-
-
-def _raw(tensor: Tensor) -> Any:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _bytes(tensor: StoredTensor | Tensor) -> int:

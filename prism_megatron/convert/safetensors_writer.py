@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -57,12 +58,14 @@ class ShardWriter:
             self._file = (self.directory / _shard_name(len(self.shards))).open("wb")
             self._file.seek(_HEADER_ROOM)
         digest, written = hashlib.sha256(), 0
-        for part in parts:
-            assert part.dtype == dtype, (name, part.dtype, dtype)
-            data = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            self._file.write(data)
-            digest.update(data)
-            written += data.nbytes
+        with ThreadPoolExecutor(1) as hashing:
+            for part in parts:
+                assert part.dtype == dtype, (name, part.dtype, dtype)
+                data = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                hashed = hashing.submit(digest.update, data)
+                self._file.write(data)
+                hashed.result()  # no more than one part in memory
+                written += data.nbytes
         assert written == size, f"{name}: {written} bytes given, {size} announced"
         kind = DTYPE_NAMES[dtype]
         self._header[name] = {
