@@ -89,6 +89,7 @@ def _stage(directory: Path, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "iterations": len(rows),
+        "is_finished": bool(summary),
         "charts": [
             {"title": chart.title, "svg": _draw(chart, rows, f"{name}-{number}")}
             for number, chart in enumerate(CHARTS)

@@ -87,11 +87,11 @@ def response_metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
 
 
 def wilson_interval(successes: int, trials: int) -> list[float]:
-    """Wilson's 95 % interval of a proportion: honest at 0 and 1, unlike the normal one."""
+    """Wilson's 95 % interval of a proportion, to six digits: right at 0 and 1, unlike the normal one."""
     p, z2 = successes / trials, _Z95**2
     centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    return [round(max(0.0, centre - half), 6), round(min(1.0, centre + half), 6)]
 
 
 def _outcome(sample: Sample) -> dict[str, Any]:

@@ -73,9 +73,12 @@ def test_report_of_a_run(tmp_path: Path) -> None:
 
     page = Outline(write_report(tmp_path).read_text())
     text = "".join(page.text)
+    (align / "finished.json").write_text('{"config": ""}')
+    assert "not finished" not in write_report(tmp_path).read_text()
     assert page.tags.count("svg") == 1, "one chart: the two gaps"
     assert "perception gap" in text
     assert "train 4 s" in text
+    assert "2 iterations · not finished" in text
     assert "40.0 % – 60.0 %" in text
     assert "outside the grammar" in text
     assert "perception 1.25, reasoning -0.50" in text
