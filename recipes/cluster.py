@@ -224,6 +224,7 @@ def local_environment(ranks: int) -> dict[str, str]:
         "PYTHONPATH": os.getcwd(),
         "PYTHONWARNINGS": "ignore",
         "LOGLEVEL": "WARNING",  # torchrun's own
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # no notes about the binding of memory
     }
 
 
