@@ -167,7 +167,9 @@ def test_transformers_and_ours_agree_on_experts(checkpoints: Checkpoints, tmp_pa
     assert torch.equal(*logits)
     with HFWeights(tmp_path / "released") as released:
         assert not released.experts_swapped
-        assert released.lazy("model.language_model.layers.0.mlp.experts.gate_up_proj").shape == (4, 80, 96)
+        text = json.loads((tmp_path / "released" / "config.json").read_text())["text_config"]
+        shape = (text["num_experts"], text["hidden_size"], 2 * text["moe_intermediate_size"])
+        assert released.lazy("model.language_model.layers.0.mlp.experts.gate_up_proj").shape == shape
 
 
 def test_tied_output_that_is_stored_comes_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
