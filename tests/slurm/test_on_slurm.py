@@ -92,7 +92,12 @@ def test_the_whole_pipeline_preempted_in_two_of_its_stages(
     pairs.write_text(cluster.read_text().replace("ranks_per_node: 1", "ranks_per_node: 2").replace("4G", "10G"))
     small = ["rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "prompts_per_iteration=8"]
     own = {
-        "sft": [f"model.hf_checkpoint={speaking_checkpoint}", "run.train_iters=2", "optimizer.lr=1e-5"],
+        "sft": [
+            f"model.hf_checkpoint={speaking_checkpoint}",
+            "run.train_iters=2",
+            "optimizer.lr=1e-5",
+            "optimizer.min_lr=0",
+        ],
         "collect": [f"alignment_data={tiny_data}/alignment.parquet", "num_candidates=16", "band_low=0", "band_high=1"],
         "warmup": ["run.train_iters=2", "global_batch_size=8"],
         "align": [*small, f"run.train_iters={ITERATIONS}", f"data={tiny_data}/alignment.parquet"],
@@ -145,13 +150,13 @@ def test_weak_scaling_over_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
 def test_a_stage_that_crashes_too_often_cancels_those_after_it(
     slurm: dict[str, str], cluster: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """A rank is killed; the next start cannot save, for a file is where checkpoints go; there is no third."""
+    """A rank is killed; the next start cannot save, for a folder is where a file goes; there is no third."""
     stage = tmp_path / "runs" / "fails" / "sft"
-    stage.mkdir(parents=True)
-    (stage / "checkpoints").touch()
+    (stage / "checkpoints" / "latest_checkpointed_iteration.txt").mkdir(parents=True)
     put_data(tiny_data, stage.parent)
     arguments = ["tiny_pipeline", "--executor", "slurm", "--cluster", str(cluster), "--name", "fails"]
-    process = start(slurm | {"PYTHONPATH": str(ROOT)}, *arguments, "sft.run.save_interval=12", cwd=tmp_path)
+    overrides = ["sft.run.save_interval=12", "sft.eval.num_questions=0"]
+    process = start(slurm | {"PYTHONPATH": str(ROOT)}, *arguments, *overrides, cwd=tmp_path)
     wait_for(lambda: iterations(stage) >= 2)
     kill_rank(1, "run.name=fails/sft")
     said, _ = process.communicate(timeout=1200)
