@@ -16,14 +16,14 @@ setup-gpu: ## make .venv with the GPU requirements
 	@tools/setup_env.sh gpu
 
 gpu-check: ## parity, FP8 and speed on one GPU in 8 minutes, with .venv or else python3: runs/gpu_check.json
-	@python=$(PYTHON); [ -x $$python ] || python=python3; $$python tools/gpu_check.py --out runs/gpu_check.json
+	@python=$(PYTHON); [ -x $$python ] || python=python3; $$python -m tools.gpu_check --out runs/gpu_check.json
 
 quickstart: setup ## the three stages on a tiny model: runs/quickstart/report.html
 	$(PYTHON) -m recipes.launch tiny_pipeline --name quickstart
 
 tiny-data: setup ## data and base model for the tiny recipes: runs/tiny
-	$(PYTHON) -m tools.make_shapes_data --out runs/tiny/data
-	$(PYTHON) -m tools.make_tiny_model --out runs/tiny/base
+	$(PYTHON) -m recipes.tiny_data --out runs/tiny/data
+	$(PYTHON) -m recipes.tiny_model --out runs/tiny/base
 
 test: setup ## all tests, two files at a time; those on SLURM alone, whose nodes need the cores
 	$(PYTHON) -m pytest --durations=20 -n 2 --dist loadfile --ignore tests/slurm

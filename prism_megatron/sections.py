@@ -120,7 +120,7 @@ class RolloutConfig(Section):
     max_num_seqs: int = setting(256, at_least(1))
     images_per_prompt: int = setting(8, at_least(1))  # at most
     kv_cache_gib: float = setting(1.0, above(0))  # on a CPU
-    # The engine's part of each GPU; recipes/memory.py says if the rest is enough.
+    # The engine's part of each GPU; recipes/estimate/memory.py says if the rest is enough.
     gpu_memory_utilization: float = setting(0.5, between(0, 1, "(]"))
     # While the policy trains, on a GPU: 1 moves weights to the host, 2 drops them; 0: stay.
     sleep_level: int = setting(0, one_of(0, 1, 2))

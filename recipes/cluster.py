@@ -154,7 +154,7 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
             f"NeMo-Run cannot work in {spaced[0]!r}: it does not quote this folder's name, which must be without "
             f"spaces; set {'ssh.job_dir' if cluster.ssh.job_dir else 'NEMORUN_HOME'} to another"
         )
-    folders = ("prism_megatron", "recipes", "slurm", "tools")
+    folders = ("prism_megatron", "recipes", "slurm")
     return run.Config(
         run.SlurmExecutor,
         account=cluster.account,

@@ -203,7 +203,7 @@ def _tell_why(step: Step) -> None:
 
 def print_estimate(steps: Sequence[Step]) -> int:
     """Memory on the fullest GPU of each step. Raises UserError at the first where that is more than there is."""
-    from recipes.memory import estimate, published_sizes
+    from recipes.estimate.memory import estimate, published_sizes
     from recipes.qwen3_vl import size_of
 
     for step in steps:
@@ -216,7 +216,7 @@ def print_estimate(steps: Sequence[Step]) -> int:
         print(step.recipe)
         memory.check()
         print(memory.table())
-    print("by arithmetic, from what recipes/memory.py assumes; not measured on a GPU")
+    print("by arithmetic, from what recipes/estimate/memory.py assumes; not measured on a GPU")
     return 0
 
 
@@ -333,7 +333,7 @@ def _say_where(step: Step) -> int:
         print(f"{step.name} did not finish; run the same command to go on from its last checkpoint", flush=True)
         return 1
     if (directory / METRICS).is_file():
-        _run_tool("report", str(directory))
+        _run_module("prism_megatron.observe.report", str(directory))
     for what, file in {"model": "hf", "metrics": METRICS, "results": "results.json", "report": "report.html"}.items():
         if (directory / file).exists():
             print(f"{what}: {directory / file}", flush=True)
@@ -342,16 +342,16 @@ def _say_where(step: Step) -> int:
 
 def _prepare(run_dir: Path, seed: int) -> None:
     """Make the data and the base model, in processes of their own: this one lives as long as the pipeline."""
-    _run_tool("make_shapes_data", "--out", str(run_dir / "data"))
+    _run_module("recipes.tiny_data", "--out", str(run_dir / "data"))
     if not (run_dir / "base" / "config.json").is_file():
-        _run_tool("make_tiny_model", "--out", str(run_dir / "base"), "--seed", str(seed))
+        _run_module("recipes.tiny_model", "--out", str(run_dir / "base"), "--seed", str(seed))
 
 
-def _run_tool(name: str, *arguments: str) -> None:
-    """A module of ``tools``, which says itself what it writes. Raises UserError where it fails."""
+def _run_module(module: str, *arguments: str) -> None:
+    """Run a command of this repository in a process of its own. Raises UserError where it fails."""
     environment = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": str(ROOT)}
-    if subprocess.run([sys.executable, "-m", f"tools.{name}", *arguments], env=environment, check=False).returncode:
-        raise UserError(f"tools/{name}.py failed; its last lines say why")
+    if subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=False).returncode:
+        raise UserError(f"python -m {module} failed; its last lines say why")
 
 
 def _finished(step: Step) -> bool:
@@ -362,7 +362,7 @@ def _finished(step: Step) -> bool:
 
 def _gather(run_dir: Path, steps: Sequence[Step]) -> None:
     collect_results(run_dir, steps)
-    _run_tool("report", str(run_dir))
+    _run_module("prism_megatron.observe.report", str(run_dir))
 
 
 def _stop(step: Step | None, number: int, _frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Nodes of eight 80 GB GPUs and parallel degrees for every stage and size: what fits, by ``recipes/memory.py``.
+"""Nodes of eight 80 GB GPUs and parallel degrees for every stage and size, by ``recipes/estimate``.
 
 Degrees obey what the stages ask of them: in alignment policy and discriminator share one layout (at most 4-way expert
 parallelism, and pipeline stages that divide both), and the ranks of a rollout engine hold the same rows, so its tensor

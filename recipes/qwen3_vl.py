@@ -208,7 +208,7 @@ def _rollout(layout: Layout, samples_per_prompt: int, max_response_tokens: int) 
 def _discriminator(checkpoint: str) -> DiscriminatorConfig:
     # The released noise of 0.01 is a quarter to a half of the weights' own standard deviation. The paper's 4 experts at
     # top 2 are two for each branch, of which a token takes both: nothing to balance. 8, four for each, do not fit
-    # beside the 4B and 32B policies nor, in FP8, the 8B and 30B-A3B ones (recipes/memory.py: 81 to 87 GB of 80).
+    # beside the 4B and 32B policies nor, in FP8, the 8B and 30B-A3B ones (estimate: 81 to 87 GB of 80).
     return DiscriminatorConfig(checkpoint, num_experts=4, topk=2, upcycle_noise=0.25, load_balance_coeff=0)
 
 

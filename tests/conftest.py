@@ -48,7 +48,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def other_tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model with other weights."""
-    from tools.make_tiny_model import make_tiny_model
+    from recipes.tiny_model import make_tiny_model
 
     directory = tmp_path_factory.mktemp("tiny") / "other"
     make_tiny_model(directory, seed=2)

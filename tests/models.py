@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.make_tiny_model import MOE_CONFIG, TEXT_CONFIG, VISION_CONFIG, VOCAB_SIZE, make_tiny_model
+from recipes.tiny_model import MOE_CONFIG, TEXT_CONFIG, VISION_CONFIG, VOCAB_SIZE, make_tiny_model
 
 SUITES = (
     "tests/parity/test_layouts.py",

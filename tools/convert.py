@@ -1,7 +1,7 @@
 """Convert a whole checkpoint between HF and Megatron, tensor by tensor; no GPU, no ranks and little memory are needed.
 
-    python tools/convert.py hf-to-megatron --hf DIR --out DIR [--tp N] [--pp N] [--ep N]
-    python tools/convert.py megatron-to-hf --megatron DIR --out DIR [--verify HF_DIR]
+    python -m tools.convert hf-to-megatron --hf DIR --out DIR [--tp N] [--pp N] [--ep N]
+    python -m tools.convert megatron-to-hf --megatron DIR --out DIR [--verify HF_DIR]
 
 A Megatron checkpoint loads at any parallel layout; --tp, --pp and --ep only choose the one it is stored for. Stopped
 anywhere, the same command goes on; --out appears when it is complete. What it holds is in its manifest.json.
@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.convert.rules import PARTS

@@ -1,6 +1,6 @@
 """Make a discriminator of a dense Qwen3-VL: experts with noise, a router, score heads (spec 3.1, 3.2).
 
-    python tools/upcycle.py --hf DIR --out DIR --num-experts 4 --top-k 2 [--noise-std X --noise relative|absolute]
+    python -m tools.upcycle --hf DIR --out DIR --num-experts 4 --top-k 2 [--noise-std X --noise relative|absolute]
 
 Prints the language-model loss of --text before and after, in nats per token: experts that differ too much from the
 dense model show here. --init-score-head instead gives an already upcycled checkpoint the score heads it lacks.
@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from prism_megatron.config import DiscriminatorConfig

@@ -2,7 +2,7 @@
 
 A layout is two exact inverses, ``join`` and ``split``, and the axis along which each HF tensor is cut. Both functions
 work on whole tensors and on one rank's parts alike, so a rank reads its part of each HF tensor and nothing else.
-Tables are counted without torch (``recipes/memory.py``), so only what computes imports it.
+Tables are counted without torch (``recipes/estimate/memory.py``), so only what computes imports it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
-"""report.html: what a run did, on one page that needs nothing else. Reads only what the stages wrote."""
+"""The report of a run, from what its stages logged: ``python -m prism_megatron.observe.report runs/quickstart``.
+
+``report.html`` is one page without further files.
+"""
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,3 +207,18 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, help="the folder of a run, or of one stage")
+    try:
+        print(write_report(parser.parse_args().run_dir))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from tools import bench_train
+from tools.bench import train
 
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 for port, arguments in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
-    sys.argv = ["bench_train.py", *arguments]
-    if status := bench_train.main():
+    sys.argv = ["tools.bench.train", *arguments]
+    if status := train.main():
         sys.exit(status)

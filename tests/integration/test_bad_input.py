@@ -13,9 +13,9 @@ import torch
 
 from prism_megatron.stages.setup import clear_disk_errors
 from prism_megatron.train import main
+from recipes.estimate.memory import PUBLISHED
 from recipes.launch import launch as launch_pipeline
 from recipes.launch import main as launch_main
-from recipes.memory import PUBLISHED
 
 
 def sft(checkpoint: Path, data: Path, runs: Path, *overrides: str) -> list[str]:

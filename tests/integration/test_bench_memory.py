@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench_memory import PARTS
+from tools.bench.memory import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +21,8 @@ _TRIED = ("recompute", "bf16", "tensor parallel")  # all of them take minutes
 def test_estimates_are_near_what_is_held(tmp_path: Path) -> None:
     command = [
         sys.executable,
-        "tools/bench_memory.py",
+        "-m",
+        "tools.bench.memory",
         "--cases",
         ",".join(_TRIED),
         "--out",

@@ -14,7 +14,7 @@ import pytest
 
 from prism_megatron.observe.flops import Workload, forward_flops, training_flops
 from prism_megatron.parallel.groups import free_port
-from tools.bench_inputs import model_sizes
+from tools.bench.inputs import model_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("global_batch_size=4",)
@@ -22,7 +22,7 @@ SMALL = ("global_batch_size=4",)
 
 def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, f"tools/{tool}.py", *arguments]
+    command = [sys.executable, "-m", f"tools.bench.{tool}", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
@@ -30,7 +30,7 @@ def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_one_process_and_two_pipeline_stages_beside_hf(tmp_path: Path) -> None:
     mock = ("--steps", "2", "--warmup", "1", "--images", "mock", "--resolutions", "64x64,96x32", *SMALL)
     wanted = ("--vs", "hf", "--sweep", "ranks:parallel.pipeline_model_parallel_size=1:1,2:2")
-    done = run("bench_train", "--out", str(tmp_path), *wanted, *mock)
+    done = run("train", "--out", str(tmp_path), *wanted, *mock)
     assert done.returncode == 0, done.stderr
     one, two = json.loads((tmp_path / "table.json").read_text())["rows"]
     for result in (one["result"], two["result"]):
@@ -52,7 +52,7 @@ def test_one_process_and_two_pipeline_stages_beside_hf(tmp_path: Path) -> None:
     one["result"]["ours"]["tokens_per_second"] *= 100
     (tmp_path / "faster.json").write_text(json.dumps(one["result"]))
     same = ("--ranks", "1", "--vs", "hf", *mock, "parallel.pipeline_model_parallel_size=1")
-    slower = run("bench_train", "--compare", str(tmp_path / "faster.json"), *same)
+    slower = run("train", "--compare", str(tmp_path / "faster.json"), *same)
     assert slower.returncode == 1, slower.stderr
     assert "ours.tokens_per_second is" in slower.stderr
 
@@ -98,7 +98,7 @@ def test_every_stage_on_two_ranks(launch: Callable[..., str], tmp_path: Path) ->
 
 
 def test_the_ten_largest_costs_of_a_step(tmp_path: Path) -> None:
-    done = run("profile_step", "--out", str(tmp_path), "--steps", "1", *SMALL)
+    done = run("profile", "--out", str(tmp_path), "--steps", "1", *SMALL)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "costs.json").read_text())
     shares = [cost["share"] for cost in result["costs"]]
@@ -109,6 +109,6 @@ def test_the_ten_largest_costs_of_a_step(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_run_is_refused() -> None:
-    done = run("bench_train", "--images", "nowhere", "--steps", "2", *SMALL)
+    done = run("train", "--images", "nowhere", "--steps", "2", *SMALL)
     assert done.returncode == 2
     assert "error: --images nowhere is neither shapes nor mock nor a directory of .png, .jpg, .jpeg" in done.stderr

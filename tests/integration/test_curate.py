@@ -20,8 +20,8 @@ from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_pool, read_rlvr, write_prompts
 from prism_megatron.parallel.groups import free_port
 from prism_megatron.types import Example
-from tools.curate import curate, demonstration_fault, pass_rate
-from tools.endpoint import Answer, Endpoint
+from tools.curate.curation import curate, demonstration_fault, pass_rate
+from tools.curate.endpoint import Answer, Endpoint
 
 SAMPLES = 4
 

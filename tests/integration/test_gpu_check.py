@@ -1,8 +1,7 @@
-"""tools/gpu_check.py as a user runs it on a machine without a GPU, and what it makes of a part that hangs."""
+"""tools/gpu_check as a user runs it on a machine without a GPU, and what it makes of a part that hangs."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -12,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import gpu_check
+from tools.gpu_check import parts
 
-TOOL = Path(__file__).parents[2] / "tools" / "gpu_check.py"
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(TOOL), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    command = [sys.executable, "-W", "ignore", "-m", "tools.gpu_check", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_the_dry_run_measures_what_a_cpu_can(tmp_path: Path) -> None:
@@ -44,25 +43,26 @@ def test_the_dry_run_measures_what_a_cpu_can(tmp_path: Path) -> None:
 
 def test_a_part_that_hangs_is_recorded_and_the_next_one_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("names", "parity"):
-        monkeypatch.setitem(gpu_check.SECONDS, part, 0.05)
-    arguments = argparse.Namespace(dry=True, layers=0, commit=None, out=tmp_path / "out.json")
-    assert gpu_check.check(["names", "parity"], arguments) == 1
-    result = json.loads(arguments.out.read_text())
+        monkeypatch.setitem(parts.SECONDS, part, 0.05)
+    options = parts.Options(tmp_path / "out.json", dry=True)
+    assert parts.check(["names", "parity"], options) == 1
+    result = json.loads(options.out.read_text())
     assert result["faults"] == ["names: no end after 0.05 s", "parity: no end after 0.05 s"]
 
 
 def test_what_a_variant_should_not_have_measured_is_a_fault() -> None:
     variants = {"one": {"fault": None}, "two": {"fault": "too far"}, "three": {"error": "ValueError: no"}, "four": {}}
-    found = gpu_check.told({"parity": {"variants": variants, "error": "exit status -11"}}, ("error", "fault"))
+    found = parts.lines_of({"parity": {"variants": variants, "error": "exit status -11"}}, ("error", "fault"))
     assert found == ["parity: exit status -11", "parity two: too far", "parity three: ValueError: no"]
 
 
 def test_make_takes_the_python_at_hand_where_no_environment_was_made(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("it would check this GPU")
-    (tmp_path / "tools").symlink_to(TOOL.parent)
+    for folder in ("prism_megatron", "recipes", "tools"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     at_hand = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["make", "-f", str(TOOL.parents[1] / "Makefile"), "gpu-check"]
+    command = ["make", "-f", str(ROOT / "Makefile"), "gpu-check"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | at_hand, capture_output=True, text=True, check=False)
     assert "error: this needs a GPU and Transformer Engine" in done.stderr
 

@@ -150,7 +150,7 @@ def memory(checkpoint: Path) -> dict[str, int]:
     from prism_megatron.convert.transfer import export_manifest, export_weights
     from prism_megatron.model.build import build_policy
     from prism_megatron.model.sizes import read_sizes
-    from tools.bench import extra_peak_bytes, give_back_freed
+    from tools.bench.harness import extra_peak_bytes, give_back_freed
 
     has_experts = read_sizes(checkpoint).num_experts is not None
     # Over tensor-parallel ranks in memory that they share; down the pipeline through none but each rank's own.

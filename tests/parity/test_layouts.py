@@ -20,22 +20,24 @@ from torch import Tensor
 
 from prism_megatron.config import ParallelConfig
 from tests.models import make_variant
-from tools import parity
-from tools.parity_inputs import default_chats, encode_rows
+from tools.parity.cases import GRADIENT_TOLERANCE, LOGITS_TOLERANCE, Case, compare
+from tools.parity.hf import hf_results
+from tools.parity.inputs import default_chats, encode_rows
+from tools.parity.ranks import run_cases
 
 AUX = 0.05
 
 
 def layout(
     ranks: int, batching: str = "single", recompute: bool = False, distopt: bool = False, **degrees: Any
-) -> parity.Case:
+) -> Case:
     names = {"tp": "tensor_model", "pp": "pipeline_model", "vpp": "virtual_pipeline_model", "cp": "context"}
     names |= {"ep": "expert_model", "etp": "expert_tensor"}
     split = {"first": "num_layers_in_first_pipeline_stage", "last": "num_layers_in_last_pipeline_stage"}
     fields = {f"{names[k]}_parallel_size": n for k, n in degrees.items() if k in names}
     fields |= {split[k]: n for k, n in degrees.items() if k in split}
     parallel = ParallelConfig(**fields, sequence_parallel=degrees.get("sp", False))
-    return parity.Case(ranks, parallel, batching, recompute, distributed_optimizer=distopt)
+    return Case(ranks, parallel, batching, recompute, distributed_optimizer=distopt)
 
 
 ONE = layout(1)
@@ -108,10 +110,10 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Resu
     def run(kind: str) -> Results:
         checkpoint = make_variant(kind, tmp_path_factory.mktemp(kind) / "base", seed=3)
         rows = encode_rows(checkpoint, default_chats())
-        found = {"hf": parity.hf_results(checkpoint, rows, True, AUX if kind == "experts" else 0.0)}
+        found = {"hf": hf_results(checkpoint, rows, True, AUX if kind == "experts" else 0.0)}
         judges = [case for cases in JUDGES for case in cases]
         cases = [*CASES[kind], *(judges if kind == "untied" else ())]
-        ran = parity.run_cases(checkpoint, rows, cases)
+        ran = run_cases(checkpoint, rows, cases)
         return found | dict(zip((case.name for case in cases), ran, strict=True))
 
     return run
@@ -120,15 +122,15 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Resu
 @pytest.mark.parametrize("kind", CASES)
 def test_one_process(kind: str, results_of: Callable[[str], Results]) -> None:
     results = results_of(kind)
-    measured = parity.compare(results[ONE.name], results["hf"])
-    assert measured["logits_relative"] < parity.LOGITS_TOLERANCE
-    assert measured["gradients_relative"] < parity.GRADIENT_TOLERANCE, measured["gradients_worst_tensor"]
+    measured = compare(results[ONE.name], results["hf"])
+    assert measured["logits_relative"] < LOGITS_TOLERANCE
+    assert measured["gradients_relative"] < GRADIENT_TOLERANCE, measured["gradients_worst_tensor"]
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, case.name) for kind, cases in CASES.items() for case in cases[1:]])
 def test_layout(kind: str, name: str, results_of: Callable[[str], Results]) -> None:
     results = results_of(kind)
-    measured = parity.compare(results[name], results[ONE.name])
+    measured = compare(results[name], results[ONE.name])
     assert measured["logits_relative"] < 1e-5
     assert measured["logprobs_relative"] < 1e-5
     assert measured["entropy_relative"] < 1e-5
@@ -138,6 +140,6 @@ def test_layout(kind: str, name: str, results_of: Callable[[str], Results]) -> N
 @pytest.mark.parametrize(("alone", "name"), JUDGED)
 def test_discriminator(alone: str, name: str, results_of: Callable[[str], Results]) -> None:
     results = results_of("untied")
-    measured = parity.compare(results[name], results[alone])
+    measured = compare(results[name], results[alone])
     assert measured["logits_relative"] < 1e-5, "these are its scores"
     assert measured["gradients_relative"] < 1e-4, measured["gradients_worst_tensor"]

@@ -1,4 +1,4 @@
-"""tools/parity.py as a user runs it: own chats, a dump for anyone's comparison, and one line for what cannot be run."""
+"""tools/parity as a user runs it: own chats, a dump for anyone's comparison, and one line for what cannot be run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from prism_megatron.data.shapes import ShapesConfig, sample_scenes
 
-TOOL = Path(__file__).parents[2] / "tools" / "parity.py"
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TOOL), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    command = [sys.executable, "-m", "tools.parity", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_own_chats_and_dump(tiny_checkpoint: Path, tmp_path: Path) -> None:

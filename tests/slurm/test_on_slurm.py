@@ -142,7 +142,7 @@ def test_weak_scaling_over_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
         jobs.append(ask(settings, "sbatch", f"--nodes={nodes}", *shape, "slurm/bench.sbatch", str(out), *small).strip())
     wait_for(lambda: {job_state(slurm, job) for job in jobs} <= ENDED)
     assert [json.loads(out.read_text())["ranks"] for out in results] == [1, 2]
-    table = ask(settings, sys.executable, "tools/bench_sweep.py", "--out", str(tmp_path), *map(str, results))
+    table = ask(settings, sys.executable, "-m", "tools.bench.sweep", "--out", str(tmp_path), *map(str, results))
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.strip().splitlines()[2:]]
     assert rows == [["1", "4"], ["2", "8"]]
 

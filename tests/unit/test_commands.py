@@ -13,14 +13,19 @@ HEAVY = (
     *("torch", "torchvision", "megatron", "transformers", "vllm", "networkx", "sympy", "matplotlib", "tensorboard"),
     *("nemo_run", "torchx"),
 )
+WORKERS = ("tools.gpu_check.worker",)  # started by a command, never by a user
+
+
+def modules() -> list[str]:
+    """Every command of the repository: a module that parses arguments."""
+    paths = [path for folder in ("prism_megatron", "recipes", "tools") for path in (ROOT / folder).rglob("*.py")]
+    found = [path.relative_to(ROOT).with_suffix("") for path in paths if "ArgumentParser(" in path.read_text()]
+    return sorted(".".join(path.parts).removesuffix(".__main__") for path in found)
+
+
 COMMANDS = [
-    *(
-        [f"tools.{path.stem}", "--help"]
-        for path in sorted((ROOT / "tools").glob("*.py"))
-        if "ArgumentParser(" in path.read_text() and path.stem != "parity"  # all of it computes
-    ),
+    *([module, "--help"] for module in modules() if module not in WORKERS),
     ["prism_megatron.train", "--help"],
-    ["recipes.launch", "--help"],
     ["recipes.launch", "tiny_pipeline", "--dryrun"],
     ["recipes.launch", "rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16", "--estimate"],
     ["tools.plan", "--model", "2b", "--top", "1"],

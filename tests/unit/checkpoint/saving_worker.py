@@ -29,7 +29,7 @@ from prism_megatron.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from prism_megatron.model.build import build_policy, wrap_for_training  # noqa: E402
 from prism_megatron.model.sizes import HFSizes  # noqa: E402
 from prism_megatron.optim.optimizer import build_optimizer  # noqa: E402
-from tools.make_tiny_model import TEXT_CONFIG, VISION_CONFIG  # noqa: E402
+from recipes.tiny_model import TEXT_CONFIG, VISION_CONFIG  # noqa: E402
 
 KEEP = 2
 

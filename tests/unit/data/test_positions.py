@@ -55,7 +55,7 @@ def test_equal_to_hf_padded_or_not(tiny_checkpoint: Path) -> None:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
     from prism_megatron.data.chat import ChatProcessor
-    from tools.parity_inputs import default_chats, encode_rows
+    from tools.parity.inputs import default_chats, encode_rows
 
     config = AutoConfig.from_pretrained(tiny_checkpoint)
     with torch.device("meta"):

@@ -13,7 +13,7 @@ from prism_megatron.config import DiscriminatorConfig, ModelConfig, ParallelConf
 from prism_megatron.data.pack import TrainingSequence, pack
 from prism_megatron.observe.flops import Workload, forward_flops, peak_flops, training_flops
 from prism_megatron.types import EncodedPrompt, InputSpec, Visual
-from tools.make_tiny_model import MOE_CONFIG, TEXT_CONFIG, VISION_CONFIG
+from recipes.tiny_model import MOE_CONFIG, TEXT_CONFIG, VISION_CONFIG
 
 TEXT = TEXT_CONFIG | {"vocab_size": 400, "rms_norm_eps": 1e-6}
 VISION = VISION_CONFIG | {"in_channels": 3, "out_hidden_size": TEXT["hidden_size"]}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from prism_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence, pack
 from prism_megatron.types import EncodedPrompt, Visual
-from tools import parity
-from tools.parity_inputs import default_chats, encode_rows
+from tools.parity.inputs import default_chats, encode_rows
 
 
 def built(checkpoint: Path, freeze: Sequence[str] = ()) -> torch.nn.Module:
@@ -38,7 +38,7 @@ def vision_gradients(model: torch.nn.Module, sequences: Sequence[TrainingSequenc
 
 def test_a_shared_image_is_encoded_once(tiny_checkpoint: Path) -> None:
     model = built(tiny_checkpoint)
-    spec = parity.ChatProcessor(tiny_checkpoint).input_spec
+    spec = ChatProcessor(tiny_checkpoint).input_spec
     row = encode_rows(tiny_checkpoint, default_chats())[1]
     encoded = []
     model.vision.register_forward_hook(lambda _m, inputs, _o: encoded.append(len(inputs[0])))  # type: ignore[operator]
@@ -60,7 +60,7 @@ def test_a_shared_image_is_encoded_once(tiny_checkpoint: Path) -> None:
 def test_a_shared_images_gradient_is_the_same_every_time(tiny_checkpoint: Path) -> None:
     """Resumed runs are bit-equal to others only if it is, also where threads compete for it."""
     model = built(tiny_checkpoint)
-    spec = parity.ChatProcessor(tiny_checkpoint).input_spec
+    spec = ChatProcessor(tiny_checkpoint).input_spec
     row = encode_rows(tiny_checkpoint, default_chats())[1]
     sequences = [TrainingSequence(row, tuple(range(40 + i, 100 + i))) for i in range(48)]
     threads = torch.get_num_threads()
@@ -72,7 +72,7 @@ def test_a_shared_images_gradient_is_the_same_every_time(tiny_checkpoint: Path) 
 
 def test_a_batch_of_text_gives_the_vision_tower_a_gradient_of_zero(tiny_checkpoint: Path) -> None:
     model = built(tiny_checkpoint)
-    spec = parity.ChatProcessor(tiny_checkpoint).input_spec
+    spec = ChatProcessor(tiny_checkpoint).input_spec
     gradients = vision_gradients(model, [TrainingSequence(EncodedPrompt((40, 41)), (42, 43))], spec)
     assert gradients.keys() == {n for n, _ in model.named_parameters() if n.startswith("vision.")}
     assert not any(gradient.any() for gradient in gradients.values())
@@ -84,7 +84,7 @@ def test_a_frozen_tensor_has_no_gradient_and_no_optimizer_state(tiny_checkpoint:
     from prism_megatron.optim.step import Stats, train_step
 
     model = built(tiny_checkpoint, freeze=("vision", "merger"))
-    spec = parity.ChatProcessor(tiny_checkpoint).input_spec
+    spec = ChatProcessor(tiny_checkpoint).input_spec
     (wrapped,) = chunks = wrap_for_training([model], use_distributed_optimizer=False)
     optimizer = build_optimizer(OptimizerConfig(lr=1.0, weight_decay=0.5), chunks)
     row = encode_rows(tiny_checkpoint, default_chats())[1]

@@ -19,9 +19,9 @@ from prism_megatron.config import (
 )
 from prism_megatron.model.sizes import HFSizes
 from recipes import STAGE_RECIPES, qwen3_vl, shape_of, stage_recipe
-from recipes.activations import layer_elements
+from recipes.estimate.activations import layer_elements
+from recipes.estimate.memory import GPU_BYTES, Memory, check_layout, estimate, published_sizes
 from recipes.layouts import LAYOUTS, SIZES
-from recipes.memory import GPU_BYTES, Memory, check_layout, estimate, published_sizes
 from recipes.qwen3_vl import ALGORITHMS, RECIPES
 
 

@@ -1,0 +1,1 @@
+"""Analytic estimates of memory and step time from model sizes, layouts and unit costs."""

@@ -1,0 +1,243 @@
+"""What the benchmarks share: interleaved steps, their medians, where a figure comes from, and a baseline to keep to."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from prism_megatron.errors import UserError
+from tools.processes import ROOT, module_environment
+
+
+def interleaved(sides: Mapping[str, Callable[[int], Any]], steps: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of each side's measured steps. Sides alternate, so that a busy machine slows them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(warmup + steps):
+        for name, step in sides.items():
+            _synchronize()
+            began = time.perf_counter()
+            step(number)
+            _synchronize()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def median_and_p90(values: Sequence[float]) -> dict[str, float]:
+    """Of at least two values."""
+    return {"median": statistics.median(values), "p90": statistics.quantiles(values, n=10, method="inclusive")[-1]}
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held: on the GPU where there is one, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_bytes_of_children() -> int:
+    """The most resident memory that each living process started by this one has held, and by those, added up."""
+    parents, peaks = {}, {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            fields = dict(re.findall(r"^(\w+):\s+(\d+)", status.read_text(), re.MULTILINE))
+            process = int(fields["Pid"])
+            parents[process], peaks[process] = int(fields["PPid"]), 1024 * int(fields.get("VmHWM", 0))
+    found, new = set[int](), {os.getpid()}
+    while new := {process for process, parent in parents.items() if parent in new}:
+        found |= new
+    return sum(peaks[process] for process in found)
+
+
+def extra_peak_bytes(work: Callable[[], Any]) -> int:
+    """The most memory that ``work`` takes beyond what this process holds when it starts and gives back.
+
+    On the GPU where there is one, else resident, as the Linux kernel counts it: it sees whoever allocates. What is
+    freed counts until it is given back, so ``work`` should call :func:`give_back_freed` now and then.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - held
+    give_back_freed()  # it must not serve this
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    held = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - held
+
+
+def give_back_freed() -> None:
+    """Return to the system what malloc keeps of freed memory for later."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(line: str) -> int:
+    found = re.search(rf"^{line}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and hardware a figure belongs to."""
+    import torch
+
+    return {
+        "commit": _git("rev-parse", "HEAD") or None,
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "versions": {name: metadata.version(name) for name in ("torch", "megatron-core", "transformers")},
+        "hardware": hardware(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def hardware() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
+
+
+def start_ranks(ranks: int, module: str) -> int:
+    """Run ``module`` with this process's command line in ``ranks`` processes here; returns the exit status.
+
+    Raises UserError with the first error that a rank reports in one line.
+    """
+    from prism_megatron.parallel.groups import free_port
+
+    cores = len(os.sched_getaffinity(0))
+    environment = {"OMP_NUM_THREADS": str(max(cores // ranks, 1)), "PYTHONWARNINGS": "ignore", **module_environment()}
+    where = [f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "-m", module]
+    done = subprocess.run([*torchrun, *sys.argv[1:]], env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    if done.returncode and refusals:
+        raise UserError(refusals[0].removeprefix("error: "))
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+    return done.returncode
+
+
+def read_baseline(path: Path) -> dict[str, Any]:
+    """Raises UserError if it cannot be read."""
+    try:
+        baseline = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"baseline {path} cannot be read ({error}); write one with --out") from error
+    if not isinstance(baseline, dict):
+        raise UserError(f"baseline {path} is not a benchmark's JSON; write one with --out")
+    return baseline
+
+
+def regressions(
+    result: Mapping[str, Any], baseline: Mapping[str, Any], higher_is_better: Sequence[str], tolerance: float
+) -> list[str]:
+    """A line for each figure that is worse than the baseline's by more than ``tolerance`` of it.
+
+    Figures are named by their path, such as "ours.tokens_per_second". Raises UserError if the two were not measured
+    on the same thing, or have no such figure in common.
+    """
+    for key in ("benchmark", "config", "hardware", "threads", "ranks"):
+        then, now = baseline.get(key), result.get(key)
+        if then != now:
+            raise UserError(f"the baseline's {key} is {then!r}, this run's is {now!r}; compare like with like")
+    pairs = [(name, _figure(result, name), _figure(baseline, name)) for name in higher_is_better]
+    both = [(name, new, old) for name, new, old in pairs if new is not None and old is not None]
+    if not both:
+        raise UserError(f"the baseline has none of {', '.join(higher_is_better)}")
+    return [
+        f"{name} is {new:.4g}, the baseline's {old:.4g}: worse by more than {tolerance:.0%}"
+        for name, new, old in both
+        if new < old * (1 - tolerance)
+    ]
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What :func:`finish` reads. A baseline that cannot be read is refused before anything is measured."""
+    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    parser.add_argument(
+        "--compare", type=_baseline, metavar="OLD.json", help="an earlier run's; exit status 1 where this one is worse"
+    )
+    parser.add_argument("--tolerance", type=float, default=0.1, help="how much worse is still as good, of the baseline")
+
+
+def finish(result: Mapping[str, Any], arguments: argparse.Namespace, higher_is_better: Sequence[str]) -> int:
+    """Write the result and hold it to the baseline, if there is one; returns the exit status."""
+    write(result, arguments.out)
+    if arguments.compare is None:
+        return 0
+    try:
+        worse = regressions(result, arguments.compare, higher_is_better, arguments.tolerance)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for line in worse:
+        print(line, file=sys.stderr)
+    return int(bool(worse))
+
+
+def write(result: Mapping[str, Any], out: Path | None) -> None:
+    """Print the result as one JSON line, and write it to ``out``."""
+    print(json.dumps(result))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def resolutions(text: str) -> tuple[tuple[int, int], ...]:
+    """Raises UserError for anything but WIDTHxHEIGHT, and commas between."""
+    sizes = []
+    for item in text.split(","):
+        width, _, height = item.partition("x")
+        if not (width.isdigit() and height.isdigit()):
+            raise UserError(f"--resolutions has {item!r}; give WIDTHxHEIGHT in pixels, for example 448x448,1024x768")
+        sizes.append((int(width), int(height)))
+    return tuple(sizes)
+
+
+def _baseline(path: str) -> dict[str, Any]:
+    try:
+        return read_baseline(Path(path))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _figure(result: Mapping[str, Any], name: str) -> float | None:
+    value: Any = result
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
+
+
+def _git(*arguments: str) -> str:
+    """Nothing where there is no repository, or no git."""
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,181 @@
+"""What ranks hold in memory while they train, beside what ``recipes/estimate/memory.py`` says they would.
+
+    python -m tools.bench.memory --ranks 2 [--out NEW.json] [model.recompute=true ...]
+
+Each case is a layout or a setting. Weights, gradients and optimizer are the tensors there are; ``activations`` is what
+the allocator hands out on top, at most, in a step after the first: torch's profiler sees every byte of it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prism_megatron.config import SFTConfig
+from prism_megatron.data.loader import rank_share
+from prism_megatron.errors import UserError
+from recipes.estimate.activations import Load
+from recipes.estimate.memory import stage_estimates
+from tools.bench import harness
+from tools.bench.inputs import Settings, make_model, model_sizes, training_sequences
+
+if TYPE_CHECKING:
+    from prism_megatron.data.pack import TrainingSequence
+
+PARTS = ("weights", "gradients", "optimizer", "activations")
+CASES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "recompute": ("model.recompute=true",),
+    "frozen vision": ("model.freeze=[vision,merger]",),
+    "distributed optimizer": ("optimizer.use_distributed_optimizer=true",),
+    "bf16": ("model.precision=bf16", "optimizer.use_distributed_optimizer=true"),
+    "tensor parallel": ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
+    "pipeline parallel": ("parallel.pipeline_model_parallel_size=2", "max_tokens_per_microbatch=1024"),
+    "context parallel": ("parallel.context_parallel_size=2",),
+    "expert parallel": ("parallel.expert_model_parallel_size=2",),  # of another model, with experts
+    "expert-tensor parallel": ("parallel.expert_tensor_parallel_size=2",),  # of it, too
+}
+_MARK = "prism_second_step"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start here; the cases need 2")
+    parser.add_argument("--cases", default=",".join(CASES), help="some of them, by name, commas between")
+    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    parser.add_argument("overrides", nargs="*", help="of the recipe, in every case")
+    arguments = parser.parse_intermixed_args()
+    import torch
+
+    if torch.cuda.is_available():
+        print("error: allocations are counted on a CPU only; set CUDA_VISIBLE_DEVICES to nothing", file=sys.stderr)
+        return 2
+    try:
+        if unknown := set(arguments.cases.split(",")) - CASES.keys():
+            raise UserError(f"--cases has {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+        if "RANK" not in os.environ:
+            return harness.start_ranks(arguments.ranks, "tools.bench.memory")
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(arguments.cases.split(","), arguments.overrides, Path(folder))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if result:
+        harness.write(result, arguments.out)
+    return 0
+
+
+def measure(cases: Sequence[str], overrides: Sequence[str], folder: Path) -> dict[str, Any] | None:
+    """Bytes of each case on the rank that is estimated, its pipeline stage's first; None on ranks but the first."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from prism_megatron.parallel import groups
+    from prism_megatron.parallel.collectives import gather_over_ranks
+
+    rows = {}
+    for case in cases:
+        size = "mid_moe" if case.startswith("expert") else "mid"
+        settings = Settings(
+            size=size,
+            images="mock",
+            resolutions=((256, 256),),
+            response_tokens=416,
+            overrides=("global_batch_size=8", *CASES[case], *overrides),
+        )
+        held = measure_case(settings, folder / size)
+        of_ranks = gather_over_ranks(held)
+        rows[case] = [{"stage": stage, "measured": measured, "estimated": said} for stage, measured, said in of_ranks]
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+    is_main, ranks = groups.is_main_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    if not is_main:
+        return None
+    return {
+        "benchmark": "memory",
+        "config": {"overrides": list(overrides)},
+        "ranks": ranks,
+        "cases": rows,
+    } | harness.provenance()
+
+
+def measure_case(settings: Settings, folder: Path) -> tuple[int, dict[str, int], dict[str, float]]:
+    """Pipeline stage, bytes found and bytes estimated of this rank."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from prism_megatron.parallel import groups
+    from prism_megatron.stages.setup import load_policy, load_processor
+    from tools.bench.stages import sft_training
+
+    config = make_model(settings, folder, batches=1)
+    assert isinstance(config, SFTConfig)
+    processor = load_processor(config)
+    rows = training_sequences(settings, config, processor, config.global_batch_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        policy = load_policy(config)
+        step = sft_training(policy, config, processor)
+        step(rows)
+        with record_function(_MARK):
+            step(rows)
+    found = resident(policy) | {"activations": _peak_over_mark(profiler)}
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    sizes = model_sizes(settings.size)
+    mine = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
+    load = load_of([rows[i] for i in mine], config)
+    said = stage_estimates(config, dist.get_world_size(), sizes, sizes, load)[stage]
+    return stage, found, {part: getattr(said, part) for part in PARTS}
+
+
+def load_of(rows: Sequence[TrainingSequence], config: SFTConfig) -> Load:
+    """The fullest of a rank's micro-batches, and their number."""
+    from prism_megatron.data.pack import split_by_tokens
+    from prism_megatron.stages.microbatch import workload
+
+    works = [workload([rows[i] for i in group]) for group in split_by_tokens(rows, config.max_tokens_per_microbatch)]
+    fullest = max(works, key=lambda work: sum(work.sequence_lengths))
+    return Load(
+        sum(fullest.sequence_lengths), sum(fullest.frame_patches), fullest.scored_tokens, len(works), imbalance=1.0
+    )
+
+
+def resident(policy: Any) -> dict[str, int]:
+    """Bytes of the tensors that outlive a step."""
+    import torch
+
+    weights = {p.untyped_storage().data_ptr(): p for chunk in policy.chunks for p in chunk.parameters()}
+    buffers = [b for chunk in policy.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    inner = [optimizer.optimizer for optimizer in optimizers if optimizer.optimizer is not None]
+    states = [t for o in inner for state in o.state.values() for t in state.values() if torch.is_tensor(t)]
+    trained = [p for o in inner for group in o.param_groups for p in group["params"]]
+    copies = [p for p in trained if p.untyped_storage().data_ptr() not in weights]
+    return {
+        "weights": sum(p.untyped_storage().nbytes() for p in weights.values()),
+        "gradients": sum(b.grad_data.nbytes for b in buffers),
+        "optimizer": sum(t.nbytes for t in (*states, *copies)),
+    }
+
+
+def _peak_over_mark(profiler: Any) -> int:
+    """The most bytes in use at a time after the mark, beyond those in use at it."""
+    events = profiler.profiler.kineto_results.events()
+    began = next(event.start_ns() for event in events if event.name() == _MARK)
+    total = at_mark = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        if event.start_ns() < began:
+            at_mark = peak = total
+        peak = max(peak, total)
+    return peak - at_mark
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The training part of each stage's iteration, made of the functions that the stage itself calls, without an engine.
+
+``sft`` and ``warmup`` start from encoded rows, ``align`` and ``rlvr`` from responses as an engine leaves them:
+
+    sft     a step on the demonstrations
+    warmup  a step of the discriminator on a pair of each branch for every row
+    align   all branches scored, the discriminator's steps, the policy's updates (``take_turn`` of ``stages/align.py``)
+    rlvr    advantages of verdicts, old and reference log-probabilities where there are any, the policy's updates
+
+Tokens of a step are its rows' (``sft``), both sides' of all pairs (``warmup``), or all prompts' with their responses
+(``align``, ``rlvr``), each sequence once, however many passes are taken over it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prism_megatron.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.loader import rank_share
+from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.observe import metrics as names
+from prism_megatron.observe.timers import Timers
+from prism_megatron.parallel import groups
+from prism_megatron.stages import setup
+from prism_megatron.stages.align import load_players, take_turn
+from prism_megatron.stages.discriminator import discriminator_step
+from prism_megatron.stages.policy import policy_gradient_step, policy_objective, sft_step
+from prism_megatron.stages.replay import Replay
+from prism_megatron.stages.rlvr import verified_advantages
+from prism_megatron.stages.setup import Trained
+from prism_megatron.stages.warmup import OBJECTIVE
+from tools.bench.inputs import BATCHES, Settings, TrainingConfig, rows_per_step, training_sequences
+from tools.bench.passes import DISCRIMINATOR, POLICY, Pass, discriminator_passes, policy_passes
+from tools.bench.synthetic_rollouts import Group, preference_rows, sampled_groups
+
+Measured = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a step measured, as its stage logs it, and the passes that this data-parallel rank took."""
+
+    measured: Measured
+    passes: Sequence[Pass]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A stage's training part; ``step`` n is on batch n modulo ``BATCHES``.
+
+    ``tokens`` are all ranks' of each batch, ``models`` those that take part, ``loss`` the metric that is reported as
+    the loss. ``encode_seconds`` is what turning a row into tokens and patches took, before any step. ``timers`` hold
+    seconds of the stage's own parts. ``rows`` are the batches of ``sft``.
+    """
+
+    step: Callable[[int], Done]
+    tokens: Sequence[int]
+    models: Mapping[str, Trained]
+    loss: str
+    encode_seconds: float
+    timers: Timers = field(default_factory=Timers)
+    rows: Sequence[Sequence[TrainingSequence]] = ()
+
+
+def load_training(settings: Settings, config: TrainingConfig, processor: ChatProcessor) -> Training:
+    """Encode rows and load the stage's models. Raises UserError for what cannot be run."""
+    if isinstance(config, SFTConfig):
+        return _sft(settings, config, processor)
+    if isinstance(config, WarmupConfig):
+        return _warmup(settings, config, processor)
+    if isinstance(config, AlignConfig):
+        return _align(settings, config, processor)
+    return _rlvr(settings, config, processor)
+
+
+def sft_training(
+    policy: Trained, config: SFTConfig, processor: ChatProcessor
+) -> Callable[[Sequence[TrainingSequence]], Measured]:
+    """A step on this data-parallel rank's part of a global batch, the recipe's learning rate held."""
+
+    def step(batch: Sequence[TrainingSequence]) -> Measured:
+        owners = [f"row {number}" for number in _mine(range(len(batch)))]
+        return sft_step(policy, _mine(batch), owners, processor, config, config.optimizer.lr)
+
+    return step
+
+
+def _sft(settings: Settings, config: SFTConfig, processor: ChatProcessor) -> Training:
+    batches, seconds = _encoded(lambda count: training_sequences(settings, config, processor, count), config)
+    policy = setup.load_policy(config)
+    train = sft_training(policy, config, processor)
+
+    def step(number: int) -> Done:
+        batch = batches[number % BATCHES]
+        return Done(train(batch), [Pass(POLICY, _mine(batch))])
+
+    tokens = [sum(map(len, batch)) for batch in batches]
+    return Training(step, tokens, {POLICY: policy}, names.LOSS, seconds, rows=batches)
+
+
+def _warmup(settings: Settings, config: WarmupConfig, processor: ChatProcessor) -> Training:
+    batches, seconds = _encoded(lambda count: preference_rows(settings, config, processor, count), config)
+    discriminator = setup.load_discriminator(config, config.optimizer)
+
+    def step(number: int) -> Done:
+        pairs = [pair for row in _mine(batches[number % BATCHES]) for pair in row]
+        measured = discriminator_step(discriminator, pairs, processor, config, OBJECTIVE, config.optimizer.lr)
+        return Done(measured, discriminator_passes(pairs, config))
+
+    tokens = [sum(len(pair.teacher) + len(pair.student) for row in batch for pair in row) for batch in batches]
+    return Training(step, tokens, {DISCRIMINATOR: discriminator}, names.DISCRIMINATOR_LOSS, seconds)
+
+
+def _align(settings: Settings, config: AlignConfig, processor: ChatProcessor) -> Training:
+    """Replay, where the recipe has it, is full of other steps' responses from the start."""
+    batches, seconds = _encoded(lambda count: sampled_groups(settings, config, processor, count), config)
+    players, timers = load_players(config), Timers()
+    replay = Replay([group[0].example for batch in batches for group in batch], config.replay, config.run.seed)
+    for batch in batches:
+        replay.add(_flat(_mine(batch)))
+
+    def step(number: int) -> Done:
+        samples = _flat(_mine(batches[number % BATCHES]))
+        turn = take_turn(players, samples, replay, processor, config, number, timers)
+        scoring = Pass(DISCRIMINATOR, turn.branches.students, trained=False)
+        learning = discriminator_passes(turn.pairs, config)
+        return Done(turn.measured, [scoring, *learning, *policy_passes(samples, config)])
+
+    models = {POLICY: players.policy, DISCRIMINATOR: players.discriminator}
+    models |= {"reference": players.reference} if players.reference else {}
+    return Training(step, _tokens(batches), models, names.POLICY_LOSS, seconds, timers)
+
+
+def _rlvr(settings: Settings, config: RLVRConfig, processor: ChatProcessor) -> Training:
+    batches, seconds = _encoded(lambda count: sampled_groups(settings, config, processor, count), config)
+    policy = setup.load_policy(config)
+    reference = setup.load_reference(config) if config.kl_coeff else None
+    objective, lr = policy_objective(config), config.optimizer.lr
+
+    def step(number: int) -> Done:
+        samples = _flat(_mine(batches[number % BATCHES]))
+        advantages = verified_advantages(samples, config)
+        measured = policy_gradient_step(
+            policy, reference, samples, advantages, processor, objective, config, lr, version=number
+        )
+        return Done(measured, policy_passes(samples, config))
+
+    models = {POLICY: policy} | ({"reference": reference} if reference else {})
+    return Training(step, _tokens(batches), models, names.POLICY_LOSS, seconds)
+
+
+def _encoded[Row](encode: Callable[[int], list[Row]], config: TrainingConfig) -> tuple[list[list[Row]], float]:
+    """Global batches of encoded rows, the same on every rank, and the seconds that a row took."""
+    size = rows_per_step(config)
+    began = time.perf_counter()
+    rows = encode(size * BATCHES)
+    seconds = (time.perf_counter() - began) / len(rows)
+    return [rows[start : start + size] for start in range(0, len(rows), size)], seconds
+
+
+def _mine[Row](batch: Sequence[Row]) -> list[Row]:
+    """This data-parallel rank's rows of a global batch."""
+    share = rank_share(list(range(len(batch))), groups.data_parallel_rank(), groups.data_parallel_size())
+    return [batch[i] for i in share]
+
+
+def _flat(of_prompts: Sequence[Group]) -> Group:
+    return [sample for group in of_prompts for sample in group]
+
+
+def _tokens(batches: Sequence[Sequence[Group]]) -> list[int]:
+    return [sum(len(sample.sequence()) for sample in _flat(batch)) for batch in batches]

@@ -1,0 +1,1 @@
+"""Selection of training data with OpenAI-compatible endpoints: ``python -m tools.curate``."""

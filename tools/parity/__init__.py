@@ -1,0 +1,1 @@
+"""Comparison with HF transformers at any parallel layout: ``python -m tools.parity``."""

@@ -1,0 +1,1 @@
+"""Predicted step time and memory of parallel layouts: ``python -m tools.plan``."""
