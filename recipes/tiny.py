@@ -41,7 +41,7 @@ def _discriminator(checkpoint: str) -> DiscriminatorConfig:
 def tiny_sft() -> SFTConfig:
     return SFTConfig(
         stage="sft",
-        run=RunConfig(name="tiny/sft", train_iters=1200, save_interval=200),
+        run=RunConfig(name="tiny/sft", train_iters=800, save_interval=200),
         model=_model(f"{ROOT}/base"),
         optimizer=OptimizerConfig(
             lr=2e-3,
