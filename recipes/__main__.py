@@ -6,12 +6,12 @@ import sys
 from typing import Any
 
 import fiddle
-from nemo_run.cli.cli_parser import CLIException
 
 from prism_megatron.config import apply_overrides
 from prism_megatron.errors import UserError
 from prism_megatron.train import run_and_exit
 from recipes import STAGE_RECIPES, factories
+from recipes.upstream import cli_error
 
 run = factories.run
 
@@ -32,7 +32,7 @@ class CheckedContext(run.cli.RunContext):  # type: ignore[name-defined, misc]
     def cli_execute(self, fn: Any, args: list[str], *kind: Any) -> None:
         try:
             super().cli_execute(fn, args, *kind)
-        except (UserError, CLIException) as error:  # NeMo-Run would call it unexpected and end with status 0
+        except (UserError, cli_error()) as error:  # NeMo-Run would call it unexpected and end with status 0
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 

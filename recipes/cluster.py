@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from yaml import YAMLError
 
 from prism_megatron.errors import UserError
 from recipes.secrets import assigned_secrets, is_secret_name, line_of_secret_value
+from recipes.upstream import CODE_FOLDER, CONSOLE_FILES, REPLACED_PATH, nemo_run
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds in which a stage reaches the end of its iteration and saves. Those that sample have the longest iterations:
@@ -147,8 +147,10 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
         raise UserError(f"the recipe needs {ranks_per_node} GPUs per node, the cluster file says gpus_per_node {gpus}")
     # Where there is no container, NeMo-Run puts the job's folder in place of this name, wherever the script has it.
     paths = (cluster.ssh.job_dir or os.environ["NEMORUN_HOME"], cluster.workdir or os.getcwd(), str(stage_dir))
-    if not cluster.container_image and (clashing := [path for path in paths if "/nemo_run" in path]):
-        raise UserError(f"NeMo-Run cannot work in {clashing[0]}: no path may contain /nemo_run; rename that folder")
+    if not cluster.container_image and (clashing := [path for path in paths if REPLACED_PATH in path]):
+        raise UserError(
+            f"NeMo-Run cannot work in {clashing[0]}: no path may contain {REPLACED_PATH}; rename that folder"
+        )
     if spaced := [path for path in paths[:1] if re.search(r"\s", path)]:  # the others are quoted, by us
         raise UserError(
             f"NeMo-Run cannot work in {spaced[0]!r}: it does not quote this folder's name, which must be without "
@@ -234,16 +236,6 @@ def rank_command(recipe: str, overrides: Sequence[str]) -> Any:
     return nemo_run().Script(path="slurm/rank.sh", args=[shlex.quote(word) for word in train])
 
 
-def nemo_run() -> Any:
-    """NeMo-Run, imported when it is needed: it takes seconds."""
-    os.environ.setdefault("NEMORUN_HOME", str(Path("runs/.nemo_run").resolve()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations in what NeMo-Run imports
-        import nemo_run as run
-
-    return run
-
-
 def setup_lines(cluster: ClusterConfig, stage_dir: Path) -> str:
     """What the script does before its srun."""
     exports = {
@@ -261,8 +253,8 @@ def setup_lines(cluster: ClusterConfig, stage_dir: Path) -> str:
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         f"until output={output}; do sleep 2; done",
         'job_dir=$(dirname "$output")',
-        'export PRISM_CONSOLE="$job_dir/log-*_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"',
-        'source "$job_dir/code/slurm/job.sh" || exit 1',
+        f'export PRISM_CONSOLE="$job_dir/{CONSOLE_FILES}"',
+        f'source "$job_dir/{CODE_FOLDER}/slurm/job.sh" || exit 1',
     ]
     return "\n".join(lines)
 

@@ -27,12 +27,12 @@ from recipes import STAGE_RECIPES, stage_recipe
 from recipes.cluster import (
     ClusterConfig,
     local_executor,
-    nemo_run,
     read_cluster,
     setup_lines,
     slurm_executor,
     stop_signal,
 )
+from recipes.upstream import nemo_run
 
 run = nemo_run()
 

@@ -38,7 +38,6 @@ from recipes.cluster import (
     ROOT,
     ClusterConfig,
     local_environment,
-    nemo_run,
     rank_command,
     read_cluster,
     slurm_executor,
@@ -52,6 +51,7 @@ from recipes.pipeline import (
     tiny_steps,
     write_study,
 )
+from recipes.upstream import nemo_run, newest_scripts
 
 PIPELINES = ("tiny_pipeline", "tiny_study", *PRODUCTION_PIPELINES)
 STUDY_SEEDS = (1, 2, 3)
@@ -168,8 +168,7 @@ def submit(title: str, steps: Sequence[Step], cluster: ClusterConfig, dryrun: bo
         else:
             experiment.run(detach=detach)
     if dryrun:
-        folder = max((home / "experiments" / title).iterdir(), key=lambda path: path.stat().st_mtime)
-        scripts = [folder / f"{step.name}_sbatch.sh" for step in unfinished]
+        scripts = newest_scripts(home, title, (step.name for step in unfinished))
         print(*(script.read_text() for script in scripts), "scripts:", *(f"  {script}" for script in scripts), sep="\n")
         return 0
     if detach:

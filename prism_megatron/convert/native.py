@@ -8,14 +8,15 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core.dist_checkpointing import ShardedObject
+from torch.distributed.checkpoint import CheckpointException
 
 from prism_megatron.convert.hf_io import HFWeights
 from prism_megatron.convert.manifest import MANIFEST, first_fault, is_converted
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import load_weights, unwrap
 from prism_megatron.errors import SharedError, UserError
+from prism_megatron.upstream.megatron import CheckpointingException
 
 
 def load_checkpoint(model: Any, table: Sequence[Rule], directory: Path, part: str) -> None:
@@ -42,7 +43,7 @@ def load_megatron(model: Any, directory: Path, part: str) -> None:
     strict = dist_checkpointing.validation.StrictHandling.RAISE_ALL
     try:
         loaded = dist_checkpointing.load(state, str(directory), strict=strict)
-    except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
+    except (CheckpointingException, CheckpointException) as error:
         raise UserError(
             f"{directory} is of another model than its config.json: {str(error).splitlines()[0][:300]}"
         ) from error

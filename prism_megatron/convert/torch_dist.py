@@ -19,25 +19,26 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.checkpoint import FileSystemReader
 
 from prism_megatron.convert.manifest import JOURNAL, FileEntry, TensorEntry, append_line, digest_file, read_lines
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, DTYPES
 from prism_megatron.errors import UserError
 from prism_megatron.files import fsync
+from prism_megatron.upstream.megatron import CheckpointingConfig, save_config
+from prism_megatron.upstream.torch_internals import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+    create_file_view,
+)
 
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)(\..*)")
 _EXPERT = re.compile(r"(.*\.experts)\.local_experts\.(\d+)(\..*)")
@@ -141,7 +142,7 @@ class TorchDistReader:
         stored = self._storage[index]
         if stored.relative_path not in self._files:
             self._files[stored.relative_path] = (self.directory / stored.relative_path).open("rb")
-        view: Any = _create_file_view(self._files[stored.relative_path], stored.offset, stored.length)
+        view: Any = create_file_view(self._files[stored.relative_path], stored.offset, stored.length)
         block: Tensor = torch.load(view, weights_only=True, map_location="cpu")
         return block
 
@@ -221,7 +222,7 @@ class TorchDistWriter:
         length = common.position
         name, entry = common.close()
         shapes = {self.prefix + key: shape for key, shape in whole_shapes(table).items()}
-        storage: dict[MetadataIndex, _StorageInfo] = {MetadataIndex(_COMMON): _StorageInfo(name, 0, length)}
+        storage: dict[MetadataIndex, StorageInfo] = {MetadataIndex(_COMMON): StorageInfo(name, 0, length)}
         tensors: dict[str, TensorStorageMetadata] = {}
         for file in self._files:
             for block in file.blocks:
@@ -229,7 +230,7 @@ class TorchDistWriter:
                 properties = TensorProperties(dtype=DTYPES[block.dtype])
                 empty = TensorStorageMetadata(properties, torch.Size(shapes[block.key]), [])
                 tensors.setdefault(block.key, empty).chunks.append(ChunkStorageMetadata(offsets, sizes))
-                storage[MetadataIndex(block.key, offsets)] = _StorageInfo(file.name, block.offset, block.length)
+                storage[MetadataIndex(block.key, offsets)] = StorageInfo(file.name, block.offset, block.length)
         for key, shape in shapes.items():
             held = sum(chunk.sizes.numel() for chunk in tensors[key].chunks)
             assert held == prod(shape), (key, held, shape)

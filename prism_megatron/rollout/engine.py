@@ -89,10 +89,9 @@ class RolloutEngine:
         self._config = config
         check_engine(checkpoint, config)
         with _process_state_kept(), _uncollected():
-            self._llm = _start(checkpoint, config)
-        _alive.append(self._llm)
-        self._llm.llm_engine.engine_core._finalizer.atexit = False
-        tokenizer = self._llm.get_tokenizer()
+            self.llm = _start(checkpoint, config)
+        _alive.append(self.llm)
+        tokenizer = self.llm.get_tokenizer()
         self._banned = {tokenizer.convert_tokens_to_ids(token): _BAN for token in _BANNED if token in tokenizer.vocab}
         self._has_weights = not is_converted(checkpoint)
         self._policy_version: int | None = None
@@ -105,7 +104,9 @@ class RolloutEngine:
     @property
     def cache_block_tokens(self) -> int:
         """How many tokens of a prompt the prefix cache keeps together."""
-        return int(self._llm.llm_engine.vllm_config.cache_config.block_size)
+        from prism_megatron.upstream.vllm import cache_block_tokens
+
+        return cache_block_tokens(self.llm)
 
     def generate(
         self,
@@ -152,14 +153,14 @@ class RolloutEngine:
                 )
             )
         with _process_state_kept(), progress_bar(len(requests)) if report is None else nullcontext(report) as report:
-            self._llm.collective_rpc(_set_temperature, args=(sampling.temperature or 1.0,))
+            self.llm.collective_rpc(_set_temperature, args=(sampling.temperature or 1.0,))
             answers = self._run(prompts, parameters, report)
         return [[_rollout(output, self._policy_version) for output in answer.outputs] for answer in answers]
 
     def _run(self, prompts: list[Any], parameters: list[Any], report: Callable[[int], None]) -> list[Any]:
-        core, limit = self._llm.llm_engine, self._config.timeout_seconds
+        core, limit = self.llm.llm_engine, self._config.timeout_seconds
         deadline = time.monotonic() + (limit or float("inf"))
-        unanswered = self._llm.enqueue(prompts, parameters, use_tqdm=False)
+        unanswered = self.llm.enqueue(prompts, parameters, use_tqdm=False)
         answers: list[Any] = []
         while core.has_unfinished_requests():
             if time.monotonic() > deadline:
@@ -182,9 +183,9 @@ class RolloutEngine:
         """
         self._has_weights = False
         with _process_state_kept():
-            self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": {"named": sync.checked(named)}})
-            self._llm.finish_weight_update(str(sync.version))
+            self.llm.start_weight_update()
+            self.llm.update_weights({"update_info": {"named": sync.checked(named)}})
+            self.llm.finish_weight_update(str(sync.version))
             self.reset_caches()
         if sync.with_checksums:
             sync.check_agreement(sync.by_holder(gather_over_ranks(sync.checksums)))
@@ -195,23 +196,22 @@ class RolloutEngine:
 
         Only on a GPU, and if ``sleep_level`` says so. Not verified on a GPU.
         """
-        if self._config.sleep_level and torch.cuda.is_available() and not self._llm.llm_engine.is_sleeping():
-            self._llm.sleep(self._config.sleep_level)
+        if self._config.sleep_level and torch.cuda.is_available() and not self.llm.llm_engine.is_sleeping():
+            self.llm.sleep(self._config.sleep_level)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Take the memory for ``part`` again: weights before an update, the cache after it, so that both fit."""
         torch.cuda.empty_cache()  # what the trainer keeps for itself is not free for the engine
-        if torch.cuda.is_available() and self._llm.llm_engine.is_sleeping():
-            self._llm.wake_up([part])
+        if torch.cuda.is_available() and self.llm.llm_engine.is_sleeping():
+            self.llm.wake_up([part])
 
     def differing_parameters(self, named: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Which of ``named``, all that was pushed, the engine computes with otherwise. Collective; in their order."""
         from prism_megatron.rollout.differences import differing_parameters
+        from prism_megatron.upstream.vllm import engine_model
 
         with _process_state_kept():
-            (found,) = self._llm.collective_rpc(
-                lambda worker: differing_parameters(worker.model_runner.get_model(), named)
-            )
+            (found,) = self.llm.collective_rpc(lambda worker: differing_parameters(engine_model(worker), named))
         everybody = {place: name for rank in gather_over_ranks(found) for place, name in rank.items()}
         return [name for _, name in sorted(everybody.items())]
 
@@ -221,16 +221,16 @@ class RolloutEngine:
             reset()
 
     def _resets(self) -> dict[str, Callable[[], Any]]:
-        llm = self._llm
+        llm = self.llm
         resets = llm.reset_prefix_cache, llm.llm_engine.reset_encoder_cache, llm.reset_mm_cache
         return dict(zip(CACHES, resets, strict=True))
 
 
 def _set_temperature(worker: Any, temperature: float) -> None:
     """Scale the model's own logits. vLLM's samplers scale after they have noted the log-probabilities."""
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from prism_megatron.upstream.vllm import LogitsProcessor, engine_model
 
-    for module in worker.model_runner.get_model().modules():
+    for module in engine_model(worker).modules():
         if isinstance(module, LogitsProcessor):
             module.scale = 1 / temperature
 
@@ -254,6 +254,7 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
     from vllm import LLM
 
     from prism_megatron.rollout.transfer_backend import register
+    from prism_megatron.upstream.vllm import keep_process_groups_at_exit
 
     with nullcontext() if torch.cuda.is_available() else _shared_memory_named():
         llm = LLM(
@@ -274,6 +275,7 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
             seed=config.seed,
             **sizes,
         )
+    keep_process_groups_at_exit(llm)
     llm.init_weight_transfer_engine({"init_info": {}})
     return llm
 
@@ -287,16 +289,11 @@ def _overrides(checkpoint: Path) -> dict[str, Any]:
 def _shared_memory_named() -> Iterator[None]:
     """On a CPU vLLM's ranks meet in shared memory that is named alike for whatever torchrun starts on a host, and that
     killed ranks leave behind. Give it a name of its own while they meet, and no name afterwards."""
-    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+    from prism_megatron.upstream.vllm import rendezvous_at
 
     name = gather_over_ranks(f"prism_{os.getpid()}_{time.time_ns()}")[0]
-    ranks = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    original = ExecutorWithExternalLauncher._distributed_args
-    ExecutorWithExternalLauncher._distributed_args = lambda _: (f"env://:{name}", *ranks)
-    try:
+    with rendezvous_at(f"env://:{name}", int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])):
         yield
-    finally:
-        ExecutorWithExternalLauncher._distributed_args = original
     gather_over_ranks(name)  # all have it
     for path in Path("/dev/shm").glob(f"{name}*"):
         path.unlink(missing_ok=True)
@@ -305,8 +302,7 @@ def _shared_memory_named() -> Iterator[None]:
 def _pushed_format() -> str:
     """A vLLM load format that reads nothing. Its own, "dummy", also overwrites what no checkpoint brings back: the
     means and deviations that images are normalised with."""
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from prism_megatron.upstream.vllm import BaseModelLoader, register_model_loader
 
     class NothingYet(BaseModelLoader):
         def download_model(self, model_config: Any) -> None: ...

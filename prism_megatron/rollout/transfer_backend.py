@@ -14,15 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import (
+
+from prism_megatron.upstream.vllm import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
+    current_platform,
+    expert_kernel,
+    finalize_layerwise_reload,
+    forget_expert_kernel,
+    initialize_layerwise_reload,
+    pack_weight,
+    register_transfer_backend,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.platforms import current_platform
 
 
 @dataclass
@@ -81,7 +87,7 @@ def pack_tied_output(model: Any) -> None:
     embeddings = {id(m.weight) for m in model.modules() if type(m) is VocabParallelEmbedding}
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
-            module.quant_method.process_weights_after_loading(module)
+            pack_weight(module)
 
 
 def _forget_packed_experts(model: Any) -> None:
@@ -90,13 +96,11 @@ def _forget_packed_experts(model: Any) -> None:
     Else the new weights would be copied unpacked into what the kernel takes for packed ones.
     """
     for module in model.modules():
-        if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
-            module.quant_method.moe_kernel = None
+        if expert_kernel(module) is not None:
+            forget_expert_kernel(module)
 
 
 def register() -> str:
     """Make the backend known to vLLM; its name."""
-    name = "same_process"
-    if name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(name, SameProcessTransfer)
-    return name
+    register_transfer_backend("same_process", SameProcessTransfer)
+    return "same_process"

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
-from torch.distributed.distributed_c10d import Store
 
 from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
+from prism_megatron.upstream.torch_internals import reduce_tensor, unregistered_group
 
 _TIMEOUT = timedelta(minutes=5)  # for a half to arrive where all wait for it, and for a group to form
 _HOST = "127.0.0.1"
@@ -133,11 +132,11 @@ class Collective(Transport):
     def __init__(self, size: int, timeout: timedelta = _TIMEOUT) -> None:
         super().__init__(torch.empty(size, dtype=torch.uint8, device=groups.device()), groups.device())
         self._size, self._timeout = size, timeout
-        self._place: tuple[Store, int, int] | None = None
+        self._place: tuple[dist.Store, int, int] | None = None
         self._group: Any = None
 
     def invitations(self, processes: int) -> list[Invitation]:
-        store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
         self._group, self._place = None, (store, 0, processes + 1)
         return [
             partial(Collective.joined, self._size, self._timeout, store.port, rank, processes + 1)
@@ -148,14 +147,14 @@ class Collective(Transport):
     def joined(cls, size: int, timeout: timedelta, port: int, rank: int, ranks: int) -> Collective:
         """The end of a process of the engine. Raises Disconnected."""
         end = cls(size, timeout)
-        end._place = TCPStore(_HOST, port, is_master=False, timeout=timeout), rank, ranks
+        end._place = dist.TCPStore(_HOST, port, is_master=False, timeout=timeout), rank, ranks
         end.connect()
         return end
 
     def connect(self) -> None:
         assert self._place is not None
         try:
-            self._group = _group(*self._place, self._timeout)
+            self._group = unregistered_group(*self._place, self._timeout)
         except RuntimeError as error:
             raise Disconnected(f"no process group formed within {self._timeout}: {error}") from error
 
@@ -174,8 +173,6 @@ class CudaIpc(Transport):
         self._memory = memory
 
     def invitations(self, processes: int) -> list[Invitation]:
-        from torch.multiprocessing.reductions import reduce_tensor
-
         return [partial(_opened, *reduce_tensor(self._memory)) for _ in range(processes)]
 
 
@@ -198,15 +195,6 @@ def create_transport(kind: str, size: int) -> Transport:
 
 def _opened(rebuild: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Transport:
     return CudaIpc(rebuild(*arguments))
-
-
-def _group(store: Store, rank: int, ranks: int, timeout: timedelta) -> Any:
-    """Not one of torch's named groups: a process may be in one world only, and these are in two."""
-    if not torch.cuda.is_available():
-        return dist.ProcessGroupGloo(store, rank, ranks, timeout)
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, ranks, options)
 
 
 def _finish(half: Tensor) -> None:

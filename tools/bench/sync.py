@@ -144,7 +144,7 @@ class Sides:
 
     def disk(self, number: int) -> None:
         self._policy.export(self._directory)
-        self._engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._directory)})
+        self._engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._directory)})
 
     def copy(self, number: int) -> None:
         for _ in range(self._config.parallel.tensor_model_parallel_size):  # of all bytes, as each rank gets them

@@ -10,7 +10,7 @@ import pytest
 from prism_megatron.train import run_and_exit
 from recipes import STAGE_RECIPES, factories
 from recipes.__main__ import main
-from recipes.cluster import nemo_run
+from recipes.upstream import nemo_run
 
 run = nemo_run()
 

@@ -30,7 +30,6 @@ class ToldLLM:
         self.told: list[str] = []
         self.asleep: set[str] = set()
         self.llm_engine = self
-        self.engine_core = SimpleNamespace(_finalizer=SimpleNamespace())
 
     def get_tokenizer(self) -> Any:
         return SimpleNamespace(vocab={})

@@ -1,0 +1,1 @@
+"""Private and undocumented names of other libraries, one module per library."""
