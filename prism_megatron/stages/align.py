@@ -24,15 +24,16 @@ from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment
 from prism_megatron.data.loader import count_passes
 from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.data.pairs import Pair, branch_pairs
 from prism_megatron.loss.discriminator import REFERENCE_SCORE_CLIP
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.timers import Timers
 from prism_megatron.parallel.collectives import sum_over_data_parallel
-from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, branch_pairs, discriminator_step, score
+from prism_megatron.stages.batcher import Batcher, total_tokens
+from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score
 from prism_megatron.stages.evaluate import conclude, response_metrics
 from prism_megatron.stages.guard import Guard
-from prism_megatron.stages.microbatch import total_tokens
-from prism_megatron.stages.policy import policy_gradient_step, policy_objective
+from prism_megatron.stages.policy import policy_gradient_step
 from prism_megatron.stages.replay import Replay
 from prism_megatron.stages.rollouts import Sample, check_prompts, gallery_row, sample_responses, start_engine
 from prism_megatron.stages.setup import (
@@ -60,12 +61,13 @@ def run_align(config: AlignConfig) -> None:
         say(passes)
         processor = load_processor(config)
         check_prompts(rows, processor, config.rollout)
-        players = load_players(config)
-        parts = {"policy": players.policy, "discriminator": players.discriminator}
-        replay = Replay(rows, config.replay, run.seed, stage.resume(parts))
+        batcher = Batcher.from_config(processor.input_spec, config)
+        models = load_align_models(config, processor)
+        parts = {"policy": models.policy, "discriminator": models.discriminator}
+        replay = Replay(rows, processor, config, stage.resume(parts))
 
-        engine = start_engine(config, players.policy.source)
-        guard = Guard(engine, players.policy, processor, rows, config)
+        engine = start_engine(config, models.policy.source)
+        guard = Guard(engine, models.policy, processor, rows, config)
         for iteration in range(stage.start, run.train_iters):
             mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
             with stage.timers("sync"):
@@ -73,75 +75,97 @@ def run_align(config: AlignConfig) -> None:
             with stage.timers("rollout"):
                 samples = sample_responses(engine, processor, mine, iteration, config, config.compat)
                 engine.sleep()
-            turn = take_turn(players, samples, replay, processor, config, iteration, stage.timers)
-            turn.measured[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
-            stage.log.log(iteration + 1, turn.measured | passes.measured(iteration + 1) | stage.timers.pop())
-            stage.log.rollouts(iteration + 1, turn.branches.gallery(samples, turn.advantages, iteration + 1, config))
+            step = align_step(models, batcher, samples, replay, config, iteration, stage.timers)
+            step.metrics[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
+            stage.log.log(iteration + 1, step.metrics | passes.measured(iteration + 1) | stage.timers.pop())
+            stage.log.rollouts(iteration + 1, step.gallery(iteration + 1, run.log_rollouts_per_iteration))
             stage.save_if_due(iteration + 1, parts, replay.kept)
 
-        players.discriminator.export(stage.dir / "discriminator_hf")
-        conclude(stage, players.policy, processor, engine)
+        models.discriminator.export(stage.dir / "discriminator_hf")
+        conclude(stage, models.policy, processor, engine)
 
 
 @dataclass(frozen=True)
-class Players:
-    """The policy, what it is held to where there is a KL term, and its adversary."""
+class AlignModels:
+    """The policy, its frozen reference if ``kl_coeff`` > 0, the discriminator, and the processor of their inputs."""
 
     policy: Trained
     reference: Trained | None
     discriminator: Trained
+    processor: ChatProcessor
 
 
-def load_players(config: AlignConfig) -> Players:
-    return Players(
+def load_align_models(config: AlignConfig, processor: ChatProcessor) -> AlignModels:
+    return AlignModels(
         load_policy(config),
         load_reference(config) if config.kl_coeff else None,
         load_discriminator(config, config.discriminator_optimizer),
+        processor,
     )
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What an iteration made of its samples: ``advantages`` are theirs, ``pairs`` what the discriminator trained on."""
+class AlignStepOutput:
+    """The scored samples of an alignment step, their ``advantages``, and the ``pairs`` the discriminator trained on."""
 
     branches: ScoredBranches
     advantages: list[float]
     pairs: list[Pair]
-    measured: dict[str, float | None]
+    metrics: dict[str, float | None]
+
+    def gallery(self, iteration: int, count: int) -> list[dict[str, object]]:
+        """Return the first ``count`` rollouts for the report."""
+        branches, rows = self.branches, []
+        for i in range(min(count, len(branches.samples))):
+            scores = (float(branches.perception[i]), float(branches.reasoning[i])) if branches.valid[i] else None
+            rows.append(gallery_row(branches.samples[i], "align", iteration, self.advantages[i], scores))
+        return rows
 
 
-def take_turn(
-    players: Players,
+def align_step(
+    models: AlignModels,
+    batcher: Batcher,
     samples: Sequence[Sample],
     replay: Replay,
-    processor: ChatProcessor,
     config: AlignConfig,
     iteration: int,
     timers: Timers,
-) -> Turn:
-    """An iteration's training: the samples are scored, then the discriminator learns from them, then the policy."""
-    policy, discriminator, train_iters = players.policy, players.discriminator, config.run.train_iters
+) -> AlignStepOutput:
+    """Train on an iteration's samples: score them, update the discriminator on their pairs, then the policy.
+
+    Args:
+        models: The models of the stage.
+        batcher: Lays out micro-batches for them.
+        samples: This rank's responses, sampled by the current policy.
+        replay: Past responses; these ones are added to it.
+        config: The stage's configuration.
+        iteration: Counts from 0; gives the learning rates and the policy's version.
+        timers: Timed are "score", "discriminator" and "train".
+
+    Returns:
+        Scores, advantages, pairs and metrics.
+    """
+    policy, discriminator, train_iters = models.policy, models.discriminator, config.run.train_iters
     with timers("score"):
-        branches = score_branches(discriminator, samples, processor, config)
-    advantages = branches.advantages(samples, config)
-    measured = response_metrics(samples) | branches.length_correlations(samples)
+        branches = score_branches(discriminator, batcher, samples, models.processor, config)
+    advantages = branches.advantages(config)
+    metrics = response_metrics(samples) | branches.length_correlations()
     with timers("discriminator"):
         lr = discriminator.learning_rate(iteration, train_iters)
-        adversary, count = discriminator_objective(config), config.discriminator_steps
-        pairs = branches.pairs + replay.pairs(iteration, processor, config)
+        objective, count = discriminator_objective(config), config.discriminator_steps
+        pairs = branches.pairs + replay.pairs(iteration)
+        batch = batcher.pairs(pairs, objective.branch_weights, repeat_teachers=objective.penalty > 0)
         steps = [
-            discriminator_step(discriminator, pairs, processor, config, adversary, lr, step)
+            discriminator_step(discriminator, batch, objective, lr, step)
             for step in range(count * iteration, count * (iteration + 1))
         ]
-        measured |= steps[0]  # the others measure on pairs that were just trained on
+        metrics |= steps[0]  # later steps measure pairs that were just trained on
         replay.add(samples)
     with timers("train"):
         lr = policy.learning_rate(iteration, train_iters)
-        objective = policy_objective(config)
-        measured |= policy_gradient_step(
-            policy, players.reference, samples, advantages, processor, objective, config, lr, iteration
-        )
-    return Turn(branches, advantages, pairs, measured)
+        batches = batcher.policy(samples, advantages, config, iteration)
+        metrics |= policy_gradient_step(policy, models.reference, batches, config, lr)
+    return AlignStepOutput(branches, advantages, pairs, metrics)
 
 
 def discriminator_objective(config: AlignConfig) -> DiscriminatorObjective:
@@ -155,6 +179,7 @@ def discriminator_objective(config: AlignConfig) -> DiscriminatorObjective:
         config.label_smoothing,
         config.gradient_penalty,
         config.gradient_penalty_std,
+        config.run.seed,
         reference,
     )
 
@@ -171,43 +196,44 @@ def within_groups(values: Sequence[float], groups: Sequence[int]) -> list[float]
 
 @dataclass(frozen=True)
 class ScoredBranches:
-    """The discriminator's view of an iteration's samples, before it is updated.
+    """The scores of an iteration's samples by the discriminator, before it is updated.
 
-    ``perception`` and ``reasoning`` [N] hold each sample's scores, undefined (and unused) where it is not ``valid``
-    [N], outside the grammar; ``students`` are the valid samples' branches, as they were scored, whole; ``pairs`` sets
-    each against its prompt's demonstration.
+    ``perception`` and ``reasoning`` [N] are the scores of each of the N ``samples``; unused where ``valid`` [N] is
+    False, for responses outside the grammar. ``students`` are the scored branches of the valid samples, two of each,
+    never truncated; ``pairs`` compares them with their prompt's demonstration.
     """
 
+    samples: Sequence[Sample]
     perception: Tensor
     reasoning: Tensor
     valid: Tensor
     students: list[TrainingSequence]
     pairs: list[Pair]
 
-    def advantages(self, samples: Sequence[Sample], config: AlignConfig) -> list[float]:
+    def advantages(self, config: AlignConfig) -> list[float]:
         """A = alpha GN(s_caption) + (1 - alpha) GN(s_reasoning) - penalty (spec 4.5, Eq. 3), or a gated form of it."""
         advantages: list[float] = alignment_advantage(
             self.perception,
             self.reasoning,
-            torch.tensor([s.response is not None for s in samples]),
-            torch.tensor([s.group for s in samples]),
+            self.valid,
+            torch.tensor([s.group for s in self.samples]),
             perception_weight=config.perception_weight,
             format_penalty=config.format_penalty,
             combine=config.combine,
             eps=config.advantage_eps,
             std_floor=config.score_std_floor,
             compat=config.compat,
-            correct=torch.tensor([s.correct for s in samples]),
+            correct=torch.tensor([s.correct for s in self.samples]),
             gating=config.gating,
         ).tolist()
         return advantages
 
-    def length_correlations(self, samples: Sequence[Sample]) -> dict[str, float | None]:
+    def length_correlations(self) -> dict[str, float | None]:
         """Of valid responses' scores and lengths within their groups, over all ranks: what must not be learnt.
 
         Each group's means are subtracted first: that a question with long answers has high scores says nothing.
         """
-        groups = [sample.group for sample in samples if sample.response is not None]
+        groups = [sample.group for sample in self.samples if sample.response is not None]
         measured = {}
         for branch, scores, name in (
             (PERCEPTION, self.perception, names.PERCEPTION_LENGTH_CORRELATION),
@@ -221,22 +247,29 @@ class ScoredBranches:
             measured[name] = shared / math.sqrt(of_scores * of_lengths) if varied else None
         return measured
 
-    def gallery(
-        self, samples: Sequence[Sample], advantages: Sequence[float], iteration: int, config: AlignConfig
-    ) -> list[dict[str, object]]:
-        """A few of the iteration's rollouts, for the report."""
-        rows = []
-        for i in range(min(config.run.log_rollouts_per_iteration, len(samples))):
-            valid = samples[i].response is not None
-            scores = (float(self.perception[i]), float(self.reasoning[i])) if valid else None
-            rows.append(gallery_row(samples[i], "align", iteration, advantages[i], scores))
-        return rows
-
 
 def score_branches(
-    discriminator: Trained, samples: Sequence[Sample], processor: ChatProcessor, config: AlignConfig
+    discriminator: Trained,
+    batcher: Batcher,
+    samples: Sequence[Sample],
+    processor: ChatProcessor,
+    config: AlignConfig,
 ) -> ScoredBranches:
-    """Split every valid response, score both parts, and pair them with the demonstration's."""
+    """Score both branches of every valid response and pair them with the demonstration's."""
+    students, pairs = split_samples(samples, processor, config)
+    valid = torch.tensor([sample.response is not None for sample in samples])
+    sample_ids = [sample.example.id for sample in samples if sample.response is not None for _ in range(2)]
+    scores = torch.zeros(len(samples), 2)
+    scores[valid] = score(discriminator, batcher.scoring(students), sample_ids).view(-1, 2)
+    if config.compat == "reference":
+        scores = scores.clamp(-REFERENCE_SCORE_CLIP, REFERENCE_SCORE_CLIP)
+    return ScoredBranches(samples, scores[:, 0], scores[:, 1], valid, students, pairs)
+
+
+def split_samples(
+    samples: Sequence[Sample], processor: ChatProcessor, config: AlignConfig
+) -> tuple[list[TrainingSequence], list[Pair]]:
+    """Split responses into their branches; return those of valid responses, and pairs with the demonstrations'."""
     reference = config.compat == "reference"
     teachers: dict[int, BranchSequences] = {}
     students: list[TrainingSequence] = []
@@ -260,10 +293,4 @@ def score_branches(
             pairs += branch_pairs(teachers[sample.group], student, row.id, config)
         if response is not None:
             students += student
-    valid = torch.tensor([sample.response is not None for sample in samples])
-    owners = [sample.example.id for sample in samples if sample.response is not None for _ in range(2)]
-    scores = torch.zeros(len(samples), 2)
-    scores[valid] = score(discriminator, students, owners, processor, config).view(-1, 2)
-    if reference:
-        scores = scores.clamp(-REFERENCE_SCORE_CLIP, REFERENCE_SCORE_CLIP)
-    return ScoredBranches(scores[:, 0], scores[:, 1], valid, students, pairs)
+    return students, pairs

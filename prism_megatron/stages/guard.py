@@ -18,7 +18,7 @@ from prism_megatron.parallel.collectives import gather_over_ranks, max_over_rank
 from prism_megatron.rollout.child import Engine
 from prism_megatron.rollout.engine import CACHES, Sampling
 from prism_megatron.rollout.weight_sync import WeightSync
-from prism_megatron.stages.microbatch import equal_over_ranks, pack_microbatch
+from prism_megatron.stages.batcher import Batcher
 from prism_megatron.stages.rollouts import PolicyWeights, push_weights
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import EncodedPrompt, Example, Message, Rollout, RolloutRequest
@@ -45,7 +45,8 @@ class Guard:
         rows: Sequence[Example],
         config: StageConfig,
     ) -> None:
-        self._engine, self._policy, self._processor, self._config = engine, policy, processor, config
+        self._engine, self._policy, self._config = engine, policy, config
+        self._batcher = Batcher.from_config(processor.input_spec, config)
         self._limit = config.rollout.guard_max_logprob_diff or _TOLERANCE[config.model.precision]
         self._syncs = 0
         if config.rollout.guard_interval:
@@ -89,11 +90,7 @@ class Guard:
         sequences = [
             TrainingSequence(prompt, answer.token_ids) for prompt, answer in zip(self._encoded, answers, strict=True)
         ]
-        parallel = self._config.parallel
-        batches = [
-            pack_microbatch(members, self._processor, self._config)
-            for members in equal_over_ranks([[sequence] for sequence in sequences], parallel)
-        ]
+        batches = self._batcher.one_per_sequence(sequences)
         logits = evaluate_step(self._policy.chunks, batches, lambda chunk, batch: chunk(batch, whole_logits=True))
         found = [
             self._differences(prompt, answer, values)

@@ -22,10 +22,10 @@ from prism_megatron.parallel import groups as ranks
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
 from prism_megatron.rollout.child import Engine
+from prism_megatron.stages.batcher import Batcher, total_tokens
 from prism_megatron.stages.evaluate import conclude, response_metrics
 from prism_megatron.stages.guard import Guard
-from prism_megatron.stages.microbatch import total_tokens
-from prism_megatron.stages.policy import policy_gradient_step, policy_objective
+from prism_megatron.stages.policy import policy_gradient_step
 from prism_megatron.stages.rollouts import (
     Sample,
     as_sample,
@@ -48,11 +48,11 @@ def run_rlvr(config: RLVRConfig) -> None:
     rows = read_rlvr(Path(config.data))
     config, passes = count_passes(config, len(rows))
     run = config.run
-    objective = policy_objective(config)
     with open_stage(config) as stage:
         say(passes)
         processor = load_processor(config)
         check_prompts(rows, processor, config.rollout)
+        batcher = Batcher.from_config(processor.input_spec, config)
         policy = load_policy(config)
         reference = load_reference(config) if config.kl_coeff else None
         parts = {"policy": policy}
@@ -71,17 +71,10 @@ def run_rlvr(config: RLVRConfig) -> None:
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
                 trained = trained_samples(samples, config)
-                measured = policy_gradient_step(
-                    policy,
-                    reference,
-                    [samples[i] for i in trained],
-                    [advantages[i] for i in trained],
-                    processor,
-                    objective,
-                    config,
-                    lr,
-                    iteration,
+                batches = batcher.policy(
+                    [samples[i] for i in trained], [advantages[i] for i in trained], config, iteration
                 )
+                measured = policy_gradient_step(policy, reference, batches, config, lr)
             measured |= sampling_metrics(sampled, config)
             measured[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
             stage.log.log(iteration + 1, measured | passes.measured(iteration + 1) | stage.timers.pop())

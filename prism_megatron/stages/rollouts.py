@@ -17,11 +17,11 @@ from prism_megatron.data.lengths import check_lengths
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.response import Response
 from prism_megatron.data.rows import raise_faults
+from prism_megatron.data.seeds import sample_seed
 from prism_megatron.reward import symbolic
 from prism_megatron.reward.verifiable import judge
 from prism_megatron.rollout.child import ChildEngine, Engine
 from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
-from prism_megatron.rollout.requests import sample_seed
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.setup import Trained
 from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest

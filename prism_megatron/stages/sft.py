@@ -18,8 +18,8 @@ from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.flops import peak_flops, training_flops
 from prism_megatron.parallel.collectives import sum_over_data_parallel
+from prism_megatron.stages.batcher import Batcher, workload
 from prism_megatron.stages.evaluate import conclude
-from prism_megatron.stages.microbatch import workload
 from prism_megatron.stages.policy import sft_step
 from prism_megatron.stages.setup import Trained, load_policy, load_processor, open_stage, rows_of_iteration, say
 from prism_megatron.types import Example
@@ -38,6 +38,7 @@ def run_sft(config: SFTConfig) -> None:
         processor = load_processor(config)
         remedy = "raise max_tokens_per_microbatch, or drop the row"
         check_lengths(rows, processor, config.max_tokens_per_microbatch, remedy, demonstrations=True)
+        batcher = Batcher.from_config(processor.input_spec, config)
         policy = load_policy(config)
         parts = {"policy": policy}
         stage.resume(parts)
@@ -49,7 +50,7 @@ def run_sft(config: SFTConfig) -> None:
                 sequences = demonstrations(mine, processor)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
-                measured = sft_step(policy, sequences, [row.id for row in mine], processor, config, lr)
+                measured = sft_step(policy, batcher.sft(sequences, [row.id for row in mine]), lr)
             measured |= throughput(policy, sequences, config.model.freeze, began)
             stage.log.log(iteration + 1, measured | passes.measured(iteration + 1) | stage.timers.pop())
             stage.save_if_due(iteration + 1, parts)

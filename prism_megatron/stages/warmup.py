@@ -9,9 +9,10 @@ from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_pairs
 from prism_megatron.data.loader import count_passes
+from prism_megatron.data.pairs import Pair, branch_pairs
 from prism_megatron.observe import metrics as names
-from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, branch_pairs, discriminator_step
-from prism_megatron.stages.microbatch import total_tokens
+from prism_megatron.stages.batcher import Batcher, total_tokens
+from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step
 from prism_megatron.stages.setup import finish, load_discriminator, load_processor, open_stage, rows_of_iteration, say
 from prism_megatron.types import EncodedPrompt, PreferencePair
 
@@ -30,6 +31,7 @@ def run_warmup(config: WarmupConfig) -> None:
     with open_stage(config, config.discriminator.num_experts) as stage:
         say(passes)
         processor = load_processor(config)
+        batcher = Batcher.from_config(processor.input_spec, config)
         discriminator = load_discriminator(config, config.optimizer)
         parts = {"discriminator": discriminator}
         stage.resume(parts)
@@ -40,7 +42,8 @@ def run_warmup(config: WarmupConfig) -> None:
                 pairs = preference_pairs(mine, processor, config)
             with stage.timers("train"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
-                measured = discriminator_step(discriminator, pairs, processor, config, OBJECTIVE, lr)
+                batch = batcher.pairs(pairs, OBJECTIVE.branch_weights)
+                measured = discriminator_step(discriminator, batch, OBJECTIVE, lr)
             measured[names.TOKENS] = total_tokens([side for pair in pairs for side in (pair.teacher, pair.student)])
             stage.log.log(iteration + 1, measured | passes.measured(iteration + 1) | stage.timers.pop())
             stage.save_if_due(iteration + 1, parts)

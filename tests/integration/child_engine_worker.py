@@ -70,11 +70,12 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
     Each trains on what was sampled last, where the step refuses rollouts of any but the current weights.
     """
     from prism_megatron.observe import metrics as names
-    from prism_megatron.stages.policy import policy_gradient_step, policy_objective
+    from prism_megatron.stages.batcher import Batcher
+    from prism_megatron.stages.policy import policy_gradient_step
     from prism_megatron.stages.rollouts import push_weights, sample_responses
     from prism_megatron.stages.setup import load_policy
 
-    policy, objective = load_policy(config), policy_objective(config)
+    policy, batcher = load_policy(config), Batcher.from_config(processor.input_spec, config)
     measured: dict[str, Any] = {"versions": [], "differences": []}
     for iteration in range(2):
         push_weights(engine, policy, iteration, config.rollout)
@@ -86,7 +87,8 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
             samples = again
         measured["versions"].append(sorted({sample.rollout.policy_version for sample in samples}))
         advantages = [float((-1) ** number) for number in range(len(samples))]
-        step = policy_gradient_step(policy, None, samples, advantages, processor, objective, config, 1e-2, iteration)
+        batches = batcher.policy(samples, advantages, config, iteration)
+        step = policy_gradient_step(policy, None, batches, config, 1e-2)
         measured["differences"].append(step[names.TRAIN_ROLLOUT_LOGPROB_ABS_DIFF])
     return measured
 

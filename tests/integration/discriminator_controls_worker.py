@@ -16,16 +16,13 @@ cpu.install()
 from prism_megatron import config as cfg  # noqa: E402
 from prism_megatron.data.chat import ChatProcessor  # noqa: E402
 from prism_megatron.data.dataset import read_sft  # noqa: E402
+from prism_megatron.data.pairs import Pair  # noqa: E402
 from prism_megatron.data.response import parse_response  # noqa: E402
 from prism_megatron.observe import metrics as names  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
-from prism_megatron.stages.align import score_branches  # noqa: E402
-from prism_megatron.stages.discriminator import (  # noqa: E402
-    DiscriminatorObjective,
-    Pair,
-    discriminator_step,
-    score,
-)
+from prism_megatron.stages.align import split_samples  # noqa: E402
+from prism_megatron.stages.batcher import Batcher  # noqa: E402
+from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score  # noqa: E402
 from prism_megatron.stages.rollouts import Sample, as_sample  # noqa: E402
 from prism_megatron.stages.setup import Trained, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.train import load  # noqa: E402
@@ -79,7 +76,7 @@ def fillers(asked: Asked, draw: random.Random) -> list[str]:
 
 def shuffled(pairs: list[Pair], coins: random.Random) -> list[Pair]:
     """Which side is called the teacher is decided by a coin."""
-    return [Pair(p.student, p.teacher, p.owner) if coins.random() < 0.5 else p for p in pairs]
+    return [Pair(p.student, p.teacher, p.sample_id) if coins.random() < 0.5 else p for p in pairs]
 
 
 def accuracy_after_warmup(
@@ -87,28 +84,31 @@ def accuracy_after_warmup(
 ) -> dict[str, float]:
     """Accuracy on the samples not trained on, a tie being half a win."""
     trained = load_discriminator(config, config.discriminator_optimizer)
-    pairs = score_branches(trained, samples, processor, config).pairs  # two of each sample
+    batcher = Batcher.from_config(processor.input_spec, config)
+    pairs = split_samples(samples, processor, config)[1]  # two of each sample
     if coins is not None:
         pairs = shuffled(pairs, coins)
     for step in range(STEPS):
         start = step * ROWS_PER_STEP % TRAINED_ROWS
-        discriminator_step(trained, pairs[2 * start : 2 * (start + ROWS_PER_STEP)], processor, config, OBJECTIVE, 1e-3)
+        batch = batcher.pairs(pairs[2 * start : 2 * (start + ROWS_PER_STEP)], OBJECTIVE.branch_weights)
+        discriminator_step(trained, batch, OBJECTIVE, 1e-3)
     held_out = pairs[2 * TRAINED_ROWS :]
-    owners = ["row"] * len(held_out)
-    gap = score(trained, [p.teacher for p in held_out], owners, processor, config)
-    gap -= score(trained, [p.student for p in held_out], owners, processor, config)
+    sample_ids = ["row"] * len(held_out)
+    gap = score(trained, batcher.scoring([p.teacher for p in held_out]), sample_ids)
+    gap -= score(trained, batcher.scoring([p.student for p in held_out]), sample_ids)
     wins = float((gap > 0).sum() + 0.5 * (gap == 0).sum())
     return {"wins": wins, "pairs": len(held_out)}
 
 
 def compared(trained: Trained, samples: list[Sample], processor: ChatProcessor, config: cfg.AlignConfig) -> object:
     """What the discriminator is shown of ``samples``, and how many pairs its step says were cut."""
-    branches = score_branches(trained, samples, processor, config)
-    step = discriminator_step(trained, branches.pairs, processor, config, OBJECTIVE, 0.0)
+    students, pairs = split_samples(samples, processor, config)
+    batch = Batcher.from_config(processor.input_spec, config).pairs(pairs, OBJECTIVE.branch_weights)
+    step = discriminator_step(trained, batch, OBJECTIVE, 0.0)
     return {
-        "teachers": [pair.teacher.response_ids for pair in branches.pairs],
-        "students": [pair.student.response_ids for pair in branches.pairs],
-        "scored": [student.response_ids for student in branches.students],
+        "teachers": [pair.teacher.response_ids for pair in pairs],
+        "students": [pair.student.response_ids for pair in pairs],
+        "scored": [student.response_ids for student in students],
         "sampled": [sample.rollout.token_ids for sample in samples],
         "cut": step[names.CUT_PAIRS],
     }

@@ -19,12 +19,13 @@ from prism_megatron.data.branches import branch_sequences  # noqa: E402
 from prism_megatron.data.chat import ChatProcessor  # noqa: E402
 from prism_megatron.data.dataset import read_alignment  # noqa: E402
 from prism_megatron.data.pack import TrainingSequence  # noqa: E402
+from prism_megatron.data.pairs import Pair, response_noise  # noqa: E402
 from prism_megatron.data.response import parse_response  # noqa: E402
 from prism_megatron.loss.discriminator import gradient_penalty as penalty_of  # noqa: E402
 from prism_megatron.optim.step import Stats, train_step  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
-from prism_megatron.stages import discriminator as adversary  # noqa: E402
-from prism_megatron.stages.microbatch import pack_for_scoring, pack_microbatch  # noqa: E402
+from prism_megatron.stages.batcher import Batcher  # noqa: E402
+from prism_megatron.stages.discriminator import score  # noqa: E402
 from prism_megatron.stages.replay import Replay  # noqa: E402
 from prism_megatron.stages.rollouts import Sample  # noqa: E402
 from prism_megatron.stages.setup import Trained, load_discriminator, load_processor  # noqa: E402
@@ -63,32 +64,30 @@ def balance_gradient(overrides: list[str], batch: PackedBatch, factor: float = 0
     return torch.cat([parameter.main_grad.flatten() for name, parameter in named if name.endswith("router.weight")])
 
 
-def gradient_penalty(
-    trained: Trained, sequence: TrainingSequence, processor: ChatProcessor, config: cfg.AlignConfig
-) -> dict[str, float]:
+def gradient_penalty(trained: Trained, sequence: TrainingSequence, batcher: Batcher) -> dict[str, float]:
     """R1 of a sequence's embedded response by differentiation, and by the mean of many estimates."""
     module, std, draws = trained.chunks[0].module.eval(), 1e-3, 512
     width = trained.sizes.text["hidden_size"]
-    plain = pack_microbatch([sequence], processor, config)
+    plain = batcher.pack([sequence])
     shift = torch.zeros(len(plain.tokens), width, requires_grad=True)
-    score = module(replace(plain, embedding_noise=shift))
-    (gradient,) = torch.autograd.grad(score.sum(), shift)
-    many = pack_microbatch([replace(sequence) for _ in range(draws)], processor, config)
-    pairs = [adversary.Pair(sequence, sequence, str(draw)) for draw in range(draws)]
-    noise = adversary.response_noise(many, pairs, width, seed=1, step=0)
+    unperturbed = module(replace(plain, embedding_noise=shift))
+    (gradient,) = torch.autograd.grad(unperturbed.sum(), shift)
+    many = batcher.pack([replace(sequence) for _ in range(draws)])
+    pairs = [Pair(sequence, sequence, str(draw)) for draw in range(draws)]
+    noise = response_noise(many, pairs, width, seed=1, step=0)
     with torch.no_grad():
         perturbed = module(replace(many, embedding_noise=std * noise))
     weights = torch.full((draws,), 1 / draws)
-    estimate = penalty_of(perturbed, score.detach().expand(draws), weights, std=std)
+    estimate = penalty_of(perturbed, unperturbed.detach().expand(draws), weights, std=std)
     response = gradient[len(sequence.prompt.token_ids) :]
     return {"r1": float(response.square().sum() / 2), "r1_estimate": float(estimate)}
 
 
 def replay(config: cfg.AlignConfig, processor: ChatProcessor, rows: list[Example]) -> dict[str, object]:
     """What a buffer of two prompts, two responses each, holds and draws after responses to three prompts."""
-    sizes = cfg.ReplayConfig(prompts=2, responses_per_prompt=2, responses_per_iteration=3)
-    buffer = Replay(rows, sizes, seed=1)
-    nothing = buffer.pairs(0, processor, config)
+    config = replace(config, replay=cfg.ReplayConfig(prompts=2, responses_per_prompt=2, responses_per_iteration=3))
+    buffer = Replay(rows, processor, config)
+    nothing = buffer.pairs(0)
     for number in (0, 1, 0, 2, 0):
         row = rows[number]
         assert row.response is not None
@@ -97,12 +96,12 @@ def replay(config: cfg.AlignConfig, processor: ChatProcessor, rows: list[Example
         buffer.add([Sample(row, processor.encode_prompts([row])[0], said, response, False, 0)] * 2)
         buffer.add([Sample(row, processor.encode_prompts([row])[0], said, None, False, 0)])
     short = replace(config, discriminator=replace(config.discriminator, max_branch_tokens=10))
-    cut = buffer.pairs(7, processor, short)
-    drawn, again = (b.pairs(7, processor, config) for b in (buffer, Replay(rows, sizes, 1, buffer.kept)))
+    cut = Replay(rows, processor, short, buffer.kept).pairs(7)
+    drawn, again = (b.pairs(7) for b in (buffer, Replay(rows, processor, config, buffer.kept)))
     return {
         "replay_kept": {number: len(buffer.kept.get(rows[number].id, [])) for number in range(3)},
         "replay_nothing": len(nothing),
-        "replay_drawn": [(pair.owner, pair.branch, pair.fresh) for pair in drawn],
+        "replay_drawn": [(pair.sample_id, pair.branch, pair.is_on_policy) for pair in drawn],
         "replay_again": [pair.student.response_ids for pair in drawn] == [pair.student.response_ids for pair in again],
         "replay_cut": [(pair.cut, len(pair.teacher.response_ids), len(pair.student.response_ids)) for pair in cut],
         "replay_same_text": all(pair.student.response_ids == pair.teacher.response_ids for pair in drawn),
@@ -123,16 +122,17 @@ def main(checkpoint: str, data: str, out: str) -> None:
         sequences += branch_sequences(
             processor, prompt, row.teacher_caption * (1 + len(sequences)), row.teacher_reasoning
         )
-    owners = [str(i) for i in range(len(sequences))]
+    sample_ids = [str(i) for i in range(len(sequences))]
+    batcher = Batcher.from_config(processor.input_spec, config)
     measured: dict[str, object] = {}
 
     trained = discriminator(config)
-    together = adversary.score(trained, sequences, owners, processor, config)
-    alone = [adversary.score(trained, [s], ["x"], processor, config) for s in sequences]
+    together = score(trained, batcher.scoring(sequences), sample_ids)
+    alone = [score(trained, batcher.scoring([s]), ["x"]) for s in sequences]
     measured["spread"] = float(together.std())
     measured["alone_differs"] = float((together - torch.cat(alone)).abs().max())
 
-    packed, module = pack_microbatch(sequences, processor, config), trained.chunks[0].module
+    packed, module = batcher.pack(sequences), trained.chunks[0].module
     with torch.no_grad():
         in_training, in_evaluation = module.train()(packed), module.eval()(packed)
     measured["dropout_differs"] = float((in_training - in_evaluation).abs().max())
@@ -140,17 +140,17 @@ def main(checkpoint: str, data: str, out: str) -> None:
     first, second = sequences[:2]
     texts = [first.response_ids, *(s.response_ids for s in sequences[2:])]
     started_alike = [replace(one, response_ids=ids) for ids in texts for one in (first, second)]
-    shared = adversary.score(trained, started_alike, ["x"] * len(started_alike), processor, config)
-    apart = [adversary.score(trained, [s], ["x"], processor, config) for s in started_alike]
-    measured["shared_tokens"] = len(pack_for_scoring(started_alike, processor, config).tokens)
+    shared = score(trained, batcher.scoring(started_alike), ["x"] * len(started_alike))
+    apart = [score(trained, batcher.scoring([s]), ["x"]) for s in started_alike]
+    measured["shared_tokens"] = sum(len(batch.tokens) for batch in batcher.scoring(started_alike))
     measured["whole_tokens"] = sum(map(len, started_alike))
     measured["shared_spread"] = float(shared.std())
     measured["shared_differs"] = float((shared - torch.cat(apart)).abs().max())
 
-    measured |= gradient_penalty(trained, sequences[1], processor, config)
+    measured |= gradient_penalty(trained, sequences[1], batcher)
     measured |= replay(config, processor, rows)
 
-    batch = pack_microbatch(sequences, processor, config)
+    batch = batcher.pack(sequences)
     for name, setting in BALANCED.items():
         plain, recomputed = (
             balance_gradient([*overrides, *setting, f"model.recompute={recompute}"], batch)
@@ -163,13 +163,13 @@ def main(checkpoint: str, data: str, out: str) -> None:
     assert isinstance(half, cfg.AlignConfig)
     coarse = discriminator(half)
     measured["head_dtype"] = str(coarse.chunks[-1].module.score_heads.weight.dtype)
-    scores = adversary.score(coarse, sequences, owners, processor, half)
+    scores = score(coarse, Batcher.from_config(processor.input_spec, half).scoring(sequences), sample_ids)
     measured["score_dtype"] = str(scores.dtype)
     measured["rounded"] = bool((scores == scores.bfloat16().float()).all())
     try:
         with torch.no_grad():
             trained.chunks[-1].module.score_heads.weight[0, 0] = float("nan")
-        adversary.score(trained, sequences, owners, processor, config)
+        score(trained, batcher.scoring(sequences), sample_ids)
     except FloatingPointError as error:
         measured["refused"] = str(error)
     try:

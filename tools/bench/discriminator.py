@@ -150,6 +150,7 @@ def _sides(
 
     from prism_megatron.data.branches import branch_sequences
     from prism_megatron.data.dataset import read_alignment
+    from prism_megatron.stages.batcher import Batcher
     from prism_megatron.stages.discriminator import score
     from prism_megatron.stages.setup import load_discriminator, load_processor
 
@@ -167,16 +168,17 @@ def _sides(
     head = trained.chunks[-1].module.score_heads.weight
     with torch.no_grad():  # at zero, as it starts, every score is the same
         head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
-    owners = [str(number) for number in range(len(sequences))]
+    batcher = Batcher.from_config(processor.input_spec, config)
+    sample_ids = [str(number) for number in range(len(sequences))]
 
     def packed() -> Tensor:
-        return score(trained, sequences, owners, processor, config)
+        return score(trained, batcher.scoring(sequences), sample_ids)
 
     scorer, skips = trained.chunks[-1].module, trained.chunks[-1].module.may_skip
 
     def one_at_a_time() -> Tensor:
         scorer.may_skip = False
-        scores = torch.cat([score(trained, [sequence], ["x"], processor, config) for sequence in sequences])
+        scores = torch.cat([score(trained, batcher.scoring([sequence]), ["x"]) for sequence in sequences])
         scorer.may_skip = skips
         return scores
 

@@ -137,7 +137,7 @@ def measure_case(settings: Settings, folder: Path) -> tuple[int, dict[str, int],
 def load_of(rows: Sequence[TrainingSequence], config: SFTConfig) -> Load:
     """The fullest of a rank's micro-batches, and their number."""
     from prism_megatron.data.pack import split_by_tokens
-    from prism_megatron.stages.microbatch import workload
+    from prism_megatron.stages.batcher import workload
 
     works = [workload([rows[i] for i in group]) for group in split_by_tokens(rows, config.max_tokens_per_microbatch)]
     fullest = max(works, key=lambda work: sum(work.sequence_lengths))

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from prism_megatron.config import AlignConfig, PolicyGradientConfig, StageConfig, WarmupConfig
 from prism_megatron.convert.upcycle import upcycled_config
 from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.data.pairs import Pair
 from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import TrainingFlops, Workload, forward_flops, training_flops
-from prism_megatron.stages.discriminator import Pair
-from prism_megatron.stages.microbatch import workload
-from prism_megatron.stages.policy import has_several_updates, mini_batches
+from prism_megatron.stages.batcher import mini_batches, workload
+from prism_megatron.stages.policy import has_several_updates
 from prism_megatron.stages.rollouts import Sample
 
 POLICY, DISCRIMINATOR = "policy", "discriminator"

@@ -158,7 +158,8 @@ def step(
     engine: Any, policy: Any, processor: Any, rows: Sequence[Any], config: RLVRConfig, number: int
 ) -> dict[str, float]:
     """Seconds of each part of one RLVR step. Advantages are made up: none of the answers is right."""
-    from prism_megatron.stages.policy import policy_gradient_step, policy_objective
+    from prism_megatron.stages.batcher import Batcher
+    from prism_megatron.stages.policy import policy_gradient_step
     from prism_megatron.stages.rollouts import push_weights, sample_responses
 
     times = [time.perf_counter()]
@@ -167,7 +168,8 @@ def step(
     samples = sample_responses(engine, processor, rows, number, config)
     times.append(time.perf_counter())
     advantages = [float((-1) ** index) for index in range(len(samples))]
-    policy_gradient_step(policy, None, samples, advantages, processor, policy_objective(config), config, 1e-6, number)
+    batches = Batcher.from_config(processor.input_spec, config).policy(samples, advantages, config, number)
+    policy_gradient_step(policy, None, batches, config, 1e-6)
     times.append(time.perf_counter())
     return {part: end - start for part, start, end in zip(_PARTS, times, times[1:], strict=False)}
 

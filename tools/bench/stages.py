@@ -4,7 +4,7 @@
 
     sft     a step on the demonstrations
     warmup  a step of the discriminator on a pair of each branch for every row
-    align   all branches scored, the discriminator's steps, the policy's updates (``take_turn`` of ``stages/align.py``)
+    align   all branches scored, the discriminator's steps, the policy's updates (``align_step`` of ``stages/align.py``)
     rlvr    advantages of verdicts, old and reference log-probabilities where there are any, the policy's updates
 
 Tokens of a step are its rows' (``sft``), both sides' of all pairs (``warmup``), or all prompts' with their responses
@@ -25,9 +25,10 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.observe.timers import Timers
 from prism_megatron.parallel import groups
 from prism_megatron.stages import setup
-from prism_megatron.stages.align import load_players, take_turn
+from prism_megatron.stages.align import align_step, load_align_models
+from prism_megatron.stages.batcher import Batcher
 from prism_megatron.stages.discriminator import discriminator_step
-from prism_megatron.stages.policy import policy_gradient_step, policy_objective, sft_step
+from prism_megatron.stages.policy import policy_gradient_step, sft_step
 from prism_megatron.stages.replay import Replay
 from prism_megatron.stages.rlvr import verified_advantages
 from prism_megatron.stages.setup import Trained
@@ -81,9 +82,11 @@ def sft_training(
 ) -> Callable[[Sequence[TrainingSequence]], Measured]:
     """A step on this data-parallel rank's part of a global batch, the recipe's learning rate held."""
 
+    batcher = Batcher.from_config(processor.input_spec, config)
+
     def step(batch: Sequence[TrainingSequence]) -> Measured:
-        owners = [f"row {number}" for number in _mine(range(len(batch)))]
-        return sft_step(policy, _mine(batch), owners, processor, config, config.optimizer.lr)
+        sample_ids = [f"row {number}" for number in _mine(range(len(batch)))]
+        return sft_step(policy, batcher.sft(_mine(batch), sample_ids), config.optimizer.lr)
 
     return step
 
@@ -103,11 +106,13 @@ def _sft(settings: Settings, config: SFTConfig, processor: ChatProcessor) -> Tra
 
 def _warmup(settings: Settings, config: WarmupConfig, processor: ChatProcessor) -> Training:
     batches, seconds = _encoded(lambda count: preference_rows(settings, config, processor, count), config)
+    batcher = Batcher.from_config(processor.input_spec, config)
     discriminator = setup.load_discriminator(config, config.optimizer)
 
     def step(number: int) -> Done:
         pairs = [pair for row in _mine(batches[number % BATCHES]) for pair in row]
-        measured = discriminator_step(discriminator, pairs, processor, config, OBJECTIVE, config.optimizer.lr)
+        batch = batcher.pairs(pairs, OBJECTIVE.branch_weights)
+        measured = discriminator_step(discriminator, batch, OBJECTIVE, config.optimizer.lr)
         return Done(measured, discriminator_passes(pairs, config))
 
     tokens = [sum(len(pair.teacher) + len(pair.student) for row in batch for pair in row) for batch in batches]
@@ -117,34 +122,35 @@ def _warmup(settings: Settings, config: WarmupConfig, processor: ChatProcessor) 
 def _align(settings: Settings, config: AlignConfig, processor: ChatProcessor) -> Training:
     """Replay, where the recipe has it, is full of other steps' responses from the start."""
     batches, seconds = _encoded(lambda count: sampled_groups(settings, config, processor, count), config)
-    players, timers = load_players(config), Timers()
-    replay = Replay([group[0].example for batch in batches for group in batch], config.replay, config.run.seed)
+    batcher = Batcher.from_config(processor.input_spec, config)
+    models, timers = load_align_models(config, processor), Timers()
+    replay = Replay([group[0].example for batch in batches for group in batch], processor, config)
     for batch in batches:
         replay.add(_flat(_mine(batch)))
 
     def step(number: int) -> Done:
         samples = _flat(_mine(batches[number % BATCHES]))
-        turn = take_turn(players, samples, replay, processor, config, number, timers)
-        scoring = Pass(DISCRIMINATOR, turn.branches.students, trained=False)
-        learning = discriminator_passes(turn.pairs, config)
-        return Done(turn.measured, [scoring, *learning, *policy_passes(samples, config)])
+        output = align_step(models, batcher, samples, replay, config, number, timers)
+        scoring = Pass(DISCRIMINATOR, output.branches.students, trained=False)
+        learning = discriminator_passes(output.pairs, config)
+        return Done(output.metrics, [scoring, *learning, *policy_passes(samples, config)])
 
-    models = {POLICY: players.policy, DISCRIMINATOR: players.discriminator}
-    models |= {"reference": players.reference} if players.reference else {}
-    return Training(step, _tokens(batches), models, names.POLICY_LOSS, seconds, timers)
+    trained = {POLICY: models.policy, DISCRIMINATOR: models.discriminator}
+    trained |= {"reference": models.reference} if models.reference else {}
+    return Training(step, _tokens(batches), trained, names.POLICY_LOSS, seconds, timers)
 
 
 def _rlvr(settings: Settings, config: RLVRConfig, processor: ChatProcessor) -> Training:
     batches, seconds = _encoded(lambda count: sampled_groups(settings, config, processor, count), config)
     policy = setup.load_policy(config)
     reference = setup.load_reference(config) if config.kl_coeff else None
-    objective, lr = policy_objective(config), config.optimizer.lr
+    batcher, lr = Batcher.from_config(processor.input_spec, config), config.optimizer.lr
 
     def step(number: int) -> Done:
         samples = _flat(_mine(batches[number % BATCHES]))
         advantages = verified_advantages(samples, config)
         measured = policy_gradient_step(
-            policy, reference, samples, advantages, processor, objective, config, lr, version=number
+            policy, reference, batcher.policy(samples, advantages, config, number), config, lr
         )
         return Done(measured, policy_passes(samples, config))
 

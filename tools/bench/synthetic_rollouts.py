@@ -16,10 +16,10 @@ from typing import Any
 
 from prism_megatron.config import AlignConfig, RLVRConfig, WarmupConfig
 from prism_megatron.data.dataset import read_alignment
+from prism_megatron.data.pairs import Pair
 from prism_megatron.data.response import parse_response, render_response
 from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import read_sizes
-from prism_megatron.stages.discriminator import Pair
 from prism_megatron.stages.rollouts import Sample
 from prism_megatron.stages.warmup import pairs_of_row
 from prism_megatron.types import EncodedPrompt, Example, PreferencePair, Rollout

@@ -167,16 +167,17 @@ class Training:
     def _train(self, model: ModelConfig) -> tuple[dict[str, Any], list[Tensor]]:
         """Losses and gradient norms, and log-probabilities of held-out tokens before, between and after steps."""
         from prism_megatron.observe import metrics
+        from prism_megatron.stages.batcher import Batcher
         from prism_megatron.stages.policy import sft_step
         from prism_megatron.stages.setup import load_policy
 
         config = models.sft_config(self.checkpoint, model, self.lr)
-        policy = load_policy(config)
+        policy, batcher = load_policy(config), Batcher.from_config(self.processor.input_spec, config)
         measured: list[dict[str, Any]] = []
         kept = [self._held_out_logprobs(policy, config)]
         for number in range(self.steps):
             batch = self.batches[number % len(self.batches)]
-            measured.append(sft_step(policy, batch, models.owners(batch), self.processor, config, self.lr))
+            measured.append(sft_step(policy, batcher.sft(batch, models.owners(batch)), self.lr))
             if (number + 1) % self.every == 0:
                 kept.append(self._held_out_logprobs(policy, config))
         return {
@@ -187,9 +188,9 @@ class Training:
     def _held_out_logprobs(self, policy: Any, config: Any) -> Tensor:
         """[trained tokens, vocabulary] of rows that are not trained on."""
         from prism_megatron.optim.step import evaluate_step
-        from prism_megatron.stages.microbatch import pack_microbatch
+        from prism_megatron.stages.batcher import Batcher
 
-        batch = pack_microbatch(self.held_out, self.processor, config)
+        batch = Batcher.from_config(self.processor.input_spec, config).pack(self.held_out)
         (logits,) = evaluate_step(policy.chunks, [batch], lambda chunk, packed: chunk(packed, whole_logits=True))
         return logits[batch.loss_mask.bool().to(logits.device)].log_softmax(-1)
 

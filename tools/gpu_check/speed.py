@@ -40,15 +40,17 @@ def train(scale: Scale) -> Variants:
 def ours(checkpoint: Path, model: ModelConfig, scale: Scale) -> dict[str, Any]:
     """Our SFT step at ``model``'s precision."""
     from prism_megatron.observe import metrics
+    from prism_megatron.stages.batcher import Batcher
     from prism_megatron.stages.policy import sft_step
 
     if reason := models.not_on_this_gpu(model):
         return {"needs": reason}
     config, processor = models.sft_config(checkpoint, model, _LR), ChatProcessor(checkpoint)
     policy = models.random_policy(config)
+    batcher = Batcher.from_config(processor.input_spec, config)
 
     def step(batch: Sequence[TrainingSequence]) -> float:
-        loss = sft_step(policy, batch, models.owners(batch), processor, config, _LR)[metrics.LOSS]
+        loss = sft_step(policy, batcher.sft(batch, models.owners(batch)), _LR)[metrics.LOSS]
         assert loss is not None
         return loss
 
@@ -88,7 +90,7 @@ def timed(step: Step, checkpoint: Path, processor: ChatProcessor, scale: Scale, 
     HFU is of what our step does twice, its decoder layers and logits.
     """
     from prism_megatron.model.sizes import read_sizes
-    from prism_megatron.stages.microbatch import workload
+    from prism_megatron.stages.batcher import workload
 
     steps, warmup, rows = (2, 1, 2) if scale.dry else (10, 3, models.ROWS)
     batch, sizes = models.rows_with_images(processor, scale, rows), read_sizes(checkpoint)

@@ -92,9 +92,11 @@ def discriminator_results(
     """
     from prism_megatron.convert.transfer import export_weights
     from prism_megatron.data.loader import rank_share
+    from prism_megatron.data.pairs import Pair
     from prism_megatron.parallel import groups
     from prism_megatron.parallel.collectives import gather_over_data_parallel
-    from prism_megatron.stages.discriminator import DiscriminatorObjective, Pair, discriminator_step, score
+    from prism_megatron.stages.batcher import Batcher
+    from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score
     from prism_megatron.stages.setup import load_discriminator
 
     mine = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
@@ -121,13 +123,14 @@ def discriminator_results(
         with torch.no_grad():  # at zero, as they start, nothing else has a gradient
             head = trained.chunks[-1].module.score_heads.weight
             head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
-    processor = load_processor(checkpoint)
+    batcher = Batcher.from_config(load_processor(checkpoint).input_spec, config)
     sides = {f"row_{number}_{side}": getattr(pair, side) for number, pair in pairs.items() for side in SIDES}
-    owners = [f"row {row}" for row in mine for _ in range(2 * len(SIDES))]
-    values = score(trained, list(sides.values()), owners, processor, config)
+    sample_ids = [f"row {row}" for row in mine for _ in range(2 * len(SIDES))]
+    values = score(trained, batcher.scoring(list(sides.values())), sample_ids)
     results: dict[str, Tensor] = dict(gather_over_data_parallel(list(zip(sides, values, strict=True))))
     objective = DiscriminatorObjective((0.6, 1.4), 0.1, label_smoothing=0.1, penalty=0.1, penalty_std=0.02)
-    discriminator_step(trained, list(pairs.values()), processor, config, objective, lr=0.0)
+    batch = batcher.pairs(list(pairs.values()), objective.branch_weights, repeat_teachers=True)
+    discriminator_step(trained, batch, objective, lr=0.0)
     gradients = export_weights(trained.chunks, trained.table, read=_gradient)
     return results | {f"grad:{name}": gradient for name, gradient in gradients}
 
@@ -148,7 +151,7 @@ def _batches(
     """This data-parallel rank's rows, micro-batch by micro-batch."""
     from prism_megatron.data.loader import rank_share
     from prism_megatron.parallel import groups
-    from prism_megatron.stages.microbatch import equal_over_ranks, padding_for
+    from prism_megatron.stages.batcher import equal_over_ranks, padding_for
 
     mine = rank_share(list(range(len(sequences))), groups.data_parallel_rank(), groups.data_parallel_size())
     rows = [[row] for row in mine] if case.batching == "single" else [mine] if mine else []

@@ -187,7 +187,7 @@ def _run(result: Mapping[str, Any]) -> tuple[SFTConfig, HFSizes, Rows, Memory]:
 
 def _built_in(settings: Settings, count: int) -> Workload:
     """The first global batch of the built-in task, ``count`` rows, made and encoded again."""
-    from prism_megatron.stages.microbatch import workload
+    from prism_megatron.stages.batcher import workload
     from prism_megatron.stages.setup import load_processor
 
     with tempfile.TemporaryDirectory() as folder:

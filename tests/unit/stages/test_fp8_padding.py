@@ -6,7 +6,7 @@ import random
 
 from prism_megatron.config import FP8Config, ModelConfig, ParallelConfig
 from prism_megatron.data.pack import TrainingSequence, pack
-from prism_megatron.stages.microbatch import padding_for
+from prism_megatron.stages.batcher import padding_for
 from prism_megatron.types import EncodedPrompt, InputSpec
 
 SPEC = InputSpec(image_token_id=9, video_token_id=8, merge_size=1, patch_dim=1, max_positions=1000)

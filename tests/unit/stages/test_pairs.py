@@ -15,7 +15,7 @@ cpu.install()
 from prism_megatron import config as cfg  # noqa: E402
 from prism_megatron.data.chat import ChatProcessor  # noqa: E402
 from prism_megatron.data.pack import TrainingSequence  # noqa: E402
-from prism_megatron.stages.discriminator import Pair, branch_pairs, group_pairs  # noqa: E402
+from prism_megatron.data.pairs import Pair, branch_pairs, group_pairs  # noqa: E402
 from prism_megatron.stages.warmup import preference_pairs  # noqa: E402
 from prism_megatron.train import load  # noqa: E402
 from prism_megatron.types import PERCEPTION, REASONING, EncodedPrompt, Message, PreferencePair  # noqa: E402

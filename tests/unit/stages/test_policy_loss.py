@@ -13,20 +13,19 @@ from prism_megatron.data.pack import TrainingSequence, pack
 from prism_megatron.loss.policy import PolicyLossConfig
 from prism_megatron.loss.reduce import token_weights
 from prism_megatron.model.logprobs import TokenScores
+from prism_megatron.stages.batcher import PolicyMicrobatch, loss_aggregation
 from prism_megatron.stages.policy import (
     LOGPROB_TOLERANCE,
-    Objective,
-    PolicyMicrobatch,
     check_difference,
     engine_differences,
     policy_gradient_loss,
-    policy_objective,
+    policy_loss_config,
 )
 from prism_megatron.train import load
 from prism_megatron.types import EncodedPrompt, InputSpec
 
 SPEC = InputSpec(image_token_id=9, video_token_id=8, merge_size=1, patch_dim=1, max_positions=1000)
-OBJECTIVE = Objective(PolicyLossConfig("grpo", 0.2, 0.2, kl_coeff=0.1, kl_estimator="k2"), "token_mean")
+LOSS = PolicyLossConfig("grpo", 0.2, 0.2, kl_coeff=0.1, kl_estimator="k2")
 
 
 def microbatch() -> PolicyMicrobatch:
@@ -54,12 +53,11 @@ def scores(**of_token: float) -> TokenScores:
 def test_both_stages_have_every_algorithms_loss(recipe: str, algorithm: str, aggregation: str) -> None:
     config = load(recipe, [f"algorithm={algorithm}"])
     assert isinstance(config, AlignConfig | RLVRConfig)
-    objective = policy_objective(config)
-    assert (objective.loss.kind, objective.aggregation) == (algorithm, aggregation)
+    assert (policy_loss_config(config).kind, loss_aggregation(config)) == (algorithm, aggregation)
 
 
 def test_the_loss_is_the_mean_over_tokens() -> None:
-    loss, stats = policy_gradient_loss(OBJECTIVE, microbatch(), scores())
+    loss, stats = policy_gradient_loss(LOSS, microbatch(), scores())
     assert float(loss) == pytest.approx(-(1.0 - 2.0 + 4.0) / 3)
     assert float(stats.sums["tokens"]) == 6
 
@@ -80,29 +78,29 @@ def test_what_goes_in_is_named(place: str, named: str, value: float) -> None:
     broken = getattr(batch, place).clone()
     broken[4] = value
     with pytest.raises(FloatingPointError, match=f"^{named} of sample second is {value}; the step is refused"):
-        policy_gradient_loss(OBJECTIVE, replace(batch, **{place: broken}), scores())
+        policy_gradient_loss(LOSS, replace(batch, **{place: broken}), scores())
 
 
 def test_the_policys_own_log_probability_is_named() -> None:
     with pytest.raises(FloatingPointError, match=r"^log-probability of sample third is nan"):
-        policy_gradient_loss(OBJECTIVE, microbatch(), scores(t6=math.nan))
+        policy_gradient_loss(LOSS, microbatch(), scores(t6=math.nan))
 
 
 def test_a_loss_that_overflows_is_its_samples() -> None:
     # A = -2 and a ratio of exp(100): more than float32 holds, though all that goes in is finite.
     with pytest.raises(FloatingPointError, match=r"^policy loss of sample second is inf"):
-        policy_gradient_loss(OBJECTIVE, microbatch(), scores(t3=100.0))
+        policy_gradient_loss(LOSS, microbatch(), scores(t3=100.0))
 
 
-def test_trainer_and_engine_are_compared_on_fresh_tokens_by_hand() -> None:
+def test_trainer_and_engine_are_compared_on_policy_by_hand() -> None:
     # Two responses of two tokens: ratios p / q of 2 and 1/2, then 1 and 4, whose last token an older policy sampled.
-    # k3 = r - 1 - ln r: 1 - ln 2, ln 2 - 1/2 and 0. What is not fresh may be anything.
+    # k3 = r - 1 - ln r: 1 - ln 2, ln 2 - 1/2 and 0. Off-policy values may be anything.
     ln2 = math.log(2)
     differences = torch.tensor([ln2, -ln2, 0.0, math.inf])
-    fresh, ids = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0, 0, 1, 1])
-    sums, maxima = engine_differences(differences, fresh, ids)
+    is_on_policy, ids = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    sums, maxima = engine_differences(differences, is_on_policy, ids)
     assert {name: float(value) for name, value in sums.items()} == pytest.approx(
-        {"fresh": 3, "difference_sum": 2 * ln2, "mismatch": 0.5}
+        {"on_policy": 3, "difference_sum": 2 * ln2, "mismatch": 0.5}
     )
     assert {name: float(value) for name, value in maxima.items()} == pytest.approx(
         {"difference": ln2, "response_difference": ln2}
