@@ -80,7 +80,7 @@ def _epoch_order(num_rows: int, epoch: int, seed: int) -> list[int]:
     return _orders[key]
 
 
-def rank_share[Indices: (list[int], range)](indices: Indices, rank: int, size: int) -> Indices:
+def shard_for_rank[Indices: (list[int], range)](indices: Indices, rank: int, size: int) -> Indices:
     """This data-parallel rank's part, contiguous so that it does not depend on how the others are cut."""
     low, high = len(indices) * rank // size, len(indices) * (rank + 1) // size
     return indices[low:high]

@@ -31,21 +31,21 @@ from prism_megatron.observe.timers import Timers
 from prism_megatron.parallel.collectives import sum_over_data_parallel
 from prism_megatron.stages.batcher import Batcher, total_tokens
 from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score
-from prism_megatron.stages.evaluate import conclude, response_metrics
-from prism_megatron.stages.guard import Guard
+from prism_megatron.stages.evaluate import export_and_evaluate, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step
 from prism_megatron.stages.replay import Replay
 from prism_megatron.stages.rollouts import Sample, check_prompts, gallery_row, sample_responses, start_engine
 from prism_megatron.stages.setup import (
-    Trained,
+    TrainableModel,
     load_discriminator,
     load_policy,
     load_processor,
     load_reference,
+    local_batch,
+    log_line,
     open_stage,
-    rows_of_iteration,
-    say,
 )
+from prism_megatron.stages.sync_guard import SyncGuard
 from prism_megatron.types import PERCEPTION, REASONING
 
 
@@ -58,7 +58,7 @@ def run_align(config: AlignConfig) -> None:
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config, config.discriminator.num_experts) as stage:
-        say(passes)
+        log_line(passes)
         processor = load_processor(config)
         check_prompts(rows, processor, config.rollout)
         batcher = Batcher.from_config(processor.input_spec, config)
@@ -67,9 +67,9 @@ def run_align(config: AlignConfig) -> None:
         replay = Replay(rows, processor, config, stage.resume(parts))
 
         engine = start_engine(config, models.policy.source)
-        guard = Guard(engine, models.policy, processor, rows, config)
+        guard = SyncGuard(engine, models.policy, processor, rows, config)
         for iteration in range(stage.start, run.train_iters):
-            mine = rows_of_iteration(rows, config.prompts_per_iteration, iteration, run.seed)
+            mine = local_batch(rows, config.prompts_per_iteration, iteration, run.seed)
             with stage.timers("sync"):
                 guard.push(iteration)
             with stage.timers("rollout"):
@@ -82,16 +82,16 @@ def run_align(config: AlignConfig) -> None:
             stage.save_if_due(iteration + 1, parts, replay.kept)
 
         models.discriminator.export(stage.dir / "discriminator_hf")
-        conclude(stage, models.policy, processor, engine)
+        export_and_evaluate(stage, models.policy, processor, engine)
 
 
 @dataclass(frozen=True)
 class AlignModels:
     """The policy, its frozen reference if ``kl_coeff`` > 0, the discriminator, and the processor of their inputs."""
 
-    policy: Trained
-    reference: Trained | None
-    discriminator: Trained
+    policy: TrainableModel
+    reference: TrainableModel | None
+    discriminator: TrainableModel
     processor: ChatProcessor
 
 
@@ -249,7 +249,7 @@ class ScoredBranches:
 
 
 def score_branches(
-    discriminator: Trained,
+    discriminator: TrainableModel,
     batcher: Batcher,
     samples: Sequence[Sample],
     processor: ChatProcessor,

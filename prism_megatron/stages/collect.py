@@ -16,13 +16,13 @@ from prism_megatron.config import CollectConfig
 from prism_megatron.convert.manifest import is_converted
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_rlvr, write_pairs, write_prompts
-from prism_megatron.data.loader import rank_share
+from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.rollouts import Sample, check_prompts, sample_responses, start_engine
-from prism_megatron.stages.setup import finish, load_processor, open_stage
+from prism_megatron.stages.setup import load_processor, mark_finished, open_stage
 from prism_megatron.types import Example, PreferencePair
 
 PAIRS, PROMPTS = "warmup_pairs.jsonl", "rlvr.parquet"
@@ -71,12 +71,12 @@ def run_collect(config: CollectConfig) -> None:
                 f"[{config.band_low}, {config.band_high}]",
                 flush=True,
             )
-        finish(stage, {"pairs": len(pairs), "rlvr_prompts": len(kept)})
+        mark_finished(stage, {"pairs": len(pairs), "rlvr_prompts": len(kept)})
 
 
 def _share(rows: Sequence[Example]) -> range:
     """Which rows this data-parallel rank samples."""
-    return rank_share(range(len(rows)), groups.data_parallel_rank(), groups.data_parallel_size())
+    return shard_for_rank(range(len(rows)), groups.data_parallel_rank(), groups.data_parallel_size())
 
 
 def _sample(

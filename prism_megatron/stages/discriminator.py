@@ -22,7 +22,7 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
 from prism_megatron.parallel.collectives import sum_over_data_parallel, sum_over_pipeline
 from prism_megatron.stages.batcher import PairBatch, PairMicrobatch
-from prism_megatron.stages.setup import Trained
+from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.types import BRANCH_NAMES, PERCEPTION, REASONING, PackedBatch
 
 
@@ -43,7 +43,7 @@ class DiscriminatorObjective:
     reference: bool = False
 
 
-def score(discriminator: Trained, batches: Sequence[PackedBatch], sample_ids: Sequence[str]) -> Tensor:
+def score(discriminator: TrainableModel, batches: Sequence[PackedBatch], sample_ids: Sequence[str]) -> Tensor:
     """Score every sequence of ``batches`` (from :meth:`Batcher.scoring`) without gradient, [N] in order.
 
     Raises FloatingPointError naming the sample whose score is not finite.
@@ -60,7 +60,7 @@ def _without_prompts(scores: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def discriminator_step(
-    discriminator: Trained, batch: PairBatch, objective: DiscriminatorObjective, lr: float, step: int = 0
+    discriminator: TrainableModel, batch: PairBatch, objective: DiscriminatorObjective, lr: float, step: int = 0
 ) -> dict[str, float | None]:
     """Take a Bradley-Terry step on the pairs of the global batch (Eq. 2), with load balancing.
 

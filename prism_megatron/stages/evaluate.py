@@ -10,24 +10,26 @@ from typing import Any
 from prism_megatron.data import shapes
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
-from prism_megatron.data.loader import rank_share
+from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.files import write_atomic
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.rollouts import Sample, greedy_responses, push_weights, start_engine
-from prism_megatron.stages.setup import Stage, Trained, finish
+from prism_megatron.stages.setup import Stage, TrainableModel, mark_finished
 
 RESULTS = "results.json"
 _Z95 = 1.959964  # two-sided 95 % normal quantile
 
 
-def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: Engine | None = None) -> None:
+def export_and_evaluate(
+    stage: Stage, policy: TrainableModel, processor: ChatProcessor, engine: Engine | None = None
+) -> None:
     """Export the trained policy to ``hf/``, evaluate it, and mark the stage as finished."""
     policy.export(stage.dir / "hf")
     if not stage.config.eval.num_questions:
-        finish(stage, {})
+        mark_finished(stage, {})
         return
     engine = engine or start_engine(stage.config, stage.dir / "hf")
     push_weights(engine, policy, stage.config.run.train_iters, stage.config.rollout)
@@ -39,14 +41,16 @@ def conclude(stage: Stage, policy: Trained, processor: ChatProcessor, engine: En
             f"format valid {result['format_valid']:.3f}",
             flush=True,
         )
-    finish(stage, {"result": result})
+    mark_finished(stage, {"result": result})
 
 
 def evaluate(engine: Engine, processor: ChatProcessor, stage: Stage) -> dict[str, Any]:
     """Greedy accuracy and format validity with 95 % Wilson intervals, and what the built-in task can verify."""
     config = stage.config
     rows = read_rlvr(config.eval.data)
-    share = rank_share(list(range(config.eval.num_questions)), groups.data_parallel_rank(), groups.data_parallel_size())
+    share = shard_for_rank(
+        list(range(config.eval.num_questions)), groups.data_parallel_rank(), groups.data_parallel_size()
+    )
     samples = greedy_responses(engine, processor, [rows[i] for i in share], config)
     outcomes = gather_over_data_parallel([_outcome(sample) for sample in samples])
     correct = sum(outcome["correct"] for outcome in outcomes)

@@ -20,7 +20,7 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
 from prism_megatron.parallel import groups
 from prism_megatron.stages.batcher import PolicyMicrobatch, SequenceMicrobatch
-from prism_megatron.stages.setup import Trained
+from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.types import PackedBatch
 
 # Nats by which trainer and engine may differ on average over a response. A largest value over tokens would not do: in
@@ -31,7 +31,7 @@ LOGPROB_TOLERANCE = {"fp32": 1e-3, "bf16": 0.5, "fp8": 1.0}
 _MAXIMA = ("difference", "response_difference")
 
 
-def sft_step(policy: Trained, batches: Sequence[SequenceMicrobatch], lr: float) -> dict[str, float | None]:
+def sft_step(policy: TrainableModel, batches: Sequence[SequenceMicrobatch], lr: float) -> dict[str, float | None]:
     """Take a step on the cross-entropy of the global batch's response tokens, averaged over them (spec 2)."""
 
     def forward(chunk: Any, batch: SequenceMicrobatch) -> Any:
@@ -60,8 +60,8 @@ def policy_loss_config(config: PolicyGradientConfig) -> PolicyLossConfig:
 
 
 def policy_gradient_step(
-    policy: Trained,
-    reference: Trained | None,
+    policy: TrainableModel,
+    reference: TrainableModel | None,
     batches: Sequence[list[PolicyMicrobatch]],
     config: PolicyGradientConfig,
     lr: float,
@@ -110,7 +110,10 @@ def policy_gradient_step(
 
 
 def _with_logprobs(
-    policy: Trained, reference: Trained | None, batches: list[PolicyMicrobatch], config: PolicyGradientConfig
+    policy: TrainableModel,
+    reference: TrainableModel | None,
+    batches: list[PolicyMicrobatch],
+    config: PolicyGradientConfig,
 ) -> list[PolicyMicrobatch]:
     """Add the log-probabilities that the loss compares with: the policy's before its updates, the reference policy's.
 
@@ -189,7 +192,7 @@ def has_several_updates(config: PolicyGradientConfig) -> bool:
     return config.mini_batches_per_iteration * config.epochs_per_iteration > 1
 
 
-def _logprobs(model: Trained, batches: Sequence[PolicyMicrobatch]) -> list[Tensor]:
+def _logprobs(model: TrainableModel, batches: Sequence[PolicyMicrobatch]) -> list[Tensor]:
     """log p of every target by the model as it is now, [T] per micro-batch."""
 
     def forward(chunk: Any, batch: PolicyMicrobatch) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from prism_megatron.config import AlignConfig
 from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
-from prism_megatron.data.loader import rank_share
+from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.data.pairs import Pair, branch_pairs
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
@@ -41,7 +41,7 @@ class Replay:
         places = [(prompt, number) for prompt, texts in self.kept.items() for number in range(len(texts))]
         drawn = min(self._config.replay.responses_per_iteration, len(places))
         chosen = random.Random(f"{self._config.run.seed}/{iteration}/replay").sample(range(len(places)), drawn)
-        mine = [places[i] for i in rank_share(chosen, groups.data_parallel_rank(), groups.data_parallel_size())]
+        mine = [places[i] for i in shard_for_rank(chosen, groups.data_parallel_rank(), groups.data_parallel_size())]
         rows = [self._rows[prompt] for prompt, _ in mine]
         pairs = []
         for (prompt_id, number), row, prompt in zip(mine, rows, self._processor.encode_prompts(rows), strict=True):

@@ -14,7 +14,7 @@ from prism_megatron.advantage import group_normalize, informative_groups
 from prism_megatron.config import RLVRConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
-from prism_megatron.data.loader import batch_indices, count_passes, further_indices, rank_share
+from prism_megatron.data.loader import batch_indices, count_passes, further_indices, shard_for_rank
 from prism_megatron.data.response import Response
 from prism_megatron.errors import UserError
 from prism_megatron.observe import metrics as names
@@ -23,8 +23,7 @@ from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_o
 from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
 from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.batcher import Batcher, total_tokens
-from prism_megatron.stages.evaluate import conclude, response_metrics
-from prism_megatron.stages.guard import Guard
+from prism_megatron.stages.evaluate import export_and_evaluate, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step
 from prism_megatron.stages.rollouts import (
     Sample,
@@ -34,7 +33,8 @@ from prism_megatron.stages.rollouts import (
     sample_responses,
     start_engine,
 )
-from prism_megatron.stages.setup import load_policy, load_processor, load_reference, open_stage, say
+from prism_megatron.stages.setup import load_policy, load_processor, load_reference, log_line, open_stage
+from prism_megatron.stages.sync_guard import SyncGuard
 from prism_megatron.types import EncodedPrompt, Example, Rollout
 
 Group = tuple[str, list[dict[str, Any]]]  # a row's id and its rollouts, as plain data
@@ -49,7 +49,7 @@ def run_rlvr(config: RLVRConfig) -> None:
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config) as stage:
-        say(passes)
+        log_line(passes)
         processor = load_processor(config)
         check_prompts(rows, processor, config.rollout)
         batcher = Batcher.from_config(processor.input_spec, config)
@@ -59,7 +59,7 @@ def run_rlvr(config: RLVRConfig) -> None:
         surplus: list[Group] = stage.resume(parts) or []
 
         engine = start_engine(config, policy.source)
-        guard = Guard(engine, policy, processor, rows, config)
+        guard = SyncGuard(engine, policy, processor, rows, config)
         for iteration in range(stage.start, run.train_iters):
             with stage.timers("sync"):
                 guard.push(iteration)
@@ -85,7 +85,7 @@ def run_rlvr(config: RLVRConfig) -> None:
             )
             stage.save_if_due(iteration + 1, parts, surplus)
 
-        conclude(stage, policy, processor, engine)
+        export_and_evaluate(stage, policy, processor, engine)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def sample_groups(
         drawn = order[tried : tried + math.ceil(max(missing, 0) * config.oversampling)]
         if not drawn:
             break
-        share = rank_share(drawn, ranks.data_parallel_rank(), ranks.data_parallel_size())
+        share = shard_for_rank(drawn, ranks.data_parallel_rank(), ranks.data_parallel_size())
         asked = [rows[i] for i in share]
         samples = sample_responses(engine, processor, asked, iteration, config, config.compat)
         first = tried + len(drawn) * ranks.data_parallel_rank() // ranks.data_parallel_size()
@@ -164,7 +164,7 @@ def sample_groups(
         )
     found = sorted({candidate.group for candidate in kept})
     trained, left = found[: config.prompts_per_iteration], found[config.prompts_per_iteration :]
-    mine = rank_share(trained, ranks.data_parallel_rank(), ranks.data_parallel_size())
+    mine = shard_for_rank(trained, ranks.data_parallel_rank(), ranks.data_parallel_size())
     return Sampled(
         _as_samples([candidate for candidate in kept if candidate.group in mine], rows, processor, prompts),
         generated,

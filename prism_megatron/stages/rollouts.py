@@ -23,7 +23,7 @@ from prism_megatron.reward.verifiable import judge
 from prism_megatron.rollout.child import ChildEngine, Engine
 from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
 from prism_megatron.rollout.weight_sync import WeightSync
-from prism_megatron.stages.setup import Trained
+from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
 
 
@@ -49,7 +49,7 @@ class Sample:
 class PolicyWeights:
     """The policy's weights under their HF names, gathered anew, over all ranks, whenever they are gone through."""
 
-    policy: Trained
+    policy: TrainableModel
     bucket_bytes: int
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -96,7 +96,7 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
     return RolloutEngine(checkpoint, wanted)
 
 
-def push_weights(engine: Engine, policy: Trained, version: int, config: cfg.RolloutConfig) -> None:
+def push_weights(engine: Engine, policy: TrainableModel, version: int, config: cfg.RolloutConfig) -> None:
     """Give the engine the policy's current weights, waking it if it sleeps. Collective."""
     sync = WeightSync(version, export_manifest(policy.chunks, policy.table), config.sync_checksums)
     engine.wake("weights")

@@ -27,7 +27,7 @@ from prism_megatron.convert.transfer import export_weights, load_weights
 from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import check_rlvr
-from prism_megatron.data.loader import batch_indices, rank_share
+from prism_megatron.data.loader import batch_indices, shard_for_rank
 from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.model.build import build_discriminator, build_policy, wrap_for_training
@@ -46,7 +46,7 @@ from prism_megatron.stages.run_lock import RunLock
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainableModel:
     """A model in training: this rank's chunks in Megatron's DDP, their optimizer, what is needed to export them."""
 
     name: str
@@ -84,7 +84,7 @@ class Stage:
     start: int
     identity: dict[str, Any] | None
 
-    def save_if_due(self, iteration: int, parts: Mapping[str, Trained], carried: Any = None) -> None:
+    def save_if_due(self, iteration: int, parts: Mapping[str, TrainableModel], carried: Any = None) -> None:
         """Save every ``save_interval`` iterations and, to the end, after the last one or when told to stop.
 
         ``carried`` is plain data that goes on to later iterations, the same on every rank. Collective. Raises Preempted
@@ -102,7 +102,7 @@ class Stage:
         if stop:
             raise preemption.Preempted(f"{self.config.stage}: told to stop, saved iteration {iteration}")
 
-    def resume(self, parts: Mapping[str, Trained]) -> Any:
+    def resume(self, parts: Mapping[str, TrainableModel]) -> Any:
         """Load the last checkpoint of this stage into ``parts``, if there is one. From here on TERM makes it save.
 
         Returns what was ``carried`` when it was saved, or None.
@@ -173,7 +173,7 @@ def _checkpoints(config: cfg.StageConfig) -> list[Path]:
     return [path for path in map(Path, dict.fromkeys(named)) if not is_converted(path)]
 
 
-def finish(stage: Stage, summary: dict[str, Any]) -> None:
+def mark_finished(stage: Stage, summary: dict[str, Any]) -> None:
     """Mark the stage as finished, so that the same command does nothing the next time."""
     if groups.is_main_rank():
         said = {"config": cfg.to_yaml(stage.config), "identity": stage.identity, **summary}
@@ -181,18 +181,18 @@ def finish(stage: Stage, summary: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def load_policy(config: cfg.StageConfig) -> Trained:
+def load_policy(config: cfg.StageConfig) -> TrainableModel:
     """The policy with the weights of ``model.hf_checkpoint``, its optimizer beside it."""
     chunks, table, sizes, source = _policy_parts(config, config.model)
     return _trained("policy", chunks, config.optimizer, table, sizes, source, {})
 
 
-def load_reference(config: cfg.StageConfig) -> Trained:
+def load_reference(config: cfg.StageConfig) -> TrainableModel:
     """The policy as this stage found it, with neither gradients nor an optimizer."""
     frozen = dataclasses.replace(config.model, freeze=["vision", "merger", "language_model"])
     chunks, table, sizes, source = _policy_parts(config, frozen)
     wrapped = wrap_for_training(chunks, use_distributed_optimizer=False)
-    return Trained("reference", wrapped, None, config.optimizer, table, sizes, source, {})
+    return TrainableModel("reference", wrapped, None, config.optimizer, table, sizes, source, {})
 
 
 def _policy_parts(config: cfg.StageConfig, model: cfg.ModelConfig) -> tuple[list[nn.Module], list[Rule], HFSizes, Path]:
@@ -205,7 +205,7 @@ def _policy_parts(config: cfg.StageConfig, model: cfg.ModelConfig) -> tuple[list
     return chunks, table, sizes, source
 
 
-def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cfg.OptimizerConfig) -> Trained:
+def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cfg.OptimizerConfig) -> TrainableModel:
     """The discriminator: upcycled from a dense checkpoint, or read back from an upcycled one (spec 3.2, 8.2)."""
     wanted = config.discriminator
     source = Path(wanted.hf_checkpoint)
@@ -226,16 +226,16 @@ def load_processor(config: cfg.StageConfig) -> ChatProcessor:
     return ChatProcessor(Path(config.model.hf_checkpoint))
 
 
-def say(what: object) -> None:
+def log_line(what: object) -> None:
     """Print a line, once for all ranks."""
     if groups.is_main_rank():
         print(what, flush=True)
 
 
-def rows_of_iteration[Row](rows: Sequence[Row], batch_size: int, iteration: int, seed: int) -> list[Row]:
+def local_batch[Row](rows: Sequence[Row], batch_size: int, iteration: int, seed: int) -> list[Row]:
     """This data-parallel rank's rows of an iteration."""
     indices = batch_indices(len(rows), batch_size, iteration, seed)
-    return [rows[i] for i in rank_share(indices, groups.data_parallel_rank(), groups.data_parallel_size())]
+    return [rows[i] for i in shard_for_rank(indices, groups.data_parallel_rank(), groups.data_parallel_size())]
 
 
 @contextmanager
@@ -259,6 +259,6 @@ def _trained(
     sizes: HFSizes,
     source: Path,
     changes: dict[str, Any],
-) -> Trained:
+) -> TrainableModel:
     wrapped = wrap_for_training(chunks, optimizer.use_distributed_optimizer)
-    return Trained(name, wrapped, build_optimizer(optimizer, wrapped), optimizer, table, sizes, source, changes)
+    return TrainableModel(name, wrapped, build_optimizer(optimizer, wrapped), optimizer, table, sizes, source, changes)

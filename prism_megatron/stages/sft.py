@@ -19,9 +19,9 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.observe.flops import peak_flops, training_flops
 from prism_megatron.parallel.collectives import sum_over_data_parallel
 from prism_megatron.stages.batcher import Batcher, workload
-from prism_megatron.stages.evaluate import conclude
+from prism_megatron.stages.evaluate import export_and_evaluate
 from prism_megatron.stages.policy import sft_step
-from prism_megatron.stages.setup import Trained, load_policy, load_processor, open_stage, rows_of_iteration, say
+from prism_megatron.stages.setup import TrainableModel, load_policy, load_processor, local_batch, log_line, open_stage
 from prism_megatron.types import Example
 
 
@@ -34,7 +34,7 @@ def run_sft(config: SFTConfig) -> None:
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config) as stage:
-        say(passes)
+        log_line(passes)
         processor = load_processor(config)
         remedy = "raise max_tokens_per_microbatch, or drop the row"
         check_lengths(rows, processor, config.max_tokens_per_microbatch, remedy, demonstrations=True)
@@ -46,7 +46,7 @@ def run_sft(config: SFTConfig) -> None:
         for iteration in range(stage.start, run.train_iters):
             began = time.monotonic()
             with stage.timers("data"):
-                mine = rows_of_iteration(rows, config.global_batch_size, iteration, run.seed)
+                mine = local_batch(rows, config.global_batch_size, iteration, run.seed)
                 sequences = demonstrations(mine, processor)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
@@ -55,11 +55,11 @@ def run_sft(config: SFTConfig) -> None:
             stage.log.log(iteration + 1, measured | passes.measured(iteration + 1) | stage.timers.pop())
             stage.save_if_due(iteration + 1, parts)
 
-        conclude(stage, policy, processor)
+        export_and_evaluate(stage, policy, processor)
 
 
 def throughput(
-    policy: Trained, sequences: Sequence[TrainingSequence], freeze: Sequence[str], began: float
+    policy: TrainableModel, sequences: Sequence[TrainingSequence], freeze: Sequence[str], began: float
 ) -> dict[str, float | None]:
     """Tokens and operations a second of all ranks' ``sequences`` since ``began``. Collective."""
     mine = training_flops(policy.sizes.text, policy.sizes.vision, workload(sequences), freeze).model

@@ -13,7 +13,14 @@ from prism_megatron.data.pairs import Pair, branch_pairs
 from prism_megatron.observe import metrics as names
 from prism_megatron.stages.batcher import Batcher, total_tokens
 from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step
-from prism_megatron.stages.setup import finish, load_discriminator, load_processor, open_stage, rows_of_iteration, say
+from prism_megatron.stages.setup import (
+    load_discriminator,
+    load_processor,
+    local_batch,
+    log_line,
+    mark_finished,
+    open_stage,
+)
 from prism_megatron.types import EncodedPrompt, PreferencePair
 
 # The loss is the mean over the pairs of both branches (spec 3.3), and every line of the file gives one of each.
@@ -29,7 +36,7 @@ def run_warmup(config: WarmupConfig) -> None:
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config, config.discriminator.num_experts) as stage:
-        say(passes)
+        log_line(passes)
         processor = load_processor(config)
         batcher = Batcher.from_config(processor.input_spec, config)
         discriminator = load_discriminator(config, config.optimizer)
@@ -38,7 +45,7 @@ def run_warmup(config: WarmupConfig) -> None:
 
         for iteration in range(stage.start, run.train_iters):
             with stage.timers("data"):
-                mine = rows_of_iteration(rows, config.global_batch_size, iteration, run.seed)
+                mine = local_batch(rows, config.global_batch_size, iteration, run.seed)
                 pairs = preference_pairs(mine, processor, config)
             with stage.timers("train"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
@@ -49,7 +56,7 @@ def run_warmup(config: WarmupConfig) -> None:
             stage.save_if_due(iteration + 1, parts)
 
         discriminator.export(stage.dir / "hf")
-        finish(stage, {})
+        mark_finished(stage, {})
 
 
 def preference_pairs(rows: list[PreferencePair], processor: ChatProcessor, config: WarmupConfig) -> list[Pair]:

@@ -132,10 +132,10 @@ def said_of_damage(config: RLVRConfig, engine: Any, policy: Any, processor: Any,
 
     While it looks for the parameter the engine is killed, with weights on their way to it.
     """
-    from prism_megatron.stages.guard import Guard
+    from prism_megatron.stages.sync_guard import SyncGuard
 
     rollout = replace(config.rollout, guard_interval=1, sync_checksums=False)
-    guard = Guard(engine, policy, processor, rows, replace(config, rollout=rollout))
+    guard = SyncGuard(engine, policy, processor, rows, replace(config, rollout=rollout))
     guard.push(3)
     if engine._processes is not None:
         send, transport = engine._processes.send, engine._processes._transport

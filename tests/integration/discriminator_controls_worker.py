@@ -24,7 +24,7 @@ from prism_megatron.stages.align import split_samples  # noqa: E402
 from prism_megatron.stages.batcher import Batcher  # noqa: E402
 from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score  # noqa: E402
 from prism_megatron.stages.rollouts import Sample, as_sample  # noqa: E402
-from prism_megatron.stages.setup import Trained, load_discriminator, load_processor  # noqa: E402
+from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.train import load  # noqa: E402
 from prism_megatron.types import EncodedPrompt, Example, Rollout  # noqa: E402
 
@@ -100,7 +100,9 @@ def accuracy_after_warmup(
     return {"wins": wins, "pairs": len(held_out)}
 
 
-def compared(trained: Trained, samples: list[Sample], processor: ChatProcessor, config: cfg.AlignConfig) -> object:
+def compared(
+    trained: TrainableModel, samples: list[Sample], processor: ChatProcessor, config: cfg.AlignConfig
+) -> object:
     """What the discriminator is shown of ``samples``, and how many pairs its step says were cut."""
     students, pairs = split_samples(samples, processor, config)
     batch = Batcher.from_config(processor.input_spec, config).pairs(pairs, OBJECTIVE.branch_weights)

@@ -165,15 +165,15 @@ def guard_findings(
     """What the guard says of a sync in which one thing was left out."""
     from prism_megatron.config import apply_overrides
     from prism_megatron.rollout import transfer_backend
-    from prism_megatron.stages.guard import Guard
     from prism_megatron.stages.setup import load_policy
+    from prism_megatron.stages.sync_guard import SyncGuard
     from recipes import STAGE_RECIPES
 
     degree = f"parallel.tensor_model_parallel_size={tp}"
     config = apply_overrides(
         STAGE_RECIPES["tiny_rlvr"](), [f"model.hf_checkpoint={checkpoint}", degree, "rollout.guard_interval=1"]
     )
-    guard = Guard(engine, load_policy(config), processor, rows, config)
+    guard = SyncGuard(engine, load_policy(config), processor, rows, config)
     found = {}
 
     def push(label: str) -> None:

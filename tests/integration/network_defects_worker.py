@@ -28,12 +28,12 @@ from prism_megatron.stages.batcher import Batcher  # noqa: E402
 from prism_megatron.stages.discriminator import score  # noqa: E402
 from prism_megatron.stages.replay import Replay  # noqa: E402
 from prism_megatron.stages.rollouts import Sample  # noqa: E402
-from prism_megatron.stages.setup import Trained, load_discriminator, load_processor  # noqa: E402
+from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.train import load  # noqa: E402
 from prism_megatron.types import Example, PackedBatch, Rollout  # noqa: E402
 
 
-def discriminator(config: cfg.AlignConfig) -> Trained:
+def discriminator(config: cfg.AlignConfig) -> TrainableModel:
     trained = load_discriminator(config, config.discriminator_optimizer)
     with torch.no_grad():  # heads start at zero, and would give every sequence the same score
         head = trained.chunks[-1].module.score_heads.weight
@@ -64,7 +64,7 @@ def balance_gradient(overrides: list[str], batch: PackedBatch, factor: float = 0
     return torch.cat([parameter.main_grad.flatten() for name, parameter in named if name.endswith("router.weight")])
 
 
-def gradient_penalty(trained: Trained, sequence: TrainingSequence, batcher: Batcher) -> dict[str, float]:
+def gradient_penalty(trained: TrainableModel, sequence: TrainingSequence, batcher: Batcher) -> dict[str, float]:
     """R1 of a sequence's embedded response by differentiation, and by the mean of many estimates."""
     module, std, draws = trained.chunks[0].module.eval(), 1e-3, 512
     width = trained.sizes.text["hidden_size"]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prism_megatron.config import SFTConfig
-from prism_megatron.data.loader import rank_share
+from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.types import InputSpec
 
@@ -33,7 +33,7 @@ def hf_step(config: SFTConfig, spec: InputSpec, model: Any) -> Callable[[Sequenc
     reduced = torch.autocast(device.type, torch.bfloat16, enabled=config.model.precision != "fp32")
 
     def step(batch: Sequence[TrainingSequence]) -> float:
-        mine = [batch[i] for i in rank_share(list(range(len(batch))), dist.get_rank(), world)]
+        mine = [batch[i] for i in shard_for_rank(list(range(len(batch))), dist.get_rank(), world)]
         inputs = {name: value.to(device) for name, value in padded(mine, spec).items()}
         trained = torch.tensor(sum(len(sequence.response_ids) for sequence in batch) / world)
         adam.zero_grad()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_megatron.config import SFTConfig
-from prism_megatron.data.loader import rank_share
+from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.errors import UserError
 from recipes.estimate.activations import Load
 from recipes.estimate.memory import stage_estimates
@@ -128,7 +128,7 @@ def measure_case(settings: Settings, folder: Path) -> tuple[int, dict[str, int],
     found = resident(policy) | {"activations": _peak_over_mark(profiler)}
     stage = parallel_state.get_pipeline_model_parallel_rank()
     sizes = model_sizes(settings.size)
-    mine = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
+    mine = shard_for_rank(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
     load = load_of([rows[i] for i in mine], config)
     said = stage_estimates(config, dist.get_world_size(), sizes, sizes, load)[stage]
     return stage, found, {part: getattr(said, part) for part in PARTS}

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from prism_megatron.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig
 from prism_megatron.data.chat import ChatProcessor
-from prism_megatron.data.loader import rank_share
+from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.timers import Timers
@@ -31,7 +31,7 @@ from prism_megatron.stages.discriminator import discriminator_step
 from prism_megatron.stages.policy import policy_gradient_step, sft_step
 from prism_megatron.stages.replay import Replay
 from prism_megatron.stages.rlvr import verified_advantages
-from prism_megatron.stages.setup import Trained
+from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.stages.warmup import OBJECTIVE
 from tools.bench.inputs import BATCHES, Settings, TrainingConfig, rows_per_step, training_sequences
 from tools.bench.passes import DISCRIMINATOR, POLICY, Pass, discriminator_passes, policy_passes
@@ -59,7 +59,7 @@ class Training:
 
     step: Callable[[int], Done]
     tokens: Sequence[int]
-    models: Mapping[str, Trained]
+    models: Mapping[str, TrainableModel]
     loss: str
     encode_seconds: float
     timers: Timers = field(default_factory=Timers)
@@ -78,7 +78,7 @@ def load_training(settings: Settings, config: TrainingConfig, processor: ChatPro
 
 
 def sft_training(
-    policy: Trained, config: SFTConfig, processor: ChatProcessor
+    policy: TrainableModel, config: SFTConfig, processor: ChatProcessor
 ) -> Callable[[Sequence[TrainingSequence]], Measured]:
     """A step on this data-parallel rank's part of a global batch, the recipe's learning rate held."""
 
@@ -169,7 +169,7 @@ def _encoded[Row](encode: Callable[[int], list[Row]], config: TrainingConfig) ->
 
 def _mine[Row](batch: Sequence[Row]) -> list[Row]:
     """This data-parallel rank's rows of a global batch."""
-    share = rank_share(list(range(len(batch))), groups.data_parallel_rank(), groups.data_parallel_size())
+    share = shard_for_rank(list(range(len(batch))), groups.data_parallel_rank(), groups.data_parallel_size())
     return [batch[i] for i in share]
 
 

@@ -29,7 +29,7 @@ class StepTimers:
         return self._timers.setdefault(name, (_PassTimer if name == _PASS else _Timer)(self))
 
     def attach(self, model: Any) -> None:
-        """To a ``Trained`` model, from now on."""
+        """To a ``TrainableModel`` model, from now on."""
         for chunk in model.chunks:
             chunk.config.timers = self
         if model.optimizer is not None:

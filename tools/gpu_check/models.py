@@ -17,7 +17,7 @@ from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import HFSizes
-from prism_megatron.stages.setup import Trained
+from prism_megatron.stages.setup import TrainableModel
 from recipes.estimate.activations import Load
 from recipes.estimate.memory import estimate, published_sizes
 from recipes.tiny import tiny_sft
@@ -140,7 +140,7 @@ def full_size(scale: Scale) -> Path:
     return directory
 
 
-def random_policy(config: SFTConfig) -> Trained:
+def random_policy(config: SFTConfig) -> TrainableModel:
     """As ``load_policy``, with weights drawn in place: 4B's would take minutes to write and to read."""
     from prism_megatron.convert.qwen3_vl import policy_table
     from prism_megatron.model.build import build_policy, wrap_for_training
@@ -159,7 +159,7 @@ def random_policy(config: SFTConfig) -> Trained:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     wrapped = wrap_for_training(chunks, use_distributed_optimizer=False)
     optimizer = build_optimizer(config.optimizer, wrapped)
-    return Trained("policy", wrapped, optimizer, config.optimizer, policy_table(sizes), sizes, source, {})
+    return TrainableModel("policy", wrapped, optimizer, config.optimizer, policy_table(sizes), sizes, source, {})
 
 
 def rows_with_images(processor: ChatProcessor, scale: Scale, count: int) -> list[TrainingSequence]:

@@ -91,7 +91,7 @@ def discriminator_results(
     Load balancing is over a micro-batch, so that it is the same at layouts with the same micro-batches only.
     """
     from prism_megatron.convert.transfer import export_weights
-    from prism_megatron.data.loader import rank_share
+    from prism_megatron.data.loader import shard_for_rank
     from prism_megatron.data.pairs import Pair
     from prism_megatron.parallel import groups
     from prism_megatron.parallel.collectives import gather_over_data_parallel
@@ -99,7 +99,7 @@ def discriminator_results(
     from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score
     from prism_megatron.stages.setup import load_discriminator
 
-    mine = rank_share(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
+    mine = shard_for_rank(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
     pairs = {}
     for row in mine:
         told = training_sequence(rows[row], spec)
@@ -149,11 +149,11 @@ def _batches(
     sequences: Sequence[TrainingSequence], spec: InputSpec, case: Case
 ) -> tuple[list[list[int]], list[PackedBatch]]:
     """This data-parallel rank's rows, micro-batch by micro-batch."""
-    from prism_megatron.data.loader import rank_share
+    from prism_megatron.data.loader import shard_for_rank
     from prism_megatron.parallel import groups
     from prism_megatron.stages.batcher import equal_over_ranks, padding_for
 
-    mine = rank_share(list(range(len(sequences))), groups.data_parallel_rank(), groups.data_parallel_size())
+    mine = shard_for_rank(list(range(len(sequences))), groups.data_parallel_rank(), groups.data_parallel_size())
     rows = [[row] for row in mine] if case.batching == "single" else [mine] if mine else []
     rows = equal_over_ranks(rows, case.parallel)
     padding = padding_for(case.parallel, ModelConfig(""))

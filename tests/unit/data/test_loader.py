@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prism_megatron.config import apply_overrides, to_yaml
-from prism_megatron.data.loader import batch_indices, count_passes, rank_share
+from prism_megatron.data.loader import batch_indices, count_passes, shard_for_rank
 from prism_megatron.observe.metrics import EPOCHS, ROWS
 from recipes import tiny
 
@@ -43,4 +43,4 @@ def test_iterations_given_are_those_run() -> None:
 
 
 def test_ranks_share_a_batch() -> None:
-    assert [rank_share(list(range(10)), rank, 3) for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+    assert [shard_for_rank(list(range(10)), rank, 3) for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]

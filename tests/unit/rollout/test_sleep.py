@@ -18,7 +18,7 @@ from prism_megatron.parallel import groups
 from prism_megatron.rollout import engine as engine_module
 from prism_megatron.rollout.engine import EngineConfig, RolloutEngine
 from prism_megatron.stages.rollouts import push_weights
-from prism_megatron.stages.setup import Trained
+from prism_megatron.stages.setup import TrainableModel
 
 PUSH = ["start", "a.weight", "finish"]
 
@@ -62,15 +62,15 @@ class ToldLLM:
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_checkpoint: Path, one_parameter: tuple[nn.Module, list[Rule]]) -> Iterator[Trained]:
+def policy(tiny_checkpoint: Path, one_parameter: tuple[nn.Module, list[Rule]]) -> Iterator[TrainableModel]:
     groups.initialize(ParallelConfig(), seed=1)
     model, table = one_parameter
     sizes = read_sizes(tiny_checkpoint)
-    yield Trained("policy", [model], None, OptimizerConfig(), table, sizes, tiny_checkpoint, {})
+    yield TrainableModel("policy", [model], None, OptimizerConfig(), table, sizes, tiny_checkpoint, {})
     groups.shutdown()
 
 
-def told(policy: Trained, level: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def told(policy: TrainableModel, level: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of two iterations: a push, sleep when all is sampled, which may be said twice."""
     llm = ToldLLM()
     monkeypatch.setattr(engine_module, "_start", lambda *_: llm)
@@ -93,18 +93,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("level", [1, 2])
 def test_weights_are_woken_before_an_update_and_the_cache_after_it(
-    level: int, policy: Trained, monkeypatch: pytest.MonkeyPatch
+    level: int, policy: TrainableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asleep = f"sleep {level}"
     assert told(policy, level, monkeypatch) == [*PUSH, asleep, "wake weights", *PUSH, "wake kv_cache", asleep]
 
 
 @pytest.mark.usefixtures("gpu")
-def test_level_0_never_sleeps(policy: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_level_0_never_sleeps(policy: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(policy, 0, monkeypatch) == [*PUSH, *PUSH]
 
 
-def test_on_a_cpu_nothing_sleeps(policy: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_nothing_sleeps(policy: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert told(policy, 1, monkeypatch) == [*PUSH, *PUSH]

@@ -20,7 +20,7 @@ from prism_megatron.rollout.engine import CACHES, Sampling
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.batcher import Batcher
 from prism_megatron.stages.rollouts import PolicyWeights, push_weights
-from prism_megatron.stages.setup import Trained
+from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.types import EncodedPrompt, Example, Message, Rollout, RolloutRequest
 
 _TOKENS = 8
@@ -28,7 +28,7 @@ _GREEDY = Sampling(1, 0.0, 1.0, _TOKENS)
 _TOLERANCE = {"fp32": 1e-3, "bf16": 0.3, "fp8": 1.0}  # nats
 
 
-class Guard:
+class SyncGuard:
     """Syncs the policy to the engine and, every ``rollout.guard_interval`` syncs, compares the two.
 
     A checked sync is two. For the first the policy's weights are halved, and trainer and engine compared on two
@@ -40,7 +40,7 @@ class Guard:
     def __init__(
         self,
         engine: Engine,
-        policy: Trained,
+        policy: TrainableModel,
         processor: ChatProcessor,
         rows: Sequence[Example],
         config: StageConfig,
@@ -125,7 +125,7 @@ class Guard:
 
 
 @contextmanager
-def _halved(policy: Trained) -> Iterator[None]:
+def _halved(policy: TrainableModel) -> Iterator[None]:
     """Half the policy's weights, and exactly the same again afterwards: only the exponents of numbers change."""
     parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
     with torch.no_grad():
