@@ -1,7 +1,7 @@
-"""Between SFT and the rest: what the SFT model says becomes data.
+"""Data collection after SFT: the SFT model's responses become the data of the next stages.
 
-Its responses to the alignment prompts are the student side of the warm-up pairs (spec 1.5). Its pass rate on candidate
-prompts decides which of them RLVR trains on: those inside a band, neither hopeless nor solved (spec 1.4).
+Its responses to the alignment prompts are the student side of the warm-up pairs (spec 1.5). Its pass rates on candidate
+prompts select those that RLVR trains on: inside a band, neither never nor always solved (spec 1.4).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.rollout.child import Engine
 from prism_megatron.stages.rollouts import Sample, check_prompts, sample_responses, start_engine
-from prism_megatron.stages.setup import load_processor, mark_finished, open_stage
+from prism_megatron.stages.setup import load_processor, log_line, mark_finished, open_stage
 from prism_megatron.types import Example, PreferencePair
 
 PAIRS, PROMPTS = "warmup_pairs.jsonl", "rlvr.parquet"
-_CHUNK = 64  # prompts per engine call, so that progress is seen
+_CHUNK = 64  # prompts per engine call; each call prints a line of progress
 
 
 def run_collect(config: CollectConfig) -> None:
-    """Sample the policy; leaves ``warmup_pairs.jsonl`` and ``rlvr.parquet`` in the stage's folder.
+    """Sample the policy; writes ``warmup_pairs.jsonl`` and ``rlvr.parquet`` into the stage's folder.
 
-    Raises UserError for what it refuses.
+    Raises UserError for invalid settings or data.
     """
     demonstrations = read_alignment(Path(config.alignment_data))
     candidates = read_rlvr(Path(config.candidates))[: config.num_candidates or None]
@@ -45,56 +45,53 @@ def run_collect(config: CollectConfig) -> None:
         processor = load_processor(config)
         check_prompts([*demonstrations, *candidates], processor, config.rollout)
         engine = start_engine(config, Path(config.model.hf_checkpoint))
-        gc.enable()  # train.py stops it while there is nothing to collect
+        gc.enable()  # train.py disables it during imports and reading
         for_pairs = dataclasses.replace(config.rollout, samples_per_prompt=config.pair_samples_per_prompt)
         responses = _sample(engine, processor, demonstrations, dataclasses.replace(config, rollout=for_pairs), "pairs")
-        first = config.pair_samples_per_prompt * _share(demonstrations).start
-        mine = [_pair(sample, number) for number, sample in enumerate(responses, first)]
-        pairs = gather_over_data_parallel([pair for pair in mine if pair is not None])
+        first = config.pair_samples_per_prompt * _local_indices(demonstrations).start
+        local_pairs = [_pair(sample, number) for number, sample in enumerate(responses, first)]
+        pairs = gather_over_data_parallel([pair for pair in local_pairs if pair is not None])
         answers = _sample(engine, processor, candidates, config, "pass rates")
-        own = pass_rates([answer.correct for answer in answers], config.rollout.samples_per_prompt)
-        rates = gather_over_data_parallel(own)
-        kept = [row for row, rate in zip(candidates, rates, strict=True) if config.band_low <= rate <= config.band_high]
+        local_rates = pass_rates([answer.correct for answer in answers], config.rollout.samples_per_prompt)
+        rates = gather_over_data_parallel(local_rates)
+        low, high = config.band_low, config.band_high
+        selected = [row for row, rate in zip(candidates, rates, strict=True) if low <= rate <= high]
         if not pairs:
             raise UserError(
                 "no student response was in the grammar, so there is no pair to warm up on; train SFT longer"
             )
-        if not kept:
-            raise UserError(
-                f"no candidate has a pass rate in [{config.band_low}, {config.band_high}]; widen band_low or band_high"
-            )
+        if not selected:
+            raise UserError(f"no candidate has a pass rate in [{low}, {high}]; widen band_low or band_high")
         if groups.is_main_rank():
             write_pairs(stage.dir / PAIRS, pairs)
-            write_prompts(stage.dir / PROMPTS, kept)
-            print(
-                f"collect: {len(pairs)} warm-up pairs; {len(kept)} of {len(candidates)} candidates have a pass rate in "
-                f"[{config.band_low}, {config.band_high}]",
-                flush=True,
-            )
-        mark_finished(stage, {"pairs": len(pairs), "rlvr_prompts": len(kept)})
+            write_prompts(stage.dir / PROMPTS, selected)
+        log_line(
+            f"collect: {len(pairs)} warm-up pairs; {len(selected)} of {len(candidates)} candidates have a pass rate in "
+            f"[{low}, {high}]"
+        )
+        mark_finished(stage, {"pairs": len(pairs), "rlvr_prompts": len(selected)})
 
 
-def _share(rows: Sequence[Example]) -> range:
-    """Which rows this data-parallel rank samples."""
+def _local_indices(rows: Sequence[Example]) -> range:
+    """Return the indices of the rows that this data-parallel rank samples."""
     return shard_for_rank(range(len(rows)), groups.data_parallel_rank(), groups.data_parallel_size())
 
 
 def _sample(
     engine: Engine, processor: ChatProcessor, rows: Sequence[Example], config: CollectConfig, what: str
 ) -> list[Sample]:
-    """Samples for this data-parallel rank's share of the rows."""
-    share = _share(rows)
-    mine: list[Sample] = []
-    began = time.monotonic()
-    longest = -(-len(rows) // groups.data_parallel_size())  # ranks make as many calls as each other
+    """Sample this data-parallel rank's rows; ``what`` names them in the progress line."""
+    indices = _local_indices(rows)
+    samples: list[Sample] = []
+    start_time = time.monotonic()
+    longest = -(-len(rows) // groups.data_parallel_size())  # every rank must make the same number of collective calls
     for low in range(0, longest, _CHUNK):
-        chunk = share[low : low + _CHUNK]
-        mine += sample_responses(engine, processor, [rows[i] for i in chunk], 0, config)
+        chunk = indices[low : low + _CHUNK]
+        samples += sample_responses(engine, processor, [rows[i] for i in chunk], 0, config)
         done = low + len(chunk)
-        eta = (time.monotonic() - began) * (len(share) - done) / max(done, 1)
-        if groups.is_main_rank():
-            print(f"collect {what} {done}/{len(share)}  eta {eta:.0f} s", flush=True)
-    return mine
+        eta = (time.monotonic() - start_time) * (len(indices) - done) / max(done, 1)
+        log_line(f"collect {what} {done}/{len(indices)}  eta {eta:.0f} s")
+    return samples
 
 
 def _pair(sample: Sample, number: int) -> PreferencePair | None:
@@ -116,6 +113,6 @@ def _pair(sample: Sample, number: int) -> PreferencePair | None:
 
 
 def pass_rates(correct: Sequence[bool], samples_per_prompt: int) -> list[float]:
-    """The share of right answers to each row, by its place: ids may repeat. ``correct`` has each row's, in turn."""
+    """Return the fraction of right answers of each row; ``correct`` lists ``samples_per_prompt`` verdicts per row."""
     starts = range(0, len(correct), samples_per_prompt)
     return [sum(correct[start : start + samples_per_prompt]) / samples_per_prompt for start in starts]

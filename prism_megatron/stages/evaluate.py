@@ -1,4 +1,4 @@
-"""How good a policy is on held-out questions, and the end of every stage that trains one."""
+"""Evaluation of a policy on held-out questions, and the end of every stage that trains a policy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export_and_evaluate(
 
 
 def evaluate(engine: Engine, processor: ChatProcessor, stage: Stage) -> dict[str, Any]:
-    """Greedy accuracy and format validity with 95 % Wilson intervals, and what the built-in task can verify."""
+    """Return greedy accuracy and format validity with 95 % Wilson intervals, and the built-in task's own measures."""
     config = stage.config
     rows = read_rlvr(config.eval.data)
     share = shard_for_rank(
@@ -74,7 +74,7 @@ def evaluate(engine: Engine, processor: ChatProcessor, stage: Stage) -> dict[str
 
 
 def response_metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """Means over all ranks' samples: accuracy, format validity, length, how many reached its limit."""
+    """Return means over all ranks' samples: accuracy, format validity, length, and the fraction cut at its limit."""
     correct, valid, tokens, cut, count = sum_over_data_parallel(
         sum(s.correct for s in samples),
         sum(s.response is not None for s in samples),
@@ -91,7 +91,7 @@ def response_metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
 
 
 def wilson_interval(successes: int, trials: int) -> list[float]:
-    """Wilson's 95 % interval of a proportion, to six digits: right at 0 and 1, unlike the normal one."""
+    """Return Wilson's 95 % interval of a proportion, to six digits; it is valid at 0 and 1, unlike the normal one."""
     p, z2 = successes / trials, _Z95**2
     centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
@@ -99,7 +99,7 @@ def wilson_interval(successes: int, trials: int) -> list[float]:
 
 
 def _outcome(sample: Sample) -> dict[str, Any]:
-    """What is counted about one answer. Captions and steps can be verified in the built-in task only."""
+    """Return the counts of one answer. Captions and steps can be verified in the built-in task only."""
     caption_recall = step_correct = None
     if sample.example.data_source == shapes.DATA_SOURCE:
         response = sample.response

@@ -1,7 +1,8 @@
-"""What makes a run the same experiment: the configuration that changes its result, and the content of its inputs.
+"""The identity of a run: the settings that change its result, and the content of its input files.
 
-It is stored with each checkpoint and in ``finished.json``. A run folder with another identity is refused, or, where
-``run.on_change`` is restart, moved aside and begun anew. Imports no torch: launchers ask what is finished.
+It is stored with each checkpoint and in ``finished.json``. A run folder with another identity is refused or, if
+``run.on_change`` is restart, moved to another folder. This module imports no torch, because launchers use it to find
+finished stages.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from prism_megatron.errors import UserError
 from prism_megatron.files import read_object, write_atomic
 from prism_megatron.optim.schedule import learning_rate
 
-# Patterns of keys that do not change what is trained. A key that matches none is part of the identity.
+# Patterns of keys that do not change what is trained. Any other key is part of the identity.
 NOT_IDENTITY = (
-    *("run.name", "run.dir"),  # where
-    *("run.save_interval", "run.keep_checkpoints", "run.log_rollouts_per_iteration"),  # what is stored on the way
+    *("run.name", "run.dir"),
+    *("run.save_interval", "run.keep_checkpoints", "run.log_rollouts_per_iteration"),  # stored during training
     *("run.allow_change", "run.on_change"),
     *("parallel.*", "optimizer.use_distributed_optimizer", "discriminator_optimizer.use_distributed_optimizer"),
     *("model.recompute", "model.max_hidden_size"),
@@ -38,15 +39,15 @@ NOT_IDENTITY = (
         "rollout.max_logprob_*",
         "rollout.images_per_prompt",
     ),
-    *("run.train_iters", "run.num_epochs"),  # changes() has their rule
+    *("run.train_iters", "run.num_epochs"),  # rules in changes()
 )
-# Where packing does not decide what is seen of a row; the discriminator's branches are cut to fit.
+# Stages whose result does not depend on packing; the discriminator's branches are truncated to fit a micro-batch.
 NOT_IDENTITY_OF: dict[type[cfg.StageConfig], tuple[str, ...]] = {
     cfg.SFTConfig: ("max_tokens_per_microbatch",),
     cfg.CollectConfig: ("max_tokens_per_microbatch", "optimizer.*"),
     cfg.RLVRConfig: ("max_tokens_per_microbatch",),
 }
-# What changes the evaluation after training only: a finished stage is evaluated again.
+# Keys that change only the evaluation after training: a finished stage is evaluated again.
 EVALUATION = ("eval.*",)
 EVALUATION_OF: dict[type[cfg.StageConfig], tuple[str, ...]] = {
     cfg.SFTConfig: ("rollout.*",),
@@ -56,13 +57,13 @@ MODELS = ("model.hf_checkpoint", "discriminator.hf_checkpoint")
 INPUTS = (*MODELS, "data", "alignment_data", "candidates", "eval.data")
 
 _MODEL_FILES = (".json", ".txt", ".jinja", ".model", ".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
-_HASHED_WHOLE = 1 << 24  # bytes; of a larger file in a directory, its start and samples
+_FULLY_HASHED_BYTES = 1 << 24  # of a larger file in a directory, only the beginning and samples are hashed
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
 class Identity:
-    """``config`` and ``evaluation``: values by key. ``inputs``: path and checksum by key, None of what is not there."""
+    """Values of ``config`` and ``evaluation`` by key; of ``inputs`` path and checksum, None if the path is missing."""
 
     config: dict[str, Any]
     evaluation: dict[str, Any]
@@ -72,7 +73,7 @@ class Identity:
 
     @classmethod
     def of(cls, config: cfg.StageConfig, hashed: HashedFiles) -> Identity:
-        """That of a run of this configuration, on its inputs as they are now."""
+        """Return the identity of a run with this configuration on its current inputs."""
         parts: dict[str | None, dict[str, Any]] = {"config": {}, "evaluation": {}, None: {}}
         inputs: dict[str, dict[str, str | None]] = {}
         for key, value in flat(config).items():
@@ -86,18 +87,18 @@ class Identity:
 
     @classmethod
     def stored(cls, content: Mapping[str, Any] | None) -> Identity | None:
-        """What was stored under ``identity``; None of a run that was before there was any."""
+        """Read the identity from a manifest or ``finished.json``; None if an old version of the code wrote it."""
         return cls(**content["identity"]) if content and "identity" in content else None
 
     def is_evaluated_as(self, new: Identity) -> bool:
-        """Whether ``new`` asks for no evaluation but this one's."""
+        """Return whether this run's evaluation is the one that ``new`` requests, or ``new`` requests none."""
         before, now = (identity.inputs.get("eval.data", {}).get("sha256") for identity in (self, new))
-        alike = self.evaluation == new.evaluation and (before == now or None in (before, now))
-        return alike or not new.evaluation["eval.num_questions"]
+        same = self.evaluation == new.evaluation and (before == now or None in (before, now))
+        return same or not new.evaluation["eval.num_questions"]
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Values of a configuration by dotted key."""
+    """Return the values of a configuration by dotted key."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -109,7 +110,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def part_of(kind: type[cfg.StageConfig], key: str) -> str | None:
-    """``config`` or ``evaluation``: the part of the identity that a key belongs to. None if to neither."""
+    """Return the part of the identity that a key belongs to, "config" or "evaluation"; None if to neither."""
 
     def is_in(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
@@ -120,14 +121,15 @@ def part_of(kind: type[cfg.StageConfig], key: str) -> str | None:
 
 
 def changes(stored: Identity, new: Identity, config: cfg.StageConfig, trained: int) -> dict[str, str]:
-    """What changed so that the run would not go on as it began: "old -> new" by key, without ``run.allow_change``.
+    """Return changes that would make a resumed run another experiment, as "old -> new" by key.
 
-    ``train_iters`` may rise where the iterations ``trained`` had the learning rates that it gives them now.
+    Keys of ``run.allow_change`` are left out. ``train_iters`` may be raised if the learning rates of the ``trained``
+    iterations stay the same.
     """
     defaults = flat(type(config)())
     found: dict[str, str] = {}
     for key, value in new.config.items():
-        before = stored.config.get(key, defaults[key])  # a key that is newer than what was stored
+        before = stored.config.get(key, defaults[key])  # a key newer than the stored identity
         if before not in (value, cfg.MISSING):
             found[key] = f"{_short(before)} -> {_short(value)}"
     for key, now in new.inputs.items():
@@ -137,23 +139,25 @@ def changes(stored: Identity, new: Identity, config: cfg.StageConfig, trained: i
             found[key] = f"{paths} (other content)"
     iterations = f"{stored.train_iters} -> {new.train_iters}"
     if new.train_iters < trained:
-        found["run.train_iters"] = f"{iterations}, fewer than the {trained} that are trained"
+        found["run.train_iters"] = f"{iterations}, fewer than the {trained} already trained"
     elif not _has_rates(config, stored.train_iters, trained):
-        found["run.train_iters"] = f"{iterations} changes the learning rates of the {trained} iterations trained"
+        found["run.train_iters"] = (
+            f"{iterations} changes the learning rates of the {trained} iterations already trained"
+        )
     return {key: text for key, text in found.items() if not _is_allowed(key, config.run.allow_change)}
 
 
 def is_finished(config: cfg.StageConfig) -> bool:
-    """Whether this very stage has ended before, on the same inputs.
+    """Return whether this stage has finished before, on the same inputs.
 
-    Raises UserError if what has ended in its folder is another experiment, unless ``run.on_change`` is restart.
+    Raises UserError if another experiment has finished in its folder, unless ``run.on_change`` is restart.
     """
     directory = cfg.stage_dir(config)
     stored = Identity.stored(read_object(directory / cfg.FINISHED))
     if stored is None:
         return False
     as_long = bool(config.run.train_iters) or stored.num_epochs == config.run.num_epochs
-    if not config.run.train_iters:  # the iterations of these epochs are known when the rows are counted
+    if not config.run.train_iters:  # known from num_epochs only after the rows are counted
         config = replace(config, run=replace(config.run, train_iters=stored.train_iters))
     new = Identity.of(config, HashedFiles(directory))
     if found := changes(stored, new, config, stored.train_iters):
@@ -164,16 +168,16 @@ def is_finished(config: cfg.StageConfig) -> bool:
 
 
 def refusal(directory: Path, found: Mapping[str, str]) -> UserError:
-    """The one line about a run folder with another experiment."""
-    said = "; ".join(f"{key}: {text}" for key, text in found.items())
+    """Return the error for a run folder that belongs to another experiment."""
+    summary = "; ".join(f"{key}: {text}" for key, text in found.items())
     return UserError(
-        f"{directory} holds another experiment ({said}); give this one another run.name, remove the folder, or, to go "
-        f"on in it all the same, add run.allow_change=[{','.join(found)}]"
+        f"{directory} holds another experiment ({summary}); give this one another run.name, remove the folder, or, to "
+        f"resume it all the same, add run.allow_change=[{','.join(found)}]"
     )
 
 
 class HashedFiles:
-    """Checksums of inputs. Those of files are stored in a run folder, so that a start need not read them again."""
+    """Checksums of inputs; those of files are cached in the run folder by size, time and inode."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "inputs.json"
@@ -183,7 +187,7 @@ class HashedFiles:
         write_atomic(self._path, json.dumps(self._known, indent=2) + "\n")
 
     def fingerprint(self, path: Path) -> str | None:
-        """Checksum of the content of a file or of a directory of weights. None if it is not there."""
+        """Return the checksum of a file or of a directory of weights; None if there is none."""
         if path.is_dir():
             return _of_directory(path)
         if not path.is_file():
@@ -197,20 +201,20 @@ class HashedFiles:
         return str(known["sha256"])
 
     def of_data(self, data: str) -> str | None:
-        """Checksum of what the files of a data setting hold, in their order. None if there is none.
+        """Return the checksum of the files of a data setting, in order; None if there are none.
 
-        Pictures that rows name by their paths are not read.
+        Image files that rows refer to by path are not read.
         """
         try:
             files = data_files(data)
-        except UserError:  # a start says it; what is finished does not need its data
+        except UserError:  # reported at a start; a finished stage does not need its data
             return None
         found = [str(self.fingerprint(file)) for file in files]
         return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
 def _of_directory(directory: Path) -> str:
-    """That of the manifest, where there is one: of names, sizes and samples of the files otherwise."""
+    """Return the manifest's checksum; without a manifest, one of names, sizes and samples of the files."""
     if (directory / MANIFEST).is_file():
         return str(read_manifest(directory)["sha256"])
     digest = hashlib.sha256()
@@ -219,15 +223,15 @@ def _of_directory(directory: Path) -> str:
             size = path.stat().st_size
             digest.update(f"{path.name}\0{size}\0".encode())
             with path.open("rb") as file:
-                digest.update(file.read(_HASHED_WHOLE))
-                for number in range(_SAMPLES) if size > _HASHED_WHOLE else ():
+                digest.update(file.read(_FULLY_HASHED_BYTES))
+                for number in range(_SAMPLES) if size > _FULLY_HASHED_BYTES else ():
                     file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 def _has_rates(config: cfg.StageConfig, before: int, trained: int) -> bool:
-    """Whether the first ``trained`` iterations have the learning rates that they had with ``before`` to come."""
+    """Return whether the first ``trained`` iterations have the same learning rates as with ``before`` train_iters."""
     if before == config.run.train_iters:
         return True
     optimizers = [value for value in vars(config).values() if isinstance(value, cfg.OptimizerConfig)]

@@ -1,6 +1,6 @@
-"""The run folder at a start: whose it is, what was there before, and what this start is.
+"""Preparation of the run folder at a start: identity check, moving a stale run away, provenance.
 
-For the process that has the folder's lock.
+Only the process that holds the folder's lock may call it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _FILES = (
     cfg.FINISHED,
 )
 _FOLDERS = (CHECKPOINTS, "hf", "tensorboard", "pictures", "logs")
-_STAYS = ("logs", LOCK)  # of the job that runs now
+_NOT_MOVED = ("logs", LOCK)  # they belong to the current job
 
 
 def prepare(config: cfg.StageConfig) -> dict[str, Any]:
-    """Make the folder this run's, and return the identity to store with what the run makes.
+    """Prepare the folder for this run and return the identity to store with its checkpoints.
 
-    Raises UserError if the folder holds another experiment, unless ``run.on_change`` is restart: then that is moved
-    to a folder beside it. The stage does not count as finished from here on.
+    Raises UserError if the folder holds another experiment, unless ``run.on_change`` is restart: then its content is
+    moved to a sibling folder. The stage no longer counts as finished.
     """
     directory = cfg.stage_dir(config)
     _check_kinds(directory)
@@ -48,9 +48,9 @@ def prepare(config: cfg.StageConfig) -> dict[str, Any]:
     if found := _changes(directory, new, config):
         if config.run.on_change == "refuse":
             raise refusal(directory, found)
-        aside = _move_aside(directory)
-        said = "; ".join(f"{key}: {text}" for key, text in found.items())
-        print(f"{config.stage}: stale ({said}); begins anew, what was there is now {aside}", flush=True)
+        moved_to = _move_stale_run(directory)
+        summary = "; ".join(f"{key}: {text}" for key, text in found.items())
+        print(f"{config.stage}: stale ({summary}); starts again, the old run is now {moved_to}", flush=True)
     (directory / cfg.FINISHED).unlink(missing_ok=True)
     hashed.write()
     _write_provenance(directory, config)
@@ -58,7 +58,7 @@ def prepare(config: cfg.StageConfig) -> dict[str, Any]:
 
 
 def _changes(directory: Path, new: Identity, config: cfg.StageConfig) -> dict[str, str]:
-    """To what is there already, finished or not."""
+    """Return the changes from the run that the folder holds, finished or not."""
     stored = Identity.stored(read_object(directory / cfg.FINISHED))
     if stored is not None:
         return changes(stored, new, config, stored.train_iters)
@@ -66,38 +66,38 @@ def _changes(directory: Path, new: Identity, config: cfg.StageConfig) -> dict[st
         try:
             about = read_manifest(folder)
         except UserError:
-            continue  # it will be passed over
+            continue  # resuming skips it too
         stored = Identity.stored(about)
         if stored is None:
-            print(f"{folder} does not say of which experiment it is; taken for this one", flush=True)
+            print(f"{folder} has no identity; it is taken as this experiment's", flush=True)
             stored = new
         return changes(stored, new, config, about["iteration"])
     return {}
 
 
 def _check_kinds(directory: Path) -> None:
-    """Raises UserError if something of another kind has the name of what a stage writes."""
+    """Raise UserError if a folder has the name of a file that a stage writes, or the reverse."""
     for names, is_right, kind in ((_FILES, Path.is_file, "a file"), (_FOLDERS, Path.is_dir, "a folder")):
         for path in (directory / name for name in names):
             if path.exists() and not is_right(path):
-                raise UserError(f"{path} must be {kind}; move it away")
+                raise UserError(f"{path} must be {kind}; move or remove it")
 
 
-def _move_aside(directory: Path) -> Path:
-    """Move what is in the folder to a new one; what marks it as finished first, its checkpoints last."""
+def _move_stale_run(directory: Path) -> Path:
+    """Move the folder's content to a new sibling: ``finished.json`` first and checkpoints last; return the sibling."""
     number = 1
-    while (aside := directory.with_name(f"{directory.name}.stale-{number}")).exists():
+    while (stale := directory.with_name(f"{directory.name}.stale-{number}")).exists():
         number += 1
-    aside.mkdir()
+    stale.mkdir()
     order = {cfg.FINISHED: 0, CHECKPOINTS: 2}
     for path in sorted(directory.iterdir(), key=lambda path: order.get(path.name, 1)):
-        if path.name not in _STAYS:
-            os.replace(path, aside / path.name)
-    return aside
+        if path.name not in _NOT_MOVED:
+            os.replace(path, stale / path.name)
+    return stale
 
 
 def _write_provenance(directory: Path, config: cfg.StageConfig) -> None:
-    """Write config.yaml and versions.json. The configuration of an earlier start stays, as config.1.yaml and so on."""
+    """Write config.yaml and versions.json; an earlier start's other configuration is renamed to config.1.yaml, ..."""
     path, text = directory / "config.yaml", cfg.to_yaml(config)
     if path.is_file() and path.read_bytes() != text.encode():
         number = 1

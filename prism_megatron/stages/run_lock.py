@@ -1,8 +1,8 @@
-"""One run folder, one run: a lock file that a killed run does not keep.
+"""A lock file that allows one run at a time in a run folder.
 
-The kernel's lock on the file ends with the process, however it ends, and is not inherited by what it forks. The file
-says who has it: host, process, SLURM job. Where the kernel of another host, or a file system without locks, cannot say
-whether that process lives, its heartbeat does: a running process touches the file every few seconds.
+The kernel's lock on the file ends with the process, however it ends, and forked processes do not inherit it. The file
+names the holder: host, process and SLURM job. If the holder is on another host, or the file system has no locks, its
+heartbeat shows whether it is alive: a running process touches the file every few seconds.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from prism_megatron.errors import UserError
 
 LOCK = "run.lock"
 _BEAT_SECONDS = 10.0
-_SILENCE_SECONDS = 120.0  # without a heartbeat, after which a process on another host counts as dead
-_CLOCK_SECONDS = 10.0  # by which a process's start may seem to move when the clock is set
+_SILENCE_SECONDS = 120.0  # a process on another host counts as dead after so long without a heartbeat
+_CLOCK_SECONDS = 10.0  # tolerance for a process's start time, which shifts when the clock is set
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that has, or had, a run folder. ``job`` and ``restart`` are SLURM's, or empty."""
+    """A process that holds or held the lock of a run folder; ``job`` and ``restart`` are SLURM's, or empty."""
 
     host: str
     pid: int
-    started: float  # seconds since the epoch; a number is given to another process some day
+    started: float  # seconds since the epoch; tells processes apart that reuse a pid
     job: str
     restart: str
 
@@ -54,7 +54,7 @@ class Holder:
         return f"process {self.pid} on {self.host}" + (f" (SLURM job {self.job})" if self.job else "")
 
     def runs_here(self) -> bool:
-        """Whether it is a process of this host that lives."""
+        """Return whether a process of this host with this pid and start time is alive."""
         try:
             return bool(abs(psutil.Process(self.pid).create_time() - self.started) < _CLOCK_SECONDS)
         except psutil.NoSuchProcess:
@@ -62,10 +62,10 @@ class Holder:
 
 
 class RunLock:
-    """Has the folder from construction to :meth:`release` or the end of the process. A context manager.
+    """A lock held from construction to :meth:`release` or the end of the process; also a context manager.
 
-    Raises UserError, in one line with host, process and job, if a live run has it, or if nothing can be written there.
-    A process on another host is waited for until its heartbeat is seen, or ``silence`` seconds long.
+    Raises UserError with host, process and job if a live run holds it, or if the folder is not writable. If the holder
+    is on another host, the constructor waits up to ``silence`` seconds for its heartbeat.
     """
 
     def __init__(self, folder: Path, beat: float = _BEAT_SECONDS, silence: float = _SILENCE_SECONDS) -> None:
@@ -98,13 +98,13 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        """Let others have the folder; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._released.is_set():
             return
         self._released.set()
         self._heart.join()
         os.ftruncate(self._descriptor, 0)
-        os.close(self._descriptor)  # ends the kernel's lock
+        os.close(self._descriptor)  # releases the kernel's lock
 
     def _take(self, beat: float, silence: float) -> None:
         has_kernel_lock = True
@@ -121,19 +121,19 @@ class RunLock:
             if holder.host == new.host:
                 lives = not has_kernel_lock and holder.runs_here()
             elif holder.job and holder.job == new.job and holder.restart != new.restart:
-                lives = False  # an earlier start of this job
+                lives = False  # an earlier attempt of this job
             else:
                 lives = self._is_touched(holder, beat, silence)
             if lives:
                 raise self._refusal(holder)
-            print(f"run folder: taken over from {holder}, which ended without a word", flush=True)
+            print(f"run folder: taken over from {holder}, which died without releasing it", flush=True)
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(asdict(new)).encode() + b"\n", 0)
         os.fsync(self._descriptor)
 
     def _is_touched(self, holder: Holder, beat: float, silence: float) -> bool:
-        """Whether a heartbeat is seen. Only changes count: hosts' clocks differ."""
-        print(f"run folder: waiting up to {silence:.0f} s for a sign of {holder}", flush=True)
+        """Return whether the file's time changes, a heartbeat. Its value means nothing: hosts' clocks differ."""
+        print(f"run folder: waiting up to {silence:.0f} s for a heartbeat of {holder}", flush=True)
         first = os.fstat(self._descriptor).st_mtime_ns
         deadline = time.monotonic() + silence
         while time.monotonic() < deadline:
@@ -143,9 +143,9 @@ class RunLock:
         return False
 
     def _read(self) -> Holder | None:
-        """None where the last run has released the lock, or was killed before it could name itself.
+        """Read the holder; None if the last run released the lock or was killed before it wrote its name.
 
-        The file must not be opened a second time: closing it would end the kernel's lock.
+        The file must not be opened a second time: closing it would release the kernel's lock.
         """
         try:
             return Holder(**json.loads(os.pread(self._descriptor, 1 << 16, 0)))
@@ -155,10 +155,10 @@ class RunLock:
     def _refusal(self, holder: Holder | None) -> UserError:
         return UserError(
             f"{self._path.parent} is in use by {holder or 'another process'}; wait until that run ends, or give this "
-            f"one another run.name ({self._path} says who has the folder)"
+            f"one another run.name ({self._path} names the process)"
         )
 
     def _beat(self, seconds: float) -> None:
         while not self._released.wait(seconds):
-            with contextlib.suppress(OSError):  # a network file system that is away for a moment
+            with contextlib.suppress(OSError):  # a network file system may be unavailable for a moment
                 os.utime(self._descriptor)

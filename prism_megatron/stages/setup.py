@@ -1,4 +1,4 @@
-"""What every stage does before its loop and after it: groups, models, logs, checkpoints, export."""
+"""Set-up and tear-down common to all stages: process groups, models, logs, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from prism_megatron.stages.run_lock import RunLock
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """A model in training: this rank's chunks in Megatron's DDP, their optimizer, what is needed to export them."""
+    """This rank's model chunks in Megatron's DDP, their optimizer (None if frozen), and what their export needs."""
 
     name: str
     chunks: list[Any]
@@ -62,7 +62,7 @@ class TrainableModel:
         return learning_rate(self.optimizer_config, iteration, train_iters)
 
     def export(self, directory: Path) -> None:
-        """Write an HF directory. Collective; the main rank writes."""
+        """Write the model as an HF directory. Collective; the main rank writes."""
         tensors = export_weights(self.chunks, self.table)
         if groups.is_main_rank():
             save_hf(directory, tensors, self.source, self.config_changes)
@@ -74,7 +74,10 @@ class TrainableModel:
 
 @dataclass(frozen=True)
 class Stage:
-    """An open stage: where it writes and how it counts. The main rank has its ``identity``."""
+    """An open stage: its folder, logs, timers and checkpoints.
+
+    ``start`` is the iteration of the checkpoint that it resumes from, or 0. ``identity`` is None but on the main rank.
+    """
 
     config: cfg.StageConfig
     dir: Path
@@ -84,44 +87,53 @@ class Stage:
     start: int
     identity: dict[str, Any] | None
 
-    def save_if_due(self, iteration: int, parts: Mapping[str, TrainableModel], carried: Any = None) -> None:
-        """Save every ``save_interval`` iterations and, to the end, after the last one or when told to stop.
+    def save_if_due(self, iteration: int, models: Mapping[str, TrainableModel], extra_state: Any = None) -> None:
+        """Save a checkpoint every ``save_interval`` iterations, after the last one, and when preempted. Collective.
 
-        ``carried`` is plain data that goes on to later iterations, the same on every rank. Collective. Raises Preempted
-        after saving because it was told to stop.
+        Periodic saves are written in the background; the last save and that of a preempted stage block until they are
+        written. ``extra_state`` is plain data, the same on every rank. Raises Preempted after the save.
         """
         run = self.config.run
-        stop = preemption.is_asked()
+        stop = preemption.is_requested()
         if iteration % run.save_interval == 0 or iteration == run.train_iters or stop:
             with self.timers("save"), clear_disk_errors(self.dir):
-                self.checkpointer.save(iteration, {n: (p.chunks, p.optimizer) for n, p in parts.items()}, carried)
+                self.checkpointer.save(iteration, _states(models), extra_state)
         if iteration == run.train_iters or stop:
             self.checkpointer.close()
         else:
             self.checkpointer.poll()
         if stop:
-            raise preemption.Preempted(f"{self.config.stage}: told to stop, saved iteration {iteration}")
+            raise preemption.Preempted(f"{self.config.stage}: preempted, saved iteration {iteration}")
 
-    def resume(self, parts: Mapping[str, TrainableModel]) -> Any:
-        """Load the last checkpoint of this stage into ``parts``, if there is one. From here on TERM makes it save.
+    def resume(self, models: Mapping[str, TrainableModel]) -> Any:
+        """Load this stage's last checkpoint into ``models``, if there is one, and return its ``extra_state`` or None.
 
-        Returns what was ``carried`` when it was saved, or None.
+        From here on TERM and INT make the stage save and stop.
         """
-        gc.enable()  # train.py stops it while there is nothing to collect
+        gc.enable()  # train.py disables it during imports and reading
         preemption.listen()
         if not self.start:
             return None
-        return self.checkpointer.load(self.start, {n: (p.chunks, p.optimizer) for n, p in parts.items()})
+        return self.checkpointer.load(self.start, _states(models))
+
+
+def _states(models: Mapping[str, TrainableModel]) -> dict[str, tuple[list[Any], Any]]:
+    return {name: (model.chunks, model.optimizer) for name, model in models.items()}
 
 
 @contextmanager
 def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> Iterator[Stage]:
-    """Check, start the process groups, open logs. Leaves the groups when the loop is done."""
+    """Check the configuration, initialize the process groups and open the run folder; shut the groups down at the end.
+
+    ``num_moe_experts`` is that of the discriminator, if the stage has one.
+    """
     directory = cfg.stage_dir(config)
     sizes = read_sizes(Path(config.model.hf_checkpoint))
     check_hidden_size(config, sizes)
     if config.eval.num_questions:
-        check_rlvr(config.eval.data, config.eval.num_questions)  # or training would be over before it is missed
+        check_rlvr(
+            config.eval.data, config.eval.num_questions
+        )  # a missing file would be noticed after training otherwise
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
     check_sizes(config.model, config.parallel, sizes)
@@ -144,7 +156,7 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
 
 
 def check_hidden_size(config: cfg.StageConfig, sizes: HFSizes) -> None:
-    """Refuse a checkpoint that is too large for the recipe's lengths and learning rates to make sense."""
+    """Raise UserError for a checkpoint larger than the models that the recipe's hyper-parameters are meant for."""
     model, hidden = config.model, sizes.text["hidden_size"]
     if model.max_hidden_size and hidden > model.max_hidden_size:
         raise UserError(
@@ -156,7 +168,7 @@ def check_hidden_size(config: cfg.StageConfig, sizes: HFSizes) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """The main rank has the run folder, before anything is written or removed there. Collective."""
+    """Lock the run folder on the main rank, before anything is written or removed there. Collective."""
     lock = on_main_rank(lambda: RunLock(directory))
     try:
         yield
@@ -166,7 +178,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _checkpoints(config: cfg.StageConfig) -> list[Path]:
-    """HF directories that the stage starts from; load_checkpoint() checks converted ones."""
+    """Return the HF directories that the stage starts from; :func:`load_checkpoint` checks converted ones."""
     named = [config.model.hf_checkpoint]
     if isinstance(config, cfg.WarmupConfig | cfg.AlignConfig):
         named.append(config.discriminator.hf_checkpoint)
@@ -174,29 +186,30 @@ def _checkpoints(config: cfg.StageConfig) -> list[Path]:
 
 
 def mark_finished(stage: Stage, summary: dict[str, Any]) -> None:
-    """Mark the stage as finished, so that the same command does nothing the next time."""
+    """Write ``finished.json`` with configuration, identity and ``summary``; a later start then does nothing."""
     if groups.is_main_rank():
-        said = {"config": cfg.to_yaml(stage.config), "identity": stage.identity, **summary}
-        write_atomic(stage.dir / cfg.FINISHED, json.dumps(said, indent=2) + "\n")
+        content = {"config": cfg.to_yaml(stage.config), "identity": stage.identity, **summary}
+        write_atomic(stage.dir / cfg.FINISHED, json.dumps(content, indent=2) + "\n")
     dist.barrier()
 
 
 def load_policy(config: cfg.StageConfig) -> TrainableModel:
-    """The policy with the weights of ``model.hf_checkpoint``, its optimizer beside it."""
-    chunks, table, sizes, source = _policy_parts(config, config.model)
-    return _trained("policy", chunks, config.optimizer, table, sizes, source, {})
+    """Load the policy from ``model.hf_checkpoint``, HF's format or converted, and build its optimizer."""
+    chunks, table, sizes, source = _policy(config, config.model)
+    wrapped, optimizer = _with_optimizer(chunks, config.optimizer)
+    return TrainableModel("policy", wrapped, optimizer, config.optimizer, table, sizes, source, {})
 
 
 def load_reference(config: cfg.StageConfig) -> TrainableModel:
-    """The policy as this stage found it, with neither gradients nor an optimizer."""
+    """Load the policy that this stage started from as a frozen model, without gradients or optimizer."""
     frozen = dataclasses.replace(config.model, freeze=["vision", "merger", "language_model"])
-    chunks, table, sizes, source = _policy_parts(config, frozen)
+    chunks, table, sizes, source = _policy(config, frozen)
     wrapped = wrap_for_training(chunks, use_distributed_optimizer=False)
     return TrainableModel("reference", wrapped, None, config.optimizer, table, sizes, source, {})
 
 
-def _policy_parts(config: cfg.StageConfig, model: cfg.ModelConfig) -> tuple[list[nn.Module], list[Rule], HFSizes, Path]:
-    """Model chunks with the weights of a checkpoint, HF's or converted; its table, its sizes and where it is."""
+def _policy(config: cfg.StageConfig, model: cfg.ModelConfig) -> tuple[list[nn.Module], list[Rule], HFSizes, Path]:
+    """Build the policy's chunks and load their weights; also return conversion table, sizes and path."""
     source = Path(model.hf_checkpoint)
     sizes = read_sizes(source)
     table = policy_table(sizes)
@@ -206,59 +219,54 @@ def _policy_parts(config: cfg.StageConfig, model: cfg.ModelConfig) -> tuple[list
 
 
 def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cfg.OptimizerConfig) -> TrainableModel:
-    """The discriminator: upcycled from a dense checkpoint, or read back from an upcycled one (spec 3.2, 8.2)."""
-    wanted = config.discriminator
-    source = Path(wanted.hf_checkpoint)
+    """Load the discriminator: upcycled from a dense checkpoint, or from an upcycled one (spec 3.2, 8.2)."""
+    settings = config.discriminator
+    source = Path(settings.hf_checkpoint)
     sizes = read_sizes(source)
-    check_discriminator(wanted, sizes)
-    table = discriminator_table(sizes, wanted.num_experts, 2 if wanted.experts == "dedicated" else 1)
-    chunks = build_discriminator(config.model, config.parallel, wanted, sizes)
+    check_discriminator(settings, sizes)
+    table = discriminator_table(sizes, settings.num_experts, 2 if settings.experts == "dedicated" else 1)
+    chunks = build_discriminator(config.model, config.parallel, settings, sizes)
     if sizes.num_experts is None:
         with HFWeights(source) as weights:
-            load_weights(chunks, table, UpcycledWeights(weights, sizes, wanted, config.run.seed))
+            load_weights(chunks, table, UpcycledWeights(weights, sizes, settings, config.run.seed))
     else:
         load_checkpoint(chunks, table, source, "discriminator")
-    changes = dict(upcycled_config(sizes, wanted.num_experts, wanted.topk, wanted.load_balance_coeff))
-    return _trained("discriminator", chunks, optimizer, table, sizes, source, changes)
+    changes = dict(upcycled_config(sizes, settings.num_experts, settings.topk, settings.load_balance_coeff))
+    wrapped, built = _with_optimizer(chunks, optimizer)
+    return TrainableModel("discriminator", wrapped, built, optimizer, table, sizes, source, changes)
+
+
+def _with_optimizer(chunks: Sequence[nn.Module], optimizer: cfg.OptimizerConfig) -> tuple[list[Any], Any]:
+    """Wrap model chunks in Megatron's DDP and build their optimizer."""
+    wrapped = wrap_for_training(chunks, optimizer.use_distributed_optimizer)
+    return wrapped, build_optimizer(optimizer, wrapped)
 
 
 def load_processor(config: cfg.StageConfig) -> ChatProcessor:
     return ChatProcessor(Path(config.model.hf_checkpoint))
 
 
-def log_line(what: object) -> None:
-    """Print a line, once for all ranks."""
+def log_line(line: object) -> None:
+    """Print a line on the main rank."""
     if groups.is_main_rank():
-        print(what, flush=True)
+        print(line, flush=True)
 
 
 def local_batch[Row](rows: Sequence[Row], batch_size: int, iteration: int, seed: int) -> list[Row]:
-    """This data-parallel rank's rows of an iteration."""
+    """Return this data-parallel rank's rows of an iteration."""
     indices = batch_indices(len(rows), batch_size, iteration, seed)
     return [rows[i] for i in shard_for_rank(indices, groups.data_parallel_rank(), groups.data_parallel_size())]
 
 
 @contextmanager
 def clear_disk_errors(directory: Path) -> Iterator[None]:
-    """Say which folder is on the full disk, and that what was written before is intact."""
+    """Name the folder in an error about a full disk, and say how to resume."""
     try:
         yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise OSError(
-            errno.ENOSPC, f"no space left for {directory}; free some and run the same command, it goes on from there"
+            errno.ENOSPC,
+            f"no space left for {directory}; free some and run the same command, it resumes from the last checkpoint",
         ) from error
-
-
-def _trained(
-    name: str,
-    chunks: Sequence[nn.Module],
-    optimizer: cfg.OptimizerConfig,
-    table: list[Rule],
-    sizes: HFSizes,
-    source: Path,
-    changes: dict[str, Any],
-) -> TrainableModel:
-    wrapped = wrap_for_training(chunks, optimizer.use_distributed_optimizer)
-    return TrainableModel(name, wrapped, build_optimizer(optimizer, wrapped), optimizer, table, sizes, source, changes)

@@ -26,9 +26,9 @@ from prism_megatron.types import Example
 
 
 def run_sft(config: SFTConfig) -> None:
-    """Train on ``data``; leaves checkpoints, ``hf/`` and ``results.json`` in the stage's folder.
+    """Fine-tune the policy on ``data``; writes checkpoints, ``hf/`` and ``results.json`` into the stage's folder.
 
-    Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
+    Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
     rows = read_sft(Path(config.data))
     config, passes = count_passes(config, len(rows))
@@ -40,31 +40,31 @@ def run_sft(config: SFTConfig) -> None:
         check_lengths(rows, processor, config.max_tokens_per_microbatch, remedy, demonstrations=True)
         batcher = Batcher.from_config(processor.input_spec, config)
         policy = load_policy(config)
-        parts = {"policy": policy}
-        stage.resume(parts)
+        models = {"policy": policy}
+        stage.resume(models)
 
         for iteration in range(stage.start, run.train_iters):
-            began = time.monotonic()
+            start_time = time.monotonic()
             with stage.timers("data"):
-                mine = local_batch(rows, config.global_batch_size, iteration, run.seed)
-                sequences = demonstrations(mine, processor)
+                local_rows = local_batch(rows, config.global_batch_size, iteration, run.seed)
+                sequences = demonstrations(local_rows, processor)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
-                measured = sft_step(policy, batcher.sft(sequences, [row.id for row in mine]), lr)
-            measured |= throughput(policy, sequences, config.model.freeze, began)
-            stage.log.log(iteration + 1, measured | passes.measured(iteration + 1) | stage.timers.pop())
-            stage.save_if_due(iteration + 1, parts)
+                metrics = sft_step(policy, batcher.sft(sequences, [row.id for row in local_rows]), lr)
+            metrics |= throughput(policy, sequences, config.model.freeze, start_time)
+            stage.log.log(iteration + 1, metrics | passes.measured(iteration + 1) | stage.timers.pop())
+            stage.save_if_due(iteration + 1, models)
 
         export_and_evaluate(stage, policy, processor)
 
 
 def throughput(
-    policy: TrainableModel, sequences: Sequence[TrainingSequence], freeze: Sequence[str], began: float
+    policy: TrainableModel, sequences: Sequence[TrainingSequence], freeze: Sequence[str], start_time: float
 ) -> dict[str, float | None]:
-    """Tokens and operations a second of all ranks' ``sequences`` since ``began``. Collective."""
-    mine = training_flops(policy.sizes.text, policy.sizes.vision, workload(sequences), freeze).model
-    tokens, flops = sum_over_data_parallel(sum(map(len, sequences)), mine)
-    seconds = time.monotonic() - began
+    """Return tokens and operations per second since ``start_time``, over all ranks' ``sequences``. Collective."""
+    local_flops = training_flops(policy.sizes.text, policy.sizes.vision, workload(sequences), freeze).model
+    tokens, flops = sum_over_data_parallel(sum(map(len, sequences)), local_flops)
+    seconds = time.monotonic() - start_time
     rate, peak = flops / dist.get_world_size() / seconds, _peak()
     return {
         names.TOKENS: tokens,
@@ -79,9 +79,9 @@ def _peak() -> float | None:
 
 
 def demonstrations(rows: list[Example], processor: ChatProcessor) -> list[TrainingSequence]:
-    """Prompt and demonstration of each row; the loss is on the demonstration and its terminator."""
+    """Encode the prompt and demonstration of each row; the loss is on the demonstration and its terminator."""
     sequences = []
     for row, prompt in zip(rows, processor.encode_prompts(rows), strict=True):
-        assert row.response is not None, "the reader refuses rows without a demonstration"
+        assert row.response is not None, "read_sft raises for rows without a demonstration"
         sequences.append(TrainingSequence(prompt, (*processor.encode_text(row.response), processor.terminator_id)))
     return sequences

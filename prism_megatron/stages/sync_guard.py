@@ -1,4 +1,4 @@
-"""Does the engine compute what the trainer does, also about images and prefixes that it has seen before?"""
+"""Comparison of trainer and engine after a weight sync, including images and prefixes that the engine has cached."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _TOLERANCE = {"fp32": 1e-3, "bf16": 0.3, "fp8": 1.0}  # nats
 
 
 class SyncGuard:
-    """Syncs the policy to the engine and, every ``rollout.guard_interval`` syncs, compares the two.
+    """Pushes the policy to the engine and, every ``rollout.guard_interval`` pushes, compares the two.
 
-    A checked sync is two. For the first the policy's weights are halved, and trainer and engine compared on two
-    prompts, one with an image and one longer than a block of the engine's prefix cache. Then the weights are doubled
-    again, and the two compared on the same prompts, which the engine has now seen. So whatever it did not take, or
-    kept, is far from the truth, however small the steps of training are.
+    A checked push is done twice. First with the policy's weights halved: trainer and engine are compared on two
+    prompts, one with an image and one longer than a block of the engine's prefix cache. Then with the original weights,
+    on the same prompts, which the engine has now cached. A weight that did not arrive or a stale cache therefore makes
+    a large difference, however small the training steps are.
     """
 
     def __init__(
@@ -55,10 +55,9 @@ class SyncGuard:
             self._requests = [RolloutRequest(processor.prompt_ids(p.messages), p.images, seed=0) for p in probes]
 
     def push(self, version: int) -> None:
-        """Give the engine the policy's current weights. Collective.
+        """Push the policy's current weights to the engine. Collective.
 
-        Raises RuntimeError, naming the first parameter that differs or the cache that is stale, if engine and trainer
-        disagree.
+        Raises RuntimeError if engine and trainer disagree, naming the first parameter that differs or the stale cache.
         """
         rollout = self._config.rollout
         due = rollout.guard_interval and self._syncs % rollout.guard_interval == 0
@@ -75,17 +74,21 @@ class SyncGuard:
         push_weights(self._engine, self._policy, version, rollout)
         if due:
             self._check(version)
-            self._engine.reset_caches()  # the iteration must not depend on whether its sync was checked
+            self._engine.reset_caches()  # results must not depend on whether the push was checked
 
     def _check(self, version: int) -> None:
-        if not (difference := self._difference()) <= self._limit:  # NaN is no agreement either
+        if not (difference := self._difference()) <= self._limit:  # also raises for NaN
             raise RuntimeError(
                 f"sync {version}: engine and trainer differ by {difference:.2g} nats on a greedy token, more than "
                 f"{self._limit:g}: {self._diagnosis(version)}"
             )
 
     def _difference(self) -> float:
-        """The largest over all ranks: of log-probabilities, and of how much the trainer likes another token more."""
+        """Return the largest difference over all ranks, in nats. Collective.
+
+        Per greedy token it is |log p_trainer - log p_engine|, or log p_trainer of the trainer's best token minus that
+        of the engine's, whichever is larger.
+        """
         answers = [rollouts[0] for rollouts in self._engine.generate(self._requests, _GREEDY)]
         sequences = [
             TrainingSequence(prompt, answer.token_ids) for prompt, answer in zip(self._encoded, answers, strict=True)
@@ -102,31 +105,31 @@ class SyncGuard:
         first = len(prompt.token_ids) - 1
         logprobs = logits[first : first + len(answer.token_ids)].log_softmax(-1)
         chosen = torch.tensor(answer.token_ids, device=logprobs.device)[:, None]
-        ours = logprobs.gather(1, chosen)[:, 0]
+        trainer = logprobs.gather(1, chosen)[:, 0]
         best = logprobs.index_fill(1, torch.tensor(self._engine.banned_token_ids).to(chosen), -torch.inf).amax(-1)
-        theirs = torch.tensor(answer.logprobs, device=ours.device)
-        return float(torch.maximum((ours - theirs).abs(), best - ours).max())
+        engine = torch.tensor(answer.logprobs, device=trainer.device)
+        return float(torch.maximum((trainer - engine).abs(), best - trainer).max())
 
     def _diagnosis(self, version: int) -> str:
-        """Collective."""
+        """Find out why the two disagree. Collective."""
         policy, engine = self._policy, self._engine
         pushed = PolicyWeights(policy, self._config.rollout.sync_bucket_mib << 20)
         if wrong := engine.differing_parameters(pushed):
-            return f"{len(wrong)} of the engine's parameters are not those that were sent to it, first {wrong[0]}"
+            return f"{len(wrong)} of the engine's parameters differ from those that were sent, the first is {wrong[0]}"
         for number, name in enumerate(CACHES, start=1):
             engine.reset_caches(number)
             if self._difference() <= self._limit:
-                return f"its parameters are right, but its {name} still held results of other weights"
+                return f"its parameters are right, but its {name} still has results of earlier weights"
         sync = WeightSync(version, export_manifest(policy.chunks, policy.table), with_checksums=True)
         for _ in sync.checked(export_weights(policy.chunks, policy.table)):
             pass
         sync.check_agreement(sync.by_holder(gather_over_ranks(sync.checksums)))
-        return "every parameter is as it was sent, no cache is stale: the two run different models"
+        return "all parameters are as sent and no cache is stale: the two compute different models"
 
 
 @contextmanager
 def _halved(policy: TrainableModel) -> Iterator[None]:
-    """Half the policy's weights, and exactly the same again afterwards: only the exponents of numbers change."""
+    """Halve the policy's weights inside the context; exact, because only exponents change."""
     parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
     with torch.no_grad():
         for parameter in parameters:
@@ -144,12 +147,12 @@ def _with_image(rows: Sequence[Example]) -> Example:
 
 
 def _longer_than(tokens: int, rows: Sequence[Example], processor: ChatProcessor, config: StageConfig) -> Example:
-    """Text of more than ``tokens`` tokens, or as long as the engine takes."""
+    """Make a text prompt of more than ``tokens`` tokens, or the longest the engine accepts."""
     room = config.rollout.max_model_len - _TOKENS
     text = rows[0].messages[-1].content.replace("<image>", "").strip()
 
     def repeated(times: int) -> Example:
-        return Example("guard", (Message("user", " ".join([text] * times)),), (), "the guard's own")
+        return Example("guard", (Message("user", " ".join([text] * times)),), (), "prompt of the sync guard")
 
     row, times = repeated(1), 1
     while len(processor.prompt_ids(row.messages)) <= tokens + 1:

@@ -23,14 +23,14 @@ from prism_megatron.stages.setup import (
 )
 from prism_megatron.types import EncodedPrompt, PreferencePair
 
-# The loss is the mean over the pairs of both branches (spec 3.3), and every line of the file gives one of each.
+# The mean over the pairs of both branches (spec 3.3): every row gives one pair of each.
 OBJECTIVE = DiscriminatorObjective(branch_weights=(0.5, 0.5))
 
 
 def run_warmup(config: WarmupConfig) -> None:
-    """Train the discriminator on the pairs of ``data``; leaves checkpoints and ``hf/`` in the stage's folder.
+    """Train the discriminator on the pairs of ``data``; writes checkpoints and ``hf/`` into the stage's folder.
 
-    Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
+    Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
     rows = read_pairs(Path(config.data))
     config, passes = count_passes(config, len(rows))
@@ -40,27 +40,27 @@ def run_warmup(config: WarmupConfig) -> None:
         processor = load_processor(config)
         batcher = Batcher.from_config(processor.input_spec, config)
         discriminator = load_discriminator(config, config.optimizer)
-        parts = {"discriminator": discriminator}
-        stage.resume(parts)
+        models = {"discriminator": discriminator}
+        stage.resume(models)
 
         for iteration in range(stage.start, run.train_iters):
             with stage.timers("data"):
-                mine = local_batch(rows, config.global_batch_size, iteration, run.seed)
-                pairs = preference_pairs(mine, processor, config)
+                local_rows = local_batch(rows, config.global_batch_size, iteration, run.seed)
+                pairs = preference_pairs(local_rows, processor, config)
             with stage.timers("train"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
                 batch = batcher.pairs(pairs, OBJECTIVE.branch_weights)
-                measured = discriminator_step(discriminator, batch, OBJECTIVE, lr)
-            measured[names.TOKENS] = total_tokens([side for pair in pairs for side in (pair.teacher, pair.student)])
-            stage.log.log(iteration + 1, measured | passes.measured(iteration + 1) | stage.timers.pop())
-            stage.save_if_due(iteration + 1, parts)
+                metrics = discriminator_step(discriminator, batch, OBJECTIVE, lr)
+            metrics[names.TOKENS] = total_tokens([side for pair in pairs for side in (pair.teacher, pair.student)])
+            stage.log.log(iteration + 1, metrics | passes.measured(iteration + 1) | stage.timers.pop())
+            stage.save_if_due(iteration + 1, models)
 
         discriminator.export(stage.dir / "hf")
         mark_finished(stage, {})
 
 
 def preference_pairs(rows: list[PreferencePair], processor: ChatProcessor, config: WarmupConfig) -> list[Pair]:
-    """A perception and a reasoning pair from every line."""
+    """Return a perception and a reasoning pair of every row."""
     prompts = processor.encode_prompts(rows)
     return [
         pair for row, prompt in zip(rows, prompts, strict=True) for pair in pairs_of_row(row, prompt, processor, config)
@@ -70,7 +70,7 @@ def preference_pairs(rows: list[PreferencePair], processor: ChatProcessor, confi
 def pairs_of_row(
     row: PreferencePair, prompt: EncodedPrompt, processor: ChatProcessor, config: WarmupConfig
 ) -> list[Pair]:
-    """A perception and a reasoning pair about an encoded prompt."""
+    """Return a perception and a reasoning pair of a row whose prompt is already encoded."""
     teacher = branch_sequences(processor, prompt, row.teacher_caption, row.teacher_reasoning)
     student = branch_sequences(processor, prompt, row.student_caption, row.student_reasoning)
     return branch_pairs(teacher, student, row.id, config)

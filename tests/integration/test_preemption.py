@@ -66,8 +66,8 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(tiny_checkpoint: Path, tiny_
         once.process.wait(PATIENCE)
     saved = saved_iteration(stage)
     assert saved == rows(stage)[-1]["iteration"], once.output
-    assert once.output.count(f"sft: told to stop, saved iteration {saved}; {GO_ON}\n") == 1
-    assert once.output.count("told to stop: the iteration is finished and saved first; Ctrl-C once more ends at") == 1
+    assert once.output.count(f"sft: preempted, saved iteration {saved}; {GO_ON}\n") == 1
+    assert once.output.count("stopping after this iteration is finished and saved; press Ctrl-C again") == 1
     assert not (stage / "finished.json").exists()
     assert not alive(ranks)
 
@@ -82,7 +82,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(tiny_checkpoint: Path, tiny_
         twice.wait_for(lambda: "closing signal SIGTERM" in twice.output)
         rank.resume()
         twice.process.wait(PATIENCE)
-    assert twice.output.count("ended at once; the same command goes on from the last checkpoint\n") == 1
+    assert twice.output.count("interrupted; the same command resumes from the last checkpoint\n") == 1
     assert saved_iteration(stage) == saved
     assert not alive(ranks)
 

@@ -139,7 +139,7 @@ def refuses_all_but_the_same(
     for change, message in (
         ("optimizer.lr=0.5", "optimizer.lr: 0.002 -> 0.5"),
         ("global_batch_size=8", "global_batch_size: 16 -> 8"),
-        ("run.train_iters=2", "run.train_iters: 5 -> 2, fewer than the 5 that are trained"),
+        ("run.train_iters=2", "run.train_iters: 5 -> 2, fewer than the 5 already trained"),
         (other_data, "rlvr_candidates.parquet (other content)"),
     ):
         assert main([*command, change]) == 2

@@ -132,7 +132,7 @@ OTHER_VALUES = [
     ("run.seed=9", "run.seed: 1 -> 9"),
     ("model.freeze=[vision]", 'model.freeze: [] -> ["vision"]'),
     ("model.precision=bf16", "model.precision: fp32 -> bf16"),
-    ("run.train_iters=9", "run.train_iters: 10 -> 9, fewer than the 10 that are trained"),
+    ("run.train_iters=9", "run.train_iters: 10 -> 9, fewer than the 10 already trained"),
     ("optimizer.decay_style=cosine", "optimizer.decay_style: constant -> cosine"),
 ]
 
@@ -152,7 +152,7 @@ def test_another_experiment_is_refused_with_the_difference(
     with pytest.raises(UserError) as refused:
         is_finished(configured(arguments, change)) or prepare(configured(arguments, change))
     assert message in str(refused.value)
-    remedy = "give this one another run.name, remove the folder, or, to go on in it all the same, add run.allow_change="
+    remedy = "give this one another run.name, remove the folder, or, to resume it all the same, add run.allow_change="
     assert f"{remedy}[{key}]" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert snapshot(cfg.stage_dir(config)) == before, "nothing is written"
@@ -221,7 +221,7 @@ def test_train_iters_may_rise_where_the_learning_rates_of_before_stay(arguments:
     with pytest.raises(UserError, match=r"run.train_iters: 10 -> 20 changes the learning rates of the 10 iterations"):
         is_finished(configured(decaying, "run.train_iters=20"))
     save(configured([*decaying, "run.name=stopped"]), 4)
-    with pytest.raises(UserError, match=r"run.train_iters: 10 -> 3, fewer than the 4 that are trained"):
+    with pytest.raises(UserError, match=r"run.train_iters: 10 -> 3, fewer than the 4 already trained"):
         prepare(configured([*decaying, "run.name=stopped"], "run.train_iters=3"))
 
 
@@ -251,7 +251,7 @@ def test_a_stale_stage_begins_anew_where_that_is_asked_for(
         finish(stale)
         aside = directory.with_name(f"run.stale-{number}")
         assert {path.name for path in aside.iterdir()} >= {"finished.json", "config.yaml", "versions.json"}
-        assert re.search(rf"sft: stale \(optimizer.lr: 0.\d+ -> 0.{number}\); begins anew", capsys.readouterr().out)
+        assert re.search(rf"sft: stale \(optimizer.lr: 0.\d+ -> 0.{number}\); starts again", capsys.readouterr().out)
         assert is_finished(stale)
     assert (directory.with_name("run.stale-1") / "checkpoints" / "iter_0000010").is_dir()
     assert (directory / "logs").is_dir(), "those of the job that runs"
@@ -288,7 +288,7 @@ def test_a_folder_where_a_file_belongs(name: str, arguments: list[str]) -> None:
     config = configured(arguments)
     (cfg.stage_dir(config) / name).mkdir(parents=True)
     assert not is_finished(config)
-    with pytest.raises(UserError, match=rf"{name} must be a file; move it away"):
+    with pytest.raises(UserError, match=rf"{name} must be a file; move or remove it"):
         prepare(config)
 
 
@@ -300,7 +300,7 @@ def test_a_run_from_before_there_were_identities_goes_on(
     folder.mkdir(parents=True)
     write_manifest(folder, {}, about={"iteration": 4})
     prepare(config)
-    assert "does not say of which experiment it is" in capsys.readouterr().out
+    assert "has no identity; it is taken as this experiment's" in capsys.readouterr().out
 
 
 def test_a_key_that_is_newer_than_a_run_had_its_default(arguments: list[str]) -> None:

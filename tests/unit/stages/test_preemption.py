@@ -20,7 +20,7 @@ from prism_megatron.stages import preemption
 preemption.follow_torchrun()
 preemption.listen()
 print("listens", flush=True)
-while not preemption._asked:
+while not preemption._requested:
     time.sleep(0.01)
 """
 AGENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
@@ -37,8 +37,8 @@ def test_the_end_of_torchrun_is_a_ctrl_c_for_its_rank() -> None:
         assert agent.stdout is not None
         assert agent.stdout.readline() == "listens\n"
         agent.kill()
-        said = agent.stdout.read()  # to the end of the rank, which has the pipe, too
-    assert said == "told to stop: the iteration is finished and saved first; Ctrl-C once more ends at once\n"
+        output = agent.stdout.read()  # until the rank, which has inherited the pipe, ends too
+    assert output == "stopping after this iteration is finished and saved; press Ctrl-C again to stop at once\n"
 
 
 @pytest.mark.parametrize(
