@@ -1,4 +1,4 @@
-"""Whatever is packed, at any layout: each rank's tokens are what context parallelism cuts and FP8 products take."""
+"""Padding of packed batches: at any layout each rank's tokens divide for context parallelism and FP8."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_ten_thousand_packings() -> None:
         assert int(batch.loss_mask.sum()) == sum(lengths) - len(lengths), case
 
 
-def test_other_precisions_are_padded_no_further() -> None:
+def test_other_precisions_need_no_fp8_padding() -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2)
     padding = padding_for(parallel, ModelConfig("", precision="bf16"))
     assert (padding.sequence_multiple, padding.batch_multiple) == (4, 8)

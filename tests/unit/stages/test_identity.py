@@ -1,4 +1,4 @@
-"""What makes a run the same experiment, what is done with a folder that holds another, and what is finished."""
+"""The identity of a run, folders that hold another experiment, and finished stages."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from prism_megatron.stages.run_folder import prepare
 from recipes import stage_recipe
 
 STAGES = (cfg.SFTConfig, cfg.CollectConfig, cfg.WarmupConfig, cfg.AlignConfig, cfg.RLVRConfig)
-# Every key there is, by what it does to a run. A new field fails the test until it is entered here, and, if it does not
-# change what is trained, in stages/identity.py.
+# All keys by their effect on a run. A new field fails the test until it is listed here and, if it does not change what
+# is trained, in stages/identity.py.
 MODEL = {
     *("stage", "run.seed", "model.precision", "model.freeze", "model.moe_aux_loss_coeff", "model.fp8.recipe"),
     *("model.fp8.first_layers_bf16", "model.fp8.last_layers_bf16"),
@@ -77,7 +77,7 @@ def test_every_key_has_a_decision(kind: type[cfg.StageConfig]) -> None:
     assert keys == IDENTITY[kind]
 
 
-def test_every_pattern_is_of_a_key() -> None:
+def test_every_pattern_matches_a_key() -> None:
     of_kind = {kind: NOT_IDENTITY_OF.get(kind, ()) + EVALUATION_OF.get(kind, ()) for kind in STAGES}
     used = {key for kind in STAGES for key in flat(kind())}
     assert set(INPUTS) <= used
@@ -108,8 +108,8 @@ def configured(arguments: list[str], *more: str) -> cfg.StageConfig:
     return cfg.apply_overrides(stage_recipe("tiny_sft")(), [*arguments, *more])
 
 
-def finish(config: cfg.StageConfig) -> None:
-    """What is left of a stage that ended."""
+def mark_finished(config: cfg.StageConfig) -> None:
+    """Write the ``finished.json`` of a finished stage."""
     directory = cfg.stage_dir(config)
     directory.mkdir(exist_ok=True)
     content = {"identity": prepare(config)}
@@ -117,7 +117,7 @@ def finish(config: cfg.StageConfig) -> None:
 
 
 def save(config: cfg.StageConfig, iteration: int) -> None:
-    """What matters here of a checkpoint."""
+    """Write the part of a checkpoint that the identity check reads."""
     directory = cfg.stage_dir(config)
     directory.mkdir(exist_ok=True)
     about = {"identity": prepare(config), "iteration": iteration}
@@ -139,12 +139,12 @@ OTHER_VALUES = [
 
 @pytest.mark.parametrize("state", ["finished", "saved"])
 @pytest.mark.parametrize(("change", "message"), OTHER_VALUES)
-def test_another_experiment_is_refused_with_the_difference(
+def test_another_experiment_is_refused_and_the_error_names_the_difference(
     state: str, change: str, message: str, arguments: list[str]
 ) -> None:
     config = configured(arguments)
     if state == "finished":
-        finish(config)
+        mark_finished(config)
     else:
         save(config, 10)
     before = snapshot(cfg.stage_dir(config))
@@ -170,8 +170,8 @@ CHANGED_INPUTS = {
 
 
 @pytest.mark.parametrize("key", CHANGED_INPUTS)
-def test_other_content_of_an_input_is_refused(key: str, arguments: list[str], tmp_path: Path) -> None:
-    finish(configured(arguments))
+def test_an_input_with_other_content_is_refused(key: str, arguments: list[str], tmp_path: Path) -> None:
+    mark_finished(configured(arguments))
     name, content = CHANGED_INPUTS[key]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"another experiment \({key}: \S+ \(other content\)\)"):
@@ -179,7 +179,7 @@ def test_other_content_of_an_input_is_refused(key: str, arguments: list[str], tm
     assert not is_finished(configured(arguments, "run.on_change=restart")), "so that a pipeline makes it anew"
 
 
-def test_what_does_not_change_the_result_is_not_compared(arguments: list[str], tmp_path: Path) -> None:
+def test_settings_without_effect_on_the_result_are_not_compared(arguments: list[str], tmp_path: Path) -> None:
     save(configured(arguments), 10)
     moved = tmp_path / "elsewhere"
     for name in ("base", "data.jsonl"):
@@ -191,33 +191,33 @@ def test_what_does_not_change_the_result_is_not_compared(arguments: list[str], t
     assert prepare(configured(arguments, *paths, *other, *engine, "max_tokens_per_microbatch=4096"))
 
 
-def test_an_input_that_is_gone_does_not_make_a_finished_stage_unfinished(arguments: list[str], tmp_path: Path) -> None:
-    finish(configured(arguments))
+def test_a_finished_stage_stays_finished_without_its_inputs(arguments: list[str], tmp_path: Path) -> None:
+    mark_finished(configured(arguments))
     for name in ("data.jsonl", "heldout.parquet"):
         (tmp_path / name).unlink()
     assert is_finished(configured(arguments))
 
 
-def test_another_evaluation_is_made_without_training_again(arguments: list[str], tmp_path: Path) -> None:
-    finish(configured(arguments))
+def test_a_changed_evaluation_runs_without_training_again(arguments: list[str], tmp_path: Path) -> None:
+    mark_finished(configured(arguments))
     assert is_finished(configured(arguments, "eval.num_questions=0"))
     more = configured(arguments, "eval.num_questions=8")
     assert not is_finished(more)
     prepare(more)
     assert not (cfg.stage_dir(more) / "finished.json").exists()
-    finish(configured(arguments))
+    mark_finished(configured(arguments))
     (tmp_path / "heldout.parquet").write_text("other questions")
     assert not is_finished(configured(arguments))
 
 
-def test_train_iters_may_rise_where_the_learning_rates_of_before_stay(arguments: list[str]) -> None:
-    """So a constant schedule goes on. One that decays over all iterations would have had other rates from the start."""
-    finish(configured(arguments))
+def test_train_iters_may_rise_if_past_learning_rates_stay_the_same(arguments: list[str]) -> None:
+    """A constant schedule can be extended; one that decays over all iterations would have had other rates before."""
+    mark_finished(configured(arguments))
     longer = configured(arguments, "run.train_iters=20")
     assert not is_finished(longer)
     prepare(longer)
     decaying = [*arguments, "optimizer.decay_style=cosine", "run.name=decays"]
-    finish(configured(decaying))
+    mark_finished(configured(decaying))
     with pytest.raises(UserError, match=r"run.train_iters: 10 -> 20 changes the learning rates of the 10 iterations"):
         is_finished(configured(decaying, "run.train_iters=20"))
     save(configured([*decaying, "run.name=stopped"]), 4)
@@ -229,7 +229,7 @@ def test_epochs_are_compared_before_their_iterations_are_known(arguments: list[s
     arguments = [word for word in arguments if not word.startswith("run.train_iters=")]
     counted = configured(arguments, "run.num_epochs=3")
     counted = replace(counted, run=replace(counted.run, train_iters=12))
-    finish(counted)
+    mark_finished(counted)
     assert is_finished(configured(arguments, "run.num_epochs=3"))
     assert not is_finished(configured(arguments, "run.num_epochs=4"))
     assert is_finished(configured(arguments, "run.train_iters=12"))
@@ -237,18 +237,18 @@ def test_epochs_are_compared_before_their_iterations_are_known(arguments: list[s
         is_finished(configured(arguments, "run.num_epochs=3", "global_batch_size=3"))
 
 
-def test_a_stale_stage_begins_anew_where_that_is_asked_for(
+def test_a_stale_stage_starts_again_with_on_change_restart(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configured(arguments)
     save(config, 10)
-    finish(config)
+    mark_finished(config)
     directory = cfg.stage_dir(config)
     (directory / "logs").mkdir()
     for number in (1, 2):
         stale = configured(arguments, f"optimizer.lr=0.{number}", "run.on_change=restart")
         assert not is_finished(stale)
-        finish(stale)
+        mark_finished(stale)
         aside = directory.with_name(f"run.stale-{number}")
         assert {path.name for path in aside.iterdir()} >= {"finished.json", "config.yaml", "versions.json"}
         assert re.search(rf"sft: stale \(optimizer.lr: 0.\d+ -> 0.{number}\); starts again", capsys.readouterr().out)
@@ -258,7 +258,7 @@ def test_a_stale_stage_begins_anew_where_that_is_asked_for(
     assert not (directory / "checkpoints").exists()
 
 
-def test_the_configuration_of_every_start_is_there(arguments: list[str]) -> None:
+def test_every_start_leaves_its_configuration(arguments: list[str]) -> None:
     rates = ("0.1", "0.2", "0.2", "0.3")
     for rate in rates:
         config = configured(arguments, f"optimizer.lr={rate}")
@@ -272,11 +272,11 @@ def test_the_configuration_of_every_start_is_there(arguments: list[str]) -> None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null"])
-def test_a_damaged_mark_of_the_end_counts_as_none(
+def test_a_damaged_finished_json_counts_as_none(
     content: bytes, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configured(arguments)
-    finish(config)
+    mark_finished(config)
     (cfg.stage_dir(config) / "finished.json").write_bytes(content)
     assert not is_finished(config)
     assert "finished.json is damaged (not a JSON object) and counts as missing" in capsys.readouterr().out
@@ -292,9 +292,7 @@ def test_a_folder_where_a_file_belongs(name: str, arguments: list[str]) -> None:
         prepare(config)
 
 
-def test_a_run_from_before_there_were_identities_goes_on(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_an_identity_is_resumed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     config = configured(arguments)
     folder = cfg.stage_dir(config) / "checkpoints" / "iter_0000004"
     folder.mkdir(parents=True)
@@ -303,7 +301,7 @@ def test_a_run_from_before_there_were_identities_goes_on(
     assert "has no identity; it is taken as this experiment's" in capsys.readouterr().out
 
 
-def test_a_key_that_is_newer_than_a_run_had_its_default(arguments: list[str]) -> None:
+def test_a_key_added_after_a_run_had_its_default_value(arguments: list[str]) -> None:
     config = configured(arguments)
     new = Identity.of(config, HashedFiles(cfg.stage_dir(config)))
     content: dict[str, Any] = json.loads(json.dumps(asdict(new)))
@@ -316,7 +314,7 @@ def test_a_key_that_is_newer_than_a_run_had_its_default(arguments: list[str]) ->
 
 
 def test_fingerprints(tmp_path: Path) -> None:
-    """Of a directory with a manifest that of the manifest, else of samples; of a file its checksum, read once."""
+    """A directory has its manifest's checksum, or one of samples; a file's checksum is cached."""
     directory = tmp_path / "hf"
     directory.mkdir()
     (directory / "config.json").write_text("{}")
@@ -346,7 +344,7 @@ def test_fingerprints(tmp_path: Path) -> None:
     assert HashedFiles(tmp_path).fingerprint(tmp_path / "nothing") is None
 
 
-def test_data_of_several_files_is_known_by_what_they_hold(tmp_path: Path) -> None:
+def test_data_in_several_files_is_identified_by_content(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "a.jsonl").write_text("a")

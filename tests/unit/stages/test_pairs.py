@@ -1,4 +1,4 @@
-"""Pairs that fit a micro-batch, whatever their prompts and responses are."""
+"""Pairs fit a micro-batch for any prompt and response lengths."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from prism_megatron.types import PERCEPTION, REASONING, EncodedPrompt, Message, 
 from recipes.qwen3_vl import RECIPES  # noqa: E402
 
 
-def of_lengths(prompt: int, teacher: int, student: int, config: cfg.WarmupConfig | cfg.AlignConfig) -> list[Pair]:
-    """Pairs of branches of so many tokens."""
-    shown = EncodedPrompt((1,) * prompt)
+def pairs_of_lengths(prompt: int, teacher: int, student: int, config: cfg.WarmupConfig | cfg.AlignConfig) -> list[Pair]:
+    """Return both branches' pairs with prompts and responses of the given numbers of tokens."""
+    encoded = EncodedPrompt((1,) * prompt)
     sides = [
-        tuple(TrainingSequence(shown, (2,) * length, branch) for branch in (PERCEPTION, REASONING))
+        tuple(TrainingSequence(encoded, (2,) * length, branch) for branch in (PERCEPTION, REASONING))
         for length in (teacher, student)
     ]
     return branch_pairs(sides[0], sides[1], "row", config)  # type: ignore[arg-type]
 
 
-def discriminating(recipe: str, *overrides: str) -> cfg.WarmupConfig | cfg.AlignConfig:
+def discriminator_config(recipe: str, *overrides: str) -> cfg.WarmupConfig | cfg.AlignConfig:
     config = load(recipe, overrides)
     assert isinstance(config, cfg.WarmupConfig | cfg.AlignConfig)
     return config
@@ -40,13 +40,13 @@ def discriminating(recipe: str, *overrides: str) -> cfg.WarmupConfig | cfg.Align
 
 @pytest.mark.parametrize("name", [name for name in sorted(RECIPES) if name.startswith(("warmup", "align"))])
 def test_no_production_pair_is_too_long(name: str) -> None:
-    config = discriminating(name)
+    config = discriminator_config(name)
     rollout, room = config.rollout, config.max_tokens_per_microbatch
     longest_prompt = rollout.max_model_len - rollout.max_response_tokens
     for prompt in (300, longest_prompt, longest_prompt + 500):
         for teacher in (30, rollout.max_response_tokens, 20_000):
             for student in (30, rollout.max_response_tokens):
-                pairs = of_lengths(prompt, teacher, student, config)
+                pairs = pairs_of_lengths(prompt, teacher, student, config)
                 assert [len(group) for group in group_pairs(pairs[:1], room, 1)] == [1]
                 fits = max(teacher, student) <= room // 2 - prompt
                 assert [pair.cut for pair in pairs] == [not fits] * 2
@@ -54,37 +54,37 @@ def test_no_production_pair_is_too_long(name: str) -> None:
                     assert [len(s.response_ids) for s in (pairs[0].teacher, pairs[0].student)] == [teacher, student]
 
 
-def test_a_limit_of_ones_own_and_a_demonstration_laid_down_twice() -> None:
-    limited = discriminating("tiny_align", "discriminator.max_branch_tokens=50")
-    assert [pair.cut for pair in of_lengths(10, 50, 50, limited)] == [False, False]
-    (cut, _) = of_lengths(10, 60, 51, limited)
+def test_max_branch_tokens_and_teachers_packed_twice() -> None:
+    limited = discriminator_config("tiny_align", "discriminator.max_branch_tokens=50")
+    assert [pair.cut for pair in pairs_of_lengths(10, 50, 50, limited)] == [False, False]
+    (cut, _) = pairs_of_lengths(10, 60, 51, limited)
     assert cut.cut
     assert len(cut.teacher.response_ids) == len(cut.student.response_ids) == 50
 
-    penalised = discriminating(
+    penalised = discriminator_config(
         "tiny_align", "gradient_penalty=1", "gradient_penalty_std=1", "max_tokens_per_microbatch=600"
     )
-    assert not of_lengths(100, 100, 100, penalised)[0].cut
-    assert of_lengths(100, 101, 100, penalised)[0].cut
+    assert not pairs_of_lengths(100, 100, 100, penalised)[0].cut
+    assert pairs_of_lengths(100, 101, 100, penalised)[0].cut
     with pytest.raises(ValueError, match=r"row: a prompt of 199 tokens leaves no room .* raise it, or drop the row"):
-        of_lengths(199, 3, 3, penalised)
+        pairs_of_lengths(199, 3, 3, penalised)
 
 
-def test_warm_up_pairs_are_cut_on_both_sides(tiny_checkpoint: Path) -> None:
+def test_warmup_pairs_are_truncated_on_both_sides(tiny_checkpoint: Path) -> None:
     processor = ChatProcessor(tiny_checkpoint)
     picture = io.BytesIO()
     Image.new("RGB", (32, 32)).save(picture, "PNG")
-    told = ("<caption>a</caption>", f"<think>{'so ' * 400}</think><answer>1</answer>")
-    brief = ("<caption>a</caption>", "<think>so</think><answer>1</answer>")
-    row = PreferencePair("row", (Message("user", "<image>?"),), (picture.getvalue(),), "", *told, *brief)
-    config = discriminating("tiny_warmup", "max_tokens_per_microbatch=400")
+    teacher = ("<caption>a</caption>", f"<think>{'so ' * 400}</think><answer>1</answer>")
+    student = ("<caption>a</caption>", "<think>so</think><answer>1</answer>")
+    row = PreferencePair("row", (Message("user", "<image>?"),), (picture.getvalue(),), "", *teacher, *student)
+    config = discriminator_config("tiny_warmup", "max_tokens_per_microbatch=400")
     assert isinstance(config, cfg.WarmupConfig)
     caption, reasoning = preference_pairs([row], processor, config)
     assert not caption.cut
     assert reasoning.cut
     ends = [side.response_ids for side in (reasoning.teacher, reasoning.student)]
     assert len(ends[0]) == len(ends[1])
-    for ids, text in zip(ends, (told[1], brief[1]), strict=True):
+    for ids, text in zip(ends, (teacher[1], student[1]), strict=True):
         assert ids[-1] == processor.terminator_id
         assert text.startswith(processor.decode(ids))
         assert text != processor.decode(ids)

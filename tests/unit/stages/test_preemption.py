@@ -1,4 +1,4 @@
-"""Signals that no terminal sends: the end of torchrun's agent, and INT before a stage listens."""
+"""Signals: the death of torchrun's agent, and INT before a stage handles it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ while not preemption._requested:
 AGENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
 
 
-def test_the_end_of_torchrun_is_a_ctrl_c_for_its_rank() -> None:
+def test_the_death_of_torchruns_agent_interrupts_its_rank() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", AGENT, RANK],
         env=os.environ | {"PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "none"},
@@ -44,7 +44,7 @@ def test_the_end_of_torchrun_is_a_ctrl_c_for_its_rank() -> None:
 @pytest.mark.parametrize(
     ("rank", "line"), [("0", "ended before there was anything new to save; the same command starts again\n"), ("1", "")]
 )
-def test_ctrl_c_before_the_stage_listens(
+def test_ctrl_c_before_the_stage_handles_signals(
     rank: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted() -> StageConfig:

@@ -1,4 +1,4 @@
-"""One run folder, one run: who is refused, and who takes over from a run that is dead."""
+"""The lock of a run folder: a second run is refused, and a dead run's lock is taken over."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import os, sys, time
 from pathlib import Path
 from prism_megatron.stages.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]), beat=0.01)
-if os.fork() == 0:  # as a checkpoint's writer is
+if os.fork() == 0:  # like the process that writes a checkpoint
     os.setsid()
     print(os.getpid(), flush=True)
     time.sleep(600)
@@ -33,8 +33,8 @@ time.sleep(600)
 
 
 @contextmanager
-def held(folder: Path, **environment: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Another process that has the lock, and the number of a child that it has forked."""
+def holding(folder: Path, **environment: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Run another process that holds the lock; yield it and the pid of a child that it has forked."""
     process = subprocess.Popen(
         [sys.executable, "-c", _HOLD, str(folder)],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
@@ -52,13 +52,13 @@ def held(folder: Path, **environment: str) -> Iterator[tuple[subprocess.Popen[st
 
 
 def leave(folder: Path, **changes: object) -> None:
-    """The lock file of a run that was killed."""
+    """Write the lock file of a run that was killed."""
     holder = {"host": socket.gethostname(), "pid": 1, "started": 0.0, "job": "", "restart": ""} | changes
     (folder / LOCK).write_text(json.dumps(holder))
 
 
-def test_a_second_run_is_refused_by_host_process_and_job(tmp_path: Path) -> None:
-    with held(tmp_path / "run", SLURM_JOB_ID="77") as (process, _):
+def test_a_second_run_is_refused_and_the_error_names_host_process_and_job(tmp_path: Path) -> None:
+    with holding(tmp_path / "run", SLURM_JOB_ID="77") as (process, _):
         with pytest.raises(UserError) as refused:
             RunLock(tmp_path / "run")
         message = str(refused.value)
@@ -68,10 +68,10 @@ def test_a_second_run_is_refused_by_host_process_and_job(tmp_path: Path) -> None
         RunLock(tmp_path / "another").release()
 
 
-def test_a_killed_run_is_taken_over_at_once_though_its_child_lives(
+def test_a_killed_run_is_taken_over_at_once_although_its_child_lives(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with held(tmp_path) as (process, child):
+    with holding(tmp_path) as (process, child):
         process.kill()
         process.wait()
         os.kill(child, 0)
@@ -79,14 +79,14 @@ def test_a_killed_run_is_taken_over_at_once_though_its_child_lives(
         assert f"taken over from process {process.pid} on" in capsys.readouterr().out
 
 
-def test_a_released_folder_is_free_for_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_released_folder_can_be_locked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     RunLock(tmp_path).release()
-    with held(tmp_path), pytest.raises(UserError, match="is in use by"):
+    with holding(tmp_path), pytest.raises(UserError, match="is in use by"):
         RunLock(tmp_path)
     assert capsys.readouterr().out == "", "nothing was taken over"
 
 
-def test_a_lock_file_that_says_nothing_is_taken(tmp_path: Path) -> None:
+def test_an_empty_or_unreadable_lock_file_is_taken_over(tmp_path: Path) -> None:
     for content in ("", "{", "[]", '{"host": 1}'):
         (tmp_path / LOCK).write_text(content)
         RunLock(tmp_path).release()
@@ -101,7 +101,7 @@ def test_an_earlier_start_of_the_same_job_is_taken_over_at_once(
     RunLock(tmp_path, silence=1e9).release()
 
 
-def test_a_run_on_another_host_is_believed_dead_without_a_heartbeat(
+def test_a_run_on_another_host_counts_as_dead_without_a_heartbeat(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave(tmp_path, host="another", job="78")
@@ -109,8 +109,8 @@ def test_a_run_on_another_host_is_believed_dead_without_a_heartbeat(
     assert "taken over from process 1 on another (SLURM job 78)" in capsys.readouterr().out
 
 
-def test_a_run_on_another_host_with_a_heartbeat_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a file system locks for its own host only: there a lock is given to both."""
+def test_a_run_on_another_host_with_a_heartbeat_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems lock per host only, and grant the lock to both."""
     leave(tmp_path, host="another")
     path, sleep = tmp_path / LOCK, run_lock.time.sleep
 
@@ -123,14 +123,14 @@ def test_a_run_on_another_host_with_a_heartbeat_is_not(tmp_path: Path, monkeypat
         RunLock(tmp_path, beat=0.01, silence=1e9)
 
 
-def test_a_file_system_without_locks_asks_for_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_file_locks_the_process_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(run_lock.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(run_lock.fcntl, "lockf", unsupported)
     with RunLock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"):
         RunLock(tmp_path)
-    leave(tmp_path, pid=os.getpid(), started=1.0)  # the number of a process that is gone, given to another
+    leave(tmp_path, pid=os.getpid(), started=1.0)  # a pid that another process has reused
     RunLock(tmp_path).release()
     assert Holder.this_process().runs_here()
 
