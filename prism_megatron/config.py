@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prism_megatron.errors import UserError
 from prism_megatron.overrides import MISSING as MISSING
-from prism_megatron.overrides import Section
+from prism_megatron.overrides import Section, fill
 from prism_megatron.overrides import apply_overrides as apply_overrides
 from prism_megatron.ranges import PATH, above, at_least, between, one_of, ruled, setting, some_of
 from prism_megatron.sections import PARTS as PARTS
@@ -294,6 +294,15 @@ class RLVRConfig(PolicyGradientConfig):
             )
 
 
+STAGES: dict[str, type[StageConfig]] = {
+    "sft": SFTConfig,
+    "collect": CollectConfig,
+    "warmup": WarmupConfig,
+    "align": AlignConfig,
+    "rlvr": RLVRConfig,
+}
+
+
 def sequences_per_pair(config: WarmupConfig | AlignConfig) -> int:
     """How many sequences a pair lays down: both sides and, under a gradient penalty, the demonstration once more."""
     return 3 if isinstance(config, AlignConfig) and config.gradient_penalty else 2
@@ -336,6 +345,29 @@ def to_yaml(config: StageConfig) -> str:
     if config.run.num_epochs:
         config = replace(config, run=replace(config.run, train_iters=0))
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def read_yaml(path: Path) -> StageConfig:
+    """Read a stage's configuration, such as the ``config.yaml`` of a run. Overrides may add what is missing.
+
+    Raises UserError for a file that is not there, is not YAML, names no stage, or has unknown keys.
+    """
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(f"configuration {path} cannot be read: {' '.join(str(error).split())}") from error
+    stage = values.get("stage") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or stage not in STAGES:
+        raise UserError(f"{path} must have stage: one of {', '.join(STAGES)}, got {stage!r}")
+    config = STAGES[stage]()
+    try:
+        fill(config, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config
 
 
 def stage_dir(config: StageConfig) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prism_megatron.errors import UserError
@@ -43,6 +43,22 @@ def apply_overrides[ConfigT: Section](config: ConfigT, overrides: Sequence[str])
         raise UserError(f"recipe leaves {', '.join(missing)} unset; give {missing[0]}=VALUE on the command line")
     check(changed, config)
     return changed
+
+
+def fill(section: Section, values: Mapping[Any, Any], at: str = "") -> None:
+    """Set fields of a configuration from nested mappings, as in its YAML file. Raises UserError for unknown keys."""
+    fields = set(vars(section))
+    for key, value in values.items():
+        if key not in fields:
+            where = at.removesuffix(".") or "the configuration"
+            raise UserError(f"unknown key {at + str(key)!r}: {where} has {', '.join(sorted(fields))}")
+        current = getattr(section, key)
+        if not isinstance(current, Section):
+            setattr(section, key, value)
+        elif isinstance(value, Mapping):
+            fill(current, value, f"{at}{key}.")
+        else:
+            raise UserError(f"{at}{key} is a group of keys, not a value; got {value!r}")
 
 
 def check(config: Section, recipe: Section | None = None) -> None:

@@ -1,37 +1,40 @@
-"""Run one stage: ``torchrun --nproc-per-node N -m prism_megatron.train RECIPE [key=value ...]``.
+"""Run one stage: ``torchrun --nproc-per-node N -m prism_megatron.train --config FILE.yaml [key=value ...]``.
 
-Exit status: 0 finished, 2 a mistake of the user's, told in one line, 75 told to stop by TERM or Ctrl-C and saved (start
-it again), 130 ended at once by Ctrl-C (a second one, or before the run is set up), else a crash.
+FILE.yaml has the stage's settings, like the config.yaml that every run writes; ``recipes.train`` takes a recipe's name.
+
+Exit status: 0 finished, 2 a user error (one line on stderr), 75 stopped by TERM or Ctrl-C after saving (start it
+again), 130 ended at once by Ctrl-C (a second one, or before the run is set up), else a crash.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from prism_megatron import config as cfg
 from prism_megatron.errors import SharedError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stage that the recipe describes. A user's mistake is one line on stderr."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        from recipes import STAGE_RECIPES
-
-        print("\n  ".join([f"{__doc__}\n\nRecipes:", *sorted(STAGE_RECIPES)]))
-        return 0
-    return _status(lambda: load(arguments[0], arguments[1:]))
+    """Run the stage of a configuration file. A user error is one line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="settings of one stage")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parsed = parser.parse_intermixed_args(arguments)
+    return run(lambda: cfg.apply_overrides(cfg.read_yaml(parsed.config), parsed.overrides))
 
 
 def run_and_exit(config: cfg.StageConfig) -> None:
-    """Run a stage and end the process, with the exit status that says how it went."""
-    sys.exit(_status(lambda: cfg.apply_overrides(config, [])))
+    """Run a stage and exit with its status."""
+    sys.exit(run(lambda: cfg.apply_overrides(config, [])))
 
 
-def _status(resolve: Callable[[], cfg.StageConfig]) -> int:
+def run(resolve: Callable[[], cfg.StageConfig]) -> int:
+    """Run the stage that ``resolve`` returns, on this rank. Returns the exit status."""
     from prism_megatron.stages.preemption import EXIT_STATUS, INTERRUPTED, Preempted, follow_torchrun
 
     follow_torchrun()
@@ -66,13 +69,6 @@ def _in_a_group() -> bool:
     import torch
 
     return torch.distributed.is_initialized()
-
-
-def load(recipe: str, overrides: Sequence[str]) -> cfg.StageConfig:
-    """The recipe's configuration with dotted overrides applied. Raises UserError for unknown names and keys."""
-    from recipes import stage_recipe
-
-    return cfg.apply_overrides(stage_recipe(recipe)(), overrides)
 
 
 def run_stage(config: cfg.StageConfig) -> None:

@@ -1,12 +1,14 @@
-"""Recipes by name. A stage recipe is a function that returns a typed configuration; a pipeline is a list of steps."""
+"""Recipes by name. A recipe is a function that returns the typed configuration of one stage."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
 
-from prism_megatron.config import StageConfig
+from prism_megatron.config import StageConfig, read_yaml
 from prism_megatron.errors import UserError
 from recipes import qwen3_vl, tiny
 
@@ -21,15 +23,25 @@ STAGE_RECIPES: dict[str, Callable[[], StageConfig]] = {
 _SHAPE = re.compile(r"_(\d+)n(\d+)g_")
 
 
+def is_config_file(name: str) -> bool:
+    """Whether a name is that of a configuration file, and not of a recipe."""
+    return name.endswith((".yaml", ".yml"))
+
+
 def stage_recipe(name: str) -> Callable[[], StageConfig]:
-    """Raises UserError for an unknown name, with the nearest ones that exist."""
+    """Return the function that makes the configuration of a recipe, or of a YAML file.
+
+    Raises UserError for an unknown name, with the most similar ones.
+    """
+    if is_config_file(name):
+        return partial(read_yaml, Path(name))
     if name in STAGE_RECIPES:
         return STAGE_RECIPES[name]
     raise UserError(f"unknown recipe {name!r}; {nearest(name, STAGE_RECIPES)}")
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The names most like ``name``, else the first that have all of its words."""
+    """Name the most similar of the known names, or the first that contain all of its words."""
     words = set(name.lower().split("_"))
     near = difflib.get_close_matches(name.lower(), known, n=3)
     near = near or [candidate for candidate in known if words <= set(candidate.split("_"))][:3]
@@ -37,6 +49,6 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 def shape_of(name: str) -> tuple[int, int] | None:
-    """Nodes and GPUs per node that a recipe's name asks for; None where any shape will do."""
+    """Return nodes and GPUs per node from a recipe's name; None if the name does not give them."""
     found = _SHAPE.search(name)
     return (int(found[1]), int(found[2])) if found else None

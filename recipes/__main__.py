@@ -7,8 +7,9 @@ from typing import Any
 
 import fiddle
 
-from prism_megatron.config import apply_overrides
+from prism_megatron.config import StageConfig, apply_overrides
 from prism_megatron.errors import UserError
+from prism_megatron.stages.identity import is_finished
 from prism_megatron.train import run_and_exit
 from recipes import STAGE_RECIPES, factories
 from recipes.upstream import cli_error
@@ -19,9 +20,11 @@ run = factories.run
 class CheckedContext(run.cli.RunContext):  # type: ignore[name-defined, misc]
     """NeMo-Run's context, which refuses a wrong configuration before it is shown, stored or run."""
 
+    stage: StageConfig | None = None  # configuration of the task, once parsed
+
     def parse_fn(self, fn: Any, args: list[str], **defaults: Any) -> Any:
         task = super().parse_fn(fn, args, **defaults)
-        apply_overrides(fiddle.build(task.config), [])
+        self.stage = apply_overrides(fiddle.build(task.config), [])
         return task
 
     def parse_executor(self, name: str, *args: str) -> Any:
@@ -35,6 +38,13 @@ class CheckedContext(run.cli.RunContext):  # type: ignore[name-defined, misc]
         except (UserError, cli_error()) as error:  # NeMo-Run would call it unexpected and end with status 0
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        has_run = isinstance(self.executor, run.LocalExecutor) and not self.dryrun
+        if has_run and not self._exports() and self.stage is not None and not is_finished(self.stage):
+            sys.exit(1)  # NeMo-Run ends with status 0
+
+    def _exports(self) -> bool:
+        """Whether the configuration is written to a file and nothing runs."""
+        return any((self.to_yaml, self.to_toml, self.to_json))
 
 
 def main() -> None:

@@ -223,16 +223,16 @@ def local_environment(ranks: int) -> dict[str, str]:
     """Variables for ``ranks`` processes that share this machine's cores."""
     return {
         "OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1)),
-        "PYTHONPATH": os.getcwd(),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", os.getcwd()))),
         "PYTHONWARNINGS": "ignore",
         "LOGLEVEL": "WARNING",  # torchrun's own
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # no notes about the binding of memory
     }
 
 
-def rank_command(recipe: str, overrides: Sequence[str]) -> Any:
-    """What srun starts on every rank."""
-    train = ("python", "-m", "prism_megatron.train", recipe, *overrides)
+def rank_command(arguments: Sequence[str]) -> Any:
+    """Return the script that srun starts on every rank, with the arguments of ``recipes.train``."""
+    train = ("python", "-m", "recipes.train", *arguments)
     return nemo_run().Script(path="slurm/rank.sh", args=[shlex.quote(word) for word in train])
 
 

@@ -1,48 +1,79 @@
-"""Chains of stages: which recipe, with which overrides, reading what the one before wrote."""
+"""Pipelines: the stage recipes of each, with overrides that connect a stage to the output of earlier ones.
+
+``python -m recipes.pipeline NAME [stage.key=value ...]`` prints the steps for ``slurm/pipeline.sh``, a line each with
+stage, nodes, seconds between TERM and the time limit, run folder, recipe and overrides, separated by tabs.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import shutil
+import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prism_megatron import config as cfg
 from prism_megatron.errors import UserError
-from prism_megatron.files import write_atomic
-from recipes import stage_recipe
-from recipes.layouts import LAYOUTS, SIZES
-from recipes.qwen3_vl import ALGORITHMS, recipe_name
+from recipes import STAGE_RECIPES, is_config_file, nearest, shape_of, stage_recipe
+from recipes.cluster import GRACE_SECONDS
+from recipes.layouts import recipe_name
 
+BASELINE = "rlvr_only"  # of a study: RLVR straight after SFT
+STUDY_SEEDS = (1, 2, 3)
 _RESTART = "run.on_change=restart"
-BASELINE = "rlvr_only"  # what a study sets beside the method: RLVR straight after SFT
+_PRODUCTION = (
+    "pipeline_grpo_qwen3_vl_2b_h100_bf16",
+    "pipeline_grpo_qwen3_vl_4b_h100_bf16",
+    "pipeline_grpo_qwen3_vl_8b_h100_bf16",
+    "pipeline_grpo_qwen3_vl_32b_h100_bf16",
+    "pipeline_grpo_qwen3_vl_30b_a3b_h100_bf16",
+    "pipeline_grpo_qwen3_vl_235b_a22b_h100_bf16",
+    "pipeline_dapo_qwen3_vl_2b_h100_bf16",
+    "pipeline_dapo_qwen3_vl_4b_h100_bf16",
+    "pipeline_dapo_qwen3_vl_8b_h100_bf16",
+    "pipeline_dapo_qwen3_vl_32b_h100_bf16",
+    "pipeline_dapo_qwen3_vl_30b_a3b_h100_bf16",
+    "pipeline_dapo_qwen3_vl_235b_a22b_h100_bf16",
+    "pipeline_gspo_qwen3_vl_2b_h100_bf16",
+    "pipeline_gspo_qwen3_vl_4b_h100_bf16",
+    "pipeline_gspo_qwen3_vl_8b_h100_bf16",
+    "pipeline_gspo_qwen3_vl_32b_h100_bf16",
+    "pipeline_gspo_qwen3_vl_30b_a3b_h100_bf16",
+    "pipeline_gspo_qwen3_vl_235b_a22b_h100_bf16",
+    "pipeline_grpo_qwen3_vl_8b_h100_fp8",
+    "pipeline_grpo_qwen3_vl_32b_h100_fp8",
+    "pipeline_grpo_qwen3_vl_30b_a3b_h100_fp8",
+    "pipeline_dapo_qwen3_vl_8b_h100_fp8",
+    "pipeline_dapo_qwen3_vl_32b_h100_fp8",
+    "pipeline_dapo_qwen3_vl_30b_a3b_h100_fp8",
+    "pipeline_gspo_qwen3_vl_8b_h100_fp8",
+    "pipeline_gspo_qwen3_vl_32b_h100_fp8",
+    "pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8",
+)
 
 
-def _production_stages(algorithm: str, size: str, precision: str) -> dict[str, str]:
-    """Recipe of each stage; what is never in FP8 is in BF16."""
-    families = {stage: stage for stage in ("sft", "collect", "warmup", "align")} | {"rlvr": f"rlvr_{algorithm}"}
-    return {
-        stage: recipe_name(family, size, precision if (stage, size) in LAYOUTS[precision] else "bf16")
-        for stage, family in families.items()
-    }
+def _production_stages(pipeline: str) -> dict[str, str]:
+    """Return the recipe of each stage: in the pipeline's precision where there is one, else in BF16."""
+    found = re.fullmatch(r"pipeline_(\w+)_qwen3_vl_(\w+)_h100_(bf16|fp8)", pipeline)
+    assert found is not None, pipeline
+    algorithm, size, precision = found.groups()
+    stages = {}
+    for family in ("sft", "collect", "warmup", "align", f"rlvr_{algorithm}"):
+        name = recipe_name(family, size, precision) or recipe_name(family, size, "bf16")
+        assert name is not None, f"{pipeline} has no recipe of {family}"
+        stages[family.partition("_")[0]] = name
+    return stages
 
 
-PRODUCTION_PIPELINES = {
-    f"pipeline_{algorithm}_qwen3_vl_{size}_h100_{precision}": _production_stages(algorithm, size, precision)
-    for precision, layouts in LAYOUTS.items()
-    for algorithm in ALGORITHMS
-    for size in SIZES
-    if all((stage, size) in layouts for stage in ("sft", "align", "rlvr"))
-}
+PRODUCTION_PIPELINES = {pipeline: _production_stages(pipeline) for pipeline in _PRODUCTION}
+
+
+PIPELINES = ("tiny_pipeline", "tiny_study", *PRODUCTION_PIPELINES)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage recipe and its overrides: exactly the command line that would run it alone. ``name`` is its folder."""
+    """One stage to run: its folder ``name``, its recipe (or configuration file) and overrides."""
 
     name: str
     recipe: str
@@ -51,9 +82,51 @@ class Step:
     def config(self) -> cfg.StageConfig:
         return cfg.apply_overrides(stage_recipe(self.recipe)(), self.overrides)
 
+    def arguments(self) -> list[str]:
+        """Command line of ``recipes.train``."""
+        return [*["--config"] * is_config_file(self.recipe), self.recipe, *self.overrides]
+
+
+def steps_of(name: str, run_name: str, overrides: Sequence[str]) -> list[Step]:
+    """Return the steps of a pipeline, a recipe or a configuration file.
+
+    Raises UserError for an unknown name or a bad override.
+    """
+    if name == "tiny_study":
+        raise UserError("tiny_study runs here only; submit tiny_pipeline with stage.run.seed=N for each seed")
+    if name == "tiny_pipeline":
+        steps = tiny_steps(run_name, overrides)
+    elif name in PRODUCTION_PIPELINES:
+        steps = production_steps(name, run_name, overrides)
+    elif is_config_file(name):
+        steps = [Step(Path(name).stem, name, tuple(overrides))]
+    elif name in STAGE_RECIPES:
+        steps = [Step(name, name, tuple(overrides))]
+    else:
+        raise UserError(f"unknown recipe or pipeline {name!r}; {nearest(name, [*PIPELINES, *STAGE_RECIPES])}")
+    check_steps(steps)
+    return steps
+
+
+def study_steps(study: str, overrides: Sequence[str]) -> dict[int, list[Step]]:
+    """Return the steps of a study by seed: the tiny pipeline under ``runs/<study>/seedN``, and the baseline."""
+    by_seed = {}
+    for seed in STUDY_SEEDS:
+        name = f"{study}/seed{seed}"
+        steps = tiny_steps(name, overrides, seed)
+        check_steps(steps)
+        by_seed[seed] = [*steps, baseline_step(name, steps)]
+    return by_seed
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Raise UserError for the first step whose configuration is wrong, before any of them runs."""
+    for step in steps:
+        step.config()
+
 
 def tiny_steps(name: str, extra: Sequence[str] = (), seed: int = 1) -> list[Step]:
-    """The tiny recipes under ``runs/<name>``, data and base model included."""
+    """Return the steps of the tiny pipeline, which reads data and base model from ``runs/<name>``."""
     root = f"runs/{name}"
     heldout, seeded = f"eval.data={root}/data/heldout.parquet", f"run.seed={seed}"
     own = {
@@ -71,32 +144,32 @@ def tiny_steps(name: str, extra: Sequence[str] = (), seed: int = 1) -> list[Step
 
 
 def production_steps(pipeline: str, name: str, extra: Sequence[str] = ()) -> list[Step]:
-    """The stages of one of ``PRODUCTION_PIPELINES`` under ``runs/<name>``; data and base model are the recipes'."""
+    """Return the steps of one of ``PRODUCTION_PIPELINES`` in ``runs/<name>``, on the recipes' data and base model."""
     return _chain(name, {stage: (recipe, ()) for stage, recipe in PRODUCTION_PIPELINES[pipeline].items()}, extra)
 
 
 def _chain(name: str, stages: Mapping[str, tuple[str, tuple[str, ...]]], extra: Sequence[str]) -> list[Step]:
-    """SFT -> collect -> warm-up -> alignment -> RLVR, one checkpoint lineage; ``extra`` comes last.
+    """Connect SFT -> collect -> warm-up -> alignment -> RLVR; overrides in ``extra`` come last.
 
-    A stage that was made from other inputs or settings than it would be now is moved aside and begun anew.
+    A stage whose settings or inputs have changed since it ran is moved aside and run again.
     """
     root = f"runs/{name}"
-    handed_over = {
+    inputs = {
         "sft": (),
         "collect": (f"model.hf_checkpoint={root}/sft/hf",),
         "warmup": (f"model.hf_checkpoint={root}/sft/hf", f"data={root}/collect/warmup_pairs.jsonl"),
         "align": (f"model.hf_checkpoint={root}/sft/hf", f"discriminator.hf_checkpoint={root}/warmup/hf"),
         "rlvr": (f"model.hf_checkpoint={root}/align/hf", f"data={root}/collect/rlvr.parquet"),
     }
-    by_stage = _by_stage(extra, handed_over)
+    overrides = _by_stage(extra, inputs)
     return [
-        Step(stage, recipe, (f"run.name={name}/{stage}", _RESTART, *handed_over[stage], *own, *by_stage.get(stage, ())))
+        Step(stage, recipe, (f"run.name={name}/{stage}", _RESTART, *inputs[stage], *own, *overrides.get(stage, ())))
         for stage, (recipe, own) in stages.items()
     ]
 
 
 def baseline_step(name: str, steps: Sequence[Step]) -> Step:
-    """RLVR straight after SFT, with as many policy updates as alignment and RLVR have together."""
+    """Return RLVR straight after SFT, with as many policy updates as alignment and RLVR have together."""
     align, rlvr = (next(step for step in steps if step.name == stage) for stage in ("align", "rlvr"))
     runs = [step.config().run for step in (align, rlvr)]
     if any(run.num_epochs for run in runs):
@@ -111,8 +184,8 @@ def baseline_step(name: str, steps: Sequence[Step]) -> Step:
 
 
 def _by_stage(extra: Sequence[str], stages: Collection[str]) -> dict[str, list[str]]:
-    """Pipeline overrides name their stage first: ``rlvr.run.train_iters=40``."""
-    sorted_out: dict[str, list[str]] = {}
+    """Group overrides such as ``rlvr.run.train_iters=40`` by the stage that they start with."""
+    by_stage: dict[str, list[str]] = {}
     for override in extra:
         stage, separator, rest = override.partition(".")
         if not separator or stage not in stages:
@@ -125,88 +198,25 @@ def _by_stage(extra: Sequence[str], stages: Collection[str]) -> dict[str, list[s
                 f"override {override!r} would take {stage} out of the pipeline's folder, where the other stages look "
                 "for what it writes; give the pipeline a folder of its own with --name"
             )
-        sorted_out.setdefault(stage, []).append(rest)
-    return sorted_out
+        by_stage.setdefault(stage, []).append(rest)
+    return by_stage
 
 
-def collect_results(run_dir: Path, steps: Sequence[Step]) -> None:
-    """Gather the stages' results into ``results.json`` and put the last policy of the lineage at ``hf/``."""
-    results: list[dict[str, Any]] = []
-    last: Path | None = None
-    for step in steps:
-        stage = cfg.stage_dir(step.config())
-        if (stage / "results.json").is_file():
-            results += [row | {"stage": step.name} for row in json.loads((stage / "results.json").read_text())]
-            last = last if step.name == BASELINE else stage / "hf"
-    write_atomic(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
-    if last is not None:
-        partial = run_dir / ".hf.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(last, partial)
-        shutil.rmtree(run_dir / "hf", ignore_errors=True)
-        os.replace(partial, run_dir / "hf")
+def main() -> int:
+    """Print the steps of a production pipeline. A user error is one line on stderr and exit status 2."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    name, *overrides = sys.argv[1:]
+    try:
+        for step in steps_of(name, name, overrides):
+            config, (nodes, _) = step.config(), shape_of(step.recipe) or (1, 1)
+            print(step.name, nodes, GRACE_SECONDS[config.stage], cfg.stage_dir(config), *step.arguments(), sep="\t")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def write_study(study_dir: Path, run_dirs: Sequence[Path]) -> str:
-    """Pool the runs' results, stage by stage, into ``results.json`` and a Markdown table, which is returned.
-
-    All seeds answer the same held-out questions, so more seeds are not more questions: a standard error is that of one
-    seed's questions, which bounds the pooled mean's from above. The seeds' own accuracies stand beside it. The error of
-    a difference to the first stage takes the two as independent, another bound from above.
-    """
-    by_stage: dict[str, list[dict[str, Any]]] = {}
-    for run_dir in run_dirs:
-        for row in json.loads((run_dir / "results.json").read_text()):
-            by_stage.setdefault(row["stage"], []).append(row)
-    pooled = [_pool(stage, rows) for stage, rows in by_stage.items()]
-    first = pooled[0]
-    lines = [
-        f"| after | accuracy | seed by seed | over {first['stage']} | caption recall | steps correct "
-        "| format valid | tokens |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in pooled:
-        gain = "–"
-        if row is not first:
-            gain = f"{100 * (row['accuracy'] - first['accuracy']):+.1f} ± "
-            gain += f"{100 * math.hypot(row['accuracy_stderr'], first['accuracy_stderr']):.1f}"
-        cells = [
-            row["stage"],
-            _percent(row, "accuracy"),
-            " ".join(f"{100 * value:.1f}" for value in row["accuracy_by_seed"]),
-            gain,
-            _percent(row, "caption_recall"),
-            _percent(row, "step_correct"),
-            f"{100 * row['format_valid']:.1f} %",
-            f"{row['response_tokens']:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    table = "\n".join(lines)
-    write_atomic(study_dir / "results.json", json.dumps(pooled, indent=2) + "\n")
-    write_atomic(study_dir / "table.md", table + "\n")
-    return table
-
-
-def _pool(stage: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    questions = rows[0]["num_questions"]
-    assert all(row["num_questions"] == questions for row in rows), "the seeds answer the same questions"
-
-    def mean(key: str) -> float:
-        return float(sum(row[key] for row in rows) / len(rows))
-
-    pooled: dict[str, Any] = {
-        "stage": stage,
-        "num_questions": questions,
-        "num_seeds": len(rows),
-        "accuracy_by_seed": [row["accuracy"] for row in rows],
-    }
-    for key in ("accuracy", "caption_recall", "step_correct", "format_valid", "response_tokens"):
-        pooled[key] = mean(key)
-    pooled["accuracy_stderr"] = math.sqrt(pooled["accuracy"] * (1 - pooled["accuracy"]) / questions)
-    for key in ("caption_recall_stderr", "step_correct_stderr"):
-        pooled[key] = mean(key)
-    return pooled
-
-
-def _percent(row: dict[str, Any], key: str) -> str:
-    return f"{100 * row[key]:.1f} ± {100 * row[key + '_stderr']:.1f} %"
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,8 @@
-"""Production recipes for Qwen3-VL, with the paper's hyper-parameters (its Table 3 and released scripts) where it has
-them. Each is a function of no argument, named by every fact: stage, algorithm, size, nodes and GPUs, precision.
+"""Configurations of the production recipes, a function for each stage and RLVR algorithm.
 
-    from recipes.qwen3_vl import rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16
-
-Relative paths are those of a project folder: ``checkpoints/`` holds HF directories, ``data/`` the data sets, ``runs/``
-what is written. Not verified on GPUs.
+Hyper-parameters are the paper's (its Table 3 and released scripts) where it states them. ``recipes/layouts.py`` lists
+the recipes by name with their parallel layouts. Relative paths start in the project folder: ``checkpoints/`` holds HF
+directories, ``data/`` the data sets, ``runs/`` the output. Not verified on GPUs.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from prism_megatron.config import (
     StageConfig,
     WarmupConfig,
 )
-from recipes.layouts import GPUS_PER_NODE, LAYOUTS, SIZES, VISION, Layout
+from recipes.layouts import LAYOUTS, VISION, Layout, parse_name, recipe_name
 
 ALGORITHMS = ("grpo", "dapo", "gspo")
 _PROMPT_TOKENS = 2048  # longer prompts are not in the released data
@@ -44,7 +42,7 @@ _HUB_NAMES = {
 
 def sft(size: str, precision: str) -> SFTConfig:
     """One epoch over the demonstrations, 1.37 M in the paper, vision tower and merger frozen (spec 2)."""
-    layout = LAYOUTS[precision]["sft", size]
+    layout = _layout("sft", size, precision)
     return SFTConfig(
         stage="sft",
         run=_run(size, "sft", precision, num_epochs=1, save_interval=1000),
@@ -60,7 +58,7 @@ def sft(size: str, precision: str) -> SFTConfig:
 
 def collect(size: str, precision: str) -> CollectConfig:
     """Student responses for the warm-up, and RLVR prompts whose pass rate of 16 is in the paper's band (spec 1.4)."""
-    layout = LAYOUTS[precision]["collect", size]
+    layout = _layout("collect", size, precision)
     return CollectConfig(
         stage="collect",
         run=_run(size, "collect", precision, train_iters=1, save_interval=1),
@@ -83,7 +81,7 @@ def warmup(size: str, precision: str) -> WarmupConfig:
     One epoch: the paper's 120 K pairs are all different, and collect writes as many as there are alignment prompts,
     5,978 in the release. More epochs would teach the demonstrations by heart that alignment plays on.
     """
-    layout = LAYOUTS[precision]["warmup", size]
+    layout = _layout("warmup", size, precision)
     return WarmupConfig(
         stage="warmup",
         run=_run(size, "warmup", precision, num_epochs=1, save_interval=50),
@@ -100,7 +98,7 @@ def warmup(size: str, precision: str) -> WarmupConfig:
 
 def align(size: str, precision: str) -> AlignConfig:
     """500 iterations of 4 prompts x 16 responses, one step of each player (spec 4.1)."""
-    layout = LAYOUTS[precision]["align", size]
+    layout = _layout("align", size, precision)
     return AlignConfig(
         stage="align",
         run=_run(size, "align", precision, train_iters=500, save_interval=50),
@@ -123,7 +121,7 @@ def align(size: str, precision: str) -> AlignConfig:
 
 def rlvr_grpo(size: str, precision: str) -> RLVRConfig:
     """1500 iterations of 32 prompts x 16 responses (spec 5.1); the other algorithms change what differs (spec 5.2)."""
-    layout = LAYOUTS[precision]["rlvr", size]
+    layout = _layout("rlvr_grpo", size, precision)
     return RLVRConfig(
         stage="rlvr",
         run=_run(size, "rlvr_grpo", precision, train_iters=1500, save_interval=60),
@@ -223,25 +221,15 @@ _FAMILIES: dict[str, Callable[[str, str], StageConfig]] = {
 }
 
 
-def recipe_name(family: str, size: str, precision: str = "bf16") -> str:
-    nodes = LAYOUTS[precision][family.split("_")[0], size].nodes
-    return f"{family}_qwen3_vl_{size}_{nodes}n{GPUS_PER_NODE}g_h100_{precision}"
+def _layout(family: str, size: str, precision: str) -> Layout:
+    name = recipe_name(family, size, precision)
+    assert name is not None, f"no recipe of {family} for {size} in {precision}"
+    return LAYOUTS[name]
 
 
-def size_of(name: str) -> str:
-    return next(size for size in SIZES if f"_qwen3_vl_{size}_" in name)
+def _recipe(name: str) -> Callable[[], StageConfig]:
+    family, size, precision = parse_name(name)
+    return partial(_FAMILIES[family], size, precision)
 
 
-RECIPES: dict[str, Callable[[], StageConfig]] = {
-    recipe_name(family, size, precision): partial(build, size, precision)
-    for family, build in _FAMILIES.items()
-    for size in SIZES
-    for precision, layouts in LAYOUTS.items()
-    if (family.split("_")[0], size) in layouts
-}
-
-
-def __getattr__(name: str) -> Callable[[], StageConfig]:
-    if name in RECIPES:
-        return RECIPES[name]
-    raise AttributeError(f"module {__name__!r} has no recipe {name!r}")
+RECIPES: dict[str, Callable[[], StageConfig]] = {name: _recipe(name) for name in LAYOUTS}

@@ -14,20 +14,7 @@ options=() overrides=()
 for word in "$@"; do
   case $word in -*) options+=("$word") ;; *) overrides+=("$word") ;; esac
 done
-steps=$(python -c '
-import sys
-from prism_megatron.config import stage_dir
-from recipes import shape_of
-from recipes.cluster import GRACE_SECONDS
-from recipes.launch import steps_of
-try:
-    for step in steps_of(sys.argv[1], sys.argv[1], sys.argv[2:]):
-        nodes, _ = shape_of(step.recipe)
-        config = step.config()
-        print(step.name, nodes, GRACE_SECONDS[config.stage], stage_dir(config), step.recipe, *step.overrides, sep="\t")
-except ValueError as error:
-    sys.exit(f"error: {error}")
-' "$pipeline" "${overrides[@]}")
+steps=$(python -m recipes.pipeline "$pipeline" "${overrides[@]}")
 after=()
 while IFS=$'\t' read -r -a step; do
   job=$(sbatch --parsable --job-name="prism.${step[0]}" --nodes="${step[1]}" --signal="TERM@${step[2]}" "${after[@]}" "${options[@]}" \

@@ -78,7 +78,7 @@ def speaking_checkpoint(
     with (root / "one worker trains").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "sft" / "finished.json").exists():
-            launch(1, ["-m", "prism_megatron.train", "tiny_sft", *sft, *run])
+            launch(1, ["-m", "recipes.train", "tiny_sft", *sft, *run])
     return root / "sft" / "hf"
 
 

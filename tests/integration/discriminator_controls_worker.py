@@ -25,8 +25,8 @@ from prism_megatron.stages.batcher import Batcher  # noqa: E402
 from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score  # noqa: E402
 from prism_megatron.stages.rollouts import Sample, as_sample  # noqa: E402
 from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor  # noqa: E402
-from prism_megatron.train import load  # noqa: E402
 from prism_megatron.types import EncodedPrompt, Example, Rollout  # noqa: E402
+from recipes.train import load  # noqa: E402
 
 TRAINED_ROWS, ROWS_PER_STEP, STEPS = 24, 8, 24
 OBJECTIVE = DiscriminatorObjective((0.5, 0.5))

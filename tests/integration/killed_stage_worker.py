@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from unittest.mock import patch
 
 from prism_megatron.observe.logger import MetricsLog
-from prism_megatron.train import main
+from recipes.train import main
 
 kill_at, seconds = int(sys.argv[1]), float(sys.argv[2])
 log = MetricsLog.log

@@ -29,8 +29,8 @@ from prism_megatron.stages.discriminator import score  # noqa: E402
 from prism_megatron.stages.replay import Replay  # noqa: E402
 from prism_megatron.stages.rollouts import Sample  # noqa: E402
 from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor  # noqa: E402
-from prism_megatron.train import load  # noqa: E402
 from prism_megatron.types import Example, PackedBatch, Rollout  # noqa: E402
+from recipes.train import load  # noqa: E402
 
 
 def discriminator(config: cfg.AlignConfig) -> TrainableModel:

@@ -23,7 +23,8 @@ from prism_megatron.parallel import groups  # noqa: E402
 from prism_megatron.rollout.child import Engine  # noqa: E402
 from prism_megatron.stages import align, rlvr  # noqa: E402
 from prism_megatron.stages.rollouts import start_engine  # noqa: E402
-from prism_megatron.train import load, run_stage  # noqa: E402
+from prism_megatron.train import run_stage  # noqa: E402
+from recipes.train import load  # noqa: E402
 
 
 def main(runs: str) -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from prism_megatron.stages.setup import clear_disk_errors
-from prism_megatron.train import main
 from recipes.estimate.memory import PUBLISHED
-from recipes.launch import launch as launch_pipeline
 from recipes.launch import main as launch_main
+from recipes.local_run import launch as launch_pipeline
+from recipes.train import main
 
 
 def sft(checkpoint: Path, data: Path, runs: Path, *overrides: str) -> list[str]:
@@ -141,7 +141,7 @@ def test_damaged_checkpoints(
     shutil.copytree(tiny_checkpoint, truncated)
     weights = (truncated / "model.safetensors").read_bytes()
     (truncated / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    command = ["-m", "prism_megatron.train", *sft(truncated, tiny_data / "sft.jsonl", tmp_path / "runs")]
+    command = ["-m", "recipes.train", *sft(truncated, tiny_data / "sft.jsonl", tmp_path / "runs")]
     output = launch(1, command, expect=2)
     assert "model.safetensors is damaged or truncated" in output
     assert "Traceback" not in output

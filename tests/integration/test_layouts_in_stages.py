@@ -27,7 +27,7 @@ def test_alignment_on_two_pipeline_stages(
     measured: list[list[dict[str, Any]]] = []
     for stages in (1, 2):
         layout = [f"run.name=stages{stages}", f"parallel.pipeline_model_parallel_size={stages}"]
-        launch(stages, ["-m", "prism_megatron.train", *place, *layout])
+        launch(stages, ["-m", "recipes.train", *place, *layout])
         log = tmp_path / f"stages{stages}" / "metrics.jsonl"
         measured.append([json.loads(line) for line in log.read_text().splitlines()])
     compared = (names.DISCRIMINATOR_LOSS, names.LOAD_BALANCE_LOSS, names.POLICY_LOSS, names.GRAD_NORM, names.ENTROPY)

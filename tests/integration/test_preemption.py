@@ -22,7 +22,7 @@ import psutil
 from prism_megatron.observe.metrics import MFU, TFLOPS_PER_RANK, TOKENS_PER_SECOND
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "prism_megatron.train"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "recipes.train"]
 GO_ON = "the same command goes on from there"
 MANY = 100_000  # iterations, of which some are done
 PATIENCE = 240  # seconds until a hang is a failure

@@ -27,8 +27,8 @@ from prism_megatron.observe.metrics import (
     TRAIN_ROLLOUT_RESPONSE_ABS_DIFF,
 )
 from prism_megatron.stages.run_lock import LOCK, RunLock
-from prism_megatron.train import main
 from prism_megatron.types import PreferencePair
+from recipes.train import main
 from tests.models import make_variant
 from tools.convert import main as convert
 
@@ -102,7 +102,7 @@ def test_killed_and_resumed(
 ) -> None:
     command = stages[stage]
     straight = [*command, f"run.name={stage}/straight"]
-    launch(1, ["-m", "prism_megatron.train", *straight])
+    launch(1, ["-m", "recipes.train", *straight])
     expected = measured(straight)
     assert [row["iteration"] for row in expected] == list(range(1, ITERATIONS + 1))
     assert expected[0] != expected[-1], "something was trained"
@@ -120,7 +120,7 @@ def test_killed_and_resumed(
     kill_at = rng.randint(1, ITERATIONS - 2)
     launch(1, [str(KILLED), str(kill_at), str(rng.uniform(1e-4, 0.1)), *interrupted], expect=-signal.SIGPROF)
     assert not (folder(interrupted) / "finished.json").exists()
-    launch(1, ["-m", "prism_megatron.train", *interrupted])
+    launch(1, ["-m", "recipes.train", *interrupted])
     assert measured(interrupted) == expected, f"killed at iteration {kill_at}"
     if stage == "sft":
         refuses_all_but_the_same(interrupted, launch, capsys)
@@ -145,7 +145,7 @@ def refuses_all_but_the_same(
         assert main([*command, change]) == 2
         assert message in capsys.readouterr().err
     with RunLock(folder(command)):
-        output = launch(1, ["-m", "prism_megatron.train", *command, "run.train_iters=6", ALLOWED], expect=2)
+        output = launch(1, ["-m", "recipes.train", *command, "run.train_iters=6", ALLOWED], expect=2)
         assert f"error: {folder(command)} is in use by process {os.getpid()} on " in output
         assert "Traceback" not in output
     assert contents(folder(command)) == before
@@ -190,10 +190,10 @@ def test_resumed_at_another_layout(
     # Small steps: the recipe's own, from random weights, enlarge tenfold in each what rounding makes differ.
     command = [*stages["sft"], f"run.dir={tmp_path}", *start, "optimizer.lr=2e-4"]
     straight = [*command, "run.name=straight", *before]
-    launch(ranks, ["-m", "prism_megatron.train", *straight])
+    launch(ranks, ["-m", "recipes.train", *straight])
     moved = [*command, "run.name=moved"]
     launch(ranks, [str(KILLED), "3", "0.05", *moved, *before], expect=-signal.SIGPROF)
-    launch(ranks_after, ["-m", "prism_megatron.train", *moved, *after])
+    launch(ranks_after, ["-m", "recipes.train", *moved, *after])
     losses, expected = ([row[LOSS] for row in measured(run)] for run in (moved, straight))
     first = 3  # the first after the resume, whose weights are those of the other run
     assert losses[:first] == pytest.approx(expected[:first], abs=1e-5)
@@ -210,7 +210,7 @@ def test_started_from_a_converted_directory(stages: dict[str, list[str]], launch
     for name, checkpoint in (("hf", hf), ("megatron", megatron)):
         started = [f"run.name=start/{name}", f"model.hf_checkpoint={checkpoint}", "run.train_iters=2"]
         runs.append([*stages["rlvr"], *started])
-        launch(1, ["-m", "prism_megatron.train", *runs[-1]])
+        launch(1, ["-m", "recipes.train", *runs[-1]])
     assert measured(runs[0]) == measured(runs[1])
     exported = [{path.name for path in (folder(run) / "hf").iterdir()} for run in runs]
     assert exported[0] == exported[1] >= {"model.safetensors", "config.json", "tokenizer.json"}

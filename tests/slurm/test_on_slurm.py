@@ -65,7 +65,7 @@ def test_told_to_stop_and_put_back_into_the_queue(
     wait_for(lambda: "told to stop, and saved; it goes on from there" in report(logs / "start0"))
     assert 0 < iterations(stopped) < 60
     assert not (stopped / "finished.json").exists()
-    launch(2, ["-m", "prism_megatron.train", *arguments, "run.name=straight"], threads=1)
+    launch(2, ["-m", "recipes.train", *arguments, "run.name=straight"], threads=1)
     wait_for(lambda: job_state(slurm, job) in ENDED)
     assert job_state(slurm, job) == "COMPLETED"
     assert sorted(path.name for path in (logs / "start1").iterdir()) == ["rank_0000.log", "rank_0001.log"]

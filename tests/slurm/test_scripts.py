@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipes import shape_of
-from recipes.launch import steps_of
+from recipes.pipeline import steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ def test_a_pipeline_that_is_none_is_refused_in_a_line(slurm: dict[str, str]) -> 
         (["8b", "grpo", "lr=1"], "error: override 'lr=1' must start with a stage"),
     ]:
         done = submit(slurm, *arguments)
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(message)
         assert len(done.stderr.splitlines()) == 1
 

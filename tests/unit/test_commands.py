@@ -25,7 +25,9 @@ def modules() -> list[str]:
 
 COMMANDS = [
     *([module, "--help"] for module in modules() if module not in WORKERS),
-    ["prism_megatron.train", "--help"],
+    ["recipes.train", "--help"],
+    ["recipes.pipeline", "--help"],
+    ["recipes.launch", "pipeline_gspo_qwen3_vl_8b_h100_bf16", "--show"],
     ["recipes.launch", "tiny_pipeline", "--dryrun"],
     ["recipes.launch", "rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16", "--estimate"],
     ["tools.plan", "--model", "2b", "--top", "1"],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from prism_megatron import config as cfg
-from prism_megatron.train import load
+from prism_megatron.errors import UserError
 from recipes import STAGE_RECIPES
+from recipes.train import load
 
 
 @pytest.mark.parametrize("name", sorted(STAGE_RECIPES))
@@ -157,3 +160,42 @@ def test_a_value_left_out_is_named() -> None:
             ),
             [],
         )
+
+
+@pytest.mark.parametrize("name", ["tiny_sft", "tiny_collect", "tiny_warmup", "tiny_align", "tiny_rlvr"])
+def test_a_configuration_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
+    config = load(name, ["model.freeze=[vision,merger]", "optimizer.adam_eps=1e-9"])
+    (tmp_path / "config.yaml").write_text(cfg.to_yaml(config))
+    assert cfg.apply_overrides(cfg.read_yaml(tmp_path / "config.yaml"), []) == config
+
+
+def test_a_file_may_leave_to_overrides_what_has_no_default(tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text("stage: sft\ndata: rows.jsonl\nmodel: {precision: bf16}\nrun: {name: mine, num_epochs: 2}\n")
+    with pytest.raises(UserError, match=r"recipe leaves global_batch_size, .* unset"):
+        cfg.apply_overrides(cfg.read_yaml(file), [])
+    given = ["global_batch_size=8", "max_tokens_per_microbatch=4096", "model.hf_checkpoint=base", "optimizer.lr=1e-5"]
+    given += ["rollout.samples_per_prompt=1", "rollout.max_response_tokens=64", "rollout.max_model_len=128"]
+    config = cfg.apply_overrides(cfg.read_yaml(file), [*given, "model.precision=fp32"])
+    assert isinstance(config, cfg.SFTConfig)
+    assert (config.data, config.model.precision, config.run.num_epochs) == ("rows.jsonl", "fp32", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: rows.jsonl", "FILE must have stage: one of sft, collect, warmup, align, rlvr, got None"),
+        ("[sft]", "FILE must have stage: one of sft, collect, warmup, align, rlvr, got None"),
+        ("stage: dpo", "FILE must have stage: one of sft, collect, warmup, align, rlvr, got 'dpo'"),
+        ("stage: sft\nlr: 1", "FILE: unknown key 'lr': the configuration has data, eval"),
+        ("stage: sft\noptimizer: {rl: 1}", "FILE: unknown key 'optimizer.rl': optimizer has adam_beta1"),
+        ("stage: sft\noptimizer: 1", "FILE: optimizer is a group of keys, not a value; got 1"),
+        ("stage: [", "configuration FILE cannot be read: while parsing a flow node"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        cfg.read_yaml(file)
+    assert str(error.value).startswith(message.replace("FILE", str(file)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ ONLY_IN = {
     "nemo_run": set(),
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts != ("__init__.py",))
+PACKAGES = ("prism_megatron", "recipes", "tools")  # a package imports from those before it only
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in (ROOT / package).rglob("*.py")
+}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -70,9 +77,33 @@ def test_imports_only_from_the_left(path: Path) -> None:
         assert allowed is None or layer(path) in allowed, f"{path.name} may not import {top}"
 
 
-def test_the_package_names_no_recipe_but_to_look_one_up() -> None:
-    users = [path for path in SOURCES if any(module.split(".")[0] in ("recipes", "tools") for module in imports(path))]
-    assert [path.name for path in users] == ["train.py"]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_from_those_before(package: str) -> None:
+    later = PACKAGES[PACKAGES.index(package) + 1 :]
+    users = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / package).rglob("*.py")
+        if any(module.split(".")[0] in later for module in imports(path))
+    }
+    assert not users
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name: neighbours(path) - {name} for name, path in MODULES.items()}
+    sorter = TopologicalSorter(graph)
+    sorter.prepare()  # raises CycleError with the modules of a cycle
+
+
+def neighbours(path: Path) -> set[str]:
+    """Modules of this repository that a module imports, submodules imported from a package included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= submodules if len(submodules) == len(node.names) else submodules | {node.module}
+    return found & MODULES.keys()
 
 
 def test_files_stay_small() -> None:

@@ -161,7 +161,7 @@ def test_d10_the_branches_weigh_in_the_loss_what_they_weigh_in_the_reward() -> N
 
     cpu.install()
     from prism_megatron.stages.align import discriminator_objective
-    from prism_megatron.train import load
+    from recipes.train import load
 
     skewed = ["perception_weight=0.75"]
     fixed, reference = (load("tiny_align", [*skewed, f"compat={compat}"]) for compat in ("fixed", "reference"))

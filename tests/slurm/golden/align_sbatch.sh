@@ -47,7 +47,7 @@ source "$job_dir/code/slurm/job.sh" || exit 1
 
 # Command 1
 
-srun --output EXPERIMENT/align/log-prism.align_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/align/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m prism_megatron.train align_qwen3_vl_30b_a3b_4n8g_h100_fp8 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/align run.on_change=restart model.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/sft/hf discriminator.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/warmup/hf
+srun --output EXPERIMENT/align/log-prism.align_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/align/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m recipes.train align_qwen3_vl_30b_a3b_4n8g_h100_fp8 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/align run.on_change=restart model.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/sft/hf discriminator.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/warmup/hf
 
 exitcode=$?
 

@@ -47,7 +47,7 @@ source "$job_dir/code/slurm/job.sh" || exit 1
 
 # Command 1
 
-srun --output EXPERIMENT/collect/log-prism.collect_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/collect/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m prism_megatron.train collect_qwen3_vl_30b_a3b_1n8g_h100_bf16 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/collect run.on_change=restart model.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/sft/hf
+srun --output EXPERIMENT/collect/log-prism.collect_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/collect/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m recipes.train collect_qwen3_vl_30b_a3b_1n8g_h100_bf16 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/collect run.on_change=restart model.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/sft/hf
 
 exitcode=$?
 

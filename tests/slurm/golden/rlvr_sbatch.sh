@@ -47,7 +47,7 @@ source "$job_dir/code/slurm/job.sh" || exit 1
 
 # Command 1
 
-srun --output EXPERIMENT/rlvr/log-prism.rlvr_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/rlvr/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m prism_megatron.train rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_fp8 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/rlvr run.on_change=restart model.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/align/hf data=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/collect/rlvr.parquet
+srun --output EXPERIMENT/rlvr/log-prism.rlvr_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/rlvr/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m recipes.train rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_fp8 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/rlvr run.on_change=restart model.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/align/hf data=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/collect/rlvr.parquet
 
 exitcode=$?
 

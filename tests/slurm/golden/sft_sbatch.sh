@@ -47,7 +47,7 @@ source "$job_dir/code/slurm/job.sh" || exit 1
 
 # Command 1
 
-srun --output EXPERIMENT/sft/log-prism.sft_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/sft/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m prism_megatron.train sft_qwen3_vl_30b_a3b_2n8g_h100_fp8 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/sft run.on_change=restart
+srun --output EXPERIMENT/sft/log-prism.sft_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/sft/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m recipes.train sft_qwen3_vl_30b_a3b_2n8g_h100_fp8 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/sft run.on_change=restart
 
 exitcode=$?
 

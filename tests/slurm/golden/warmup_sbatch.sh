@@ -47,7 +47,7 @@ source "$job_dir/code/slurm/job.sh" || exit 1
 
 # Command 1
 
-srun --output EXPERIMENT/warmup/log-prism.warmup_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/warmup/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m prism_megatron.train warmup_qwen3_vl_30b_a3b_1n8g_h100_bf16 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/warmup run.on_change=restart model.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/sft/hf data=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/collect/warmup_pairs.jsonl
+srun --output EXPERIMENT/warmup/log-prism.warmup_%j_${SLURM_RESTART_COUNT:-0}.out --chdir EXPERIMENT/warmup/code --wait=60 --kill-on-bad-exit=1 bash slurm/rank.sh python -m recipes.train warmup_qwen3_vl_30b_a3b_1n8g_h100_bf16 run.name=pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/warmup run.on_change=restart model.hf_checkpoint=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/sft/hf data=runs/pipeline_gspo_qwen3_vl_30b_a3b_h100_fp8/collect/warmup_pairs.jsonl
 
 exitcode=$?
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from prism_megatron.config import apply_overrides, read_yaml
 from recipes import STAGE_RECIPES
-from recipes.launch import PIPELINES, main, ranks_here
+from recipes.launch import main
+from recipes.local_run import ranks_here
+from recipes.pipeline import PIPELINES, steps_of
 
 SLURM = ["--executor", "slurm", "--cluster"]
 SFT_8B = "sft_qwen3_vl_8b_1n8g_h100_bf16"
@@ -137,7 +140,7 @@ def test_a_dry_run_here_prints_the_commands_and_runs_nothing(
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
     assert run(monkeypatch, *arguments, "--dryrun") == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "prism_megatron.train"]
+    start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "recipes.train"]
     assert [words[:7] for words in commands] == [[*start, recipe] for recipe in recipes]
     assert ("run.name=mine" in commands[0]) == ("mine" in arguments)
     assert ("run.train_iters=3" in commands[0]) == any("train_iters" in word for word in arguments)
@@ -157,10 +160,43 @@ def test_a_dry_run_on_slurm_prints_the_script_as_it_is_stored(
     assert f"\nexport PRISM_STAGE_DIR=runs/{wider_than_a_terminal}\n" in shown
 
 
+def test_show_prints_every_stage_as_config_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "pipeline_gspo_qwen3_vl_8b_h100_bf16", "rlvr.optimizer.lr=2e-6", "--show") == 0
+    documents = capsys.readouterr().out.split("---\n")
+    assert [document.splitlines()[0] for document in documents] == [
+        "# sft: sft_qwen3_vl_8b_1n8g_h100_bf16",
+        "# collect: collect_qwen3_vl_8b_1n8g_h100_bf16",
+        "# warmup: warmup_qwen3_vl_8b_1n8g_h100_bf16",
+        "# align: align_qwen3_vl_8b_2n8g_h100_bf16",
+        "# rlvr: rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16",
+    ]
+    file = tmp_path / "my_rlvr.yaml"
+    file.write_text(documents[-1])
+    steps = steps_of("pipeline_gspo_qwen3_vl_8b_h100_bf16", "pipeline_gspo_qwen3_vl_8b_h100_bf16", [])
+    expected = apply_overrides(steps[-1].config(), ["optimizer.lr=2e-6"])
+    assert read_yaml(file) == expected
+    command = ["--config", str(file), "--name", "mine", "run.train_iters=3", "--ranks", "2"]
+    assert run(monkeypatch, *command, "--dryrun") == 0
+    assert capsys.readouterr().out == (
+        f"torchrun --standalone --nproc-per-node 2 -m recipes.train --config {file} run.name=mine run.train_iters=3\n"
+    )
+
+
+def test_a_recipe_or_a_file_must_be_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "--dryrun")
+    assert ended.value.code == 2
+    assert "give the NAME of a recipe or pipeline, or --config FILE.yaml" in capsys.readouterr().err
+    assert run(monkeypatch, "--config", "nowhere.yaml") == 2
+    assert "error: configuration nowhere.yaml cannot be read: [Errno 2] No such file" in capsys.readouterr().err
+
+
 def test_one_rank_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
-    assert ranks_here("tiny_pipeline", asked=None) == 1
-    assert ranks_here("tiny_pipeline", asked=2) == 2
+    assert ranks_here("tiny_pipeline", requested=None) == 1
+    assert ranks_here("tiny_pipeline", requested=2) == 2
 
 
 def test_estimate_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

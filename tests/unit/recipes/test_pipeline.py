@@ -10,7 +10,8 @@ import pytest
 
 from prism_megatron.config import RLVRConfig, stage_dir
 from prism_megatron.stages.collect import PAIRS, PROMPTS
-from recipes.pipeline import PRODUCTION_PIPELINES, baseline_step, production_steps, tiny_steps, write_study
+from recipes.pipeline import PRODUCTION_PIPELINES, baseline_step, production_steps, tiny_steps
+from recipes.results import write_study
 
 
 def result(stage: str, accuracy: float, **changed: float) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from prism_megatron.config import (
 )
 from prism_megatron.model.sizes import HFSizes
 from recipes import STAGE_RECIPES, qwen3_vl, shape_of, stage_recipe
+from recipes import layouts as layouts_module
+from recipes import pipeline as pipeline_module
 from recipes.estimate.activations import layer_elements
 from recipes.estimate.memory import GPU_BYTES, Memory, check_layout, estimate, published_sizes
-from recipes.layouts import LAYOUTS, SIZES
+from recipes.layouts import SIZES
 from recipes.qwen3_vl import ALGORITHMS, RECIPES
 
 
@@ -30,15 +32,23 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HFSizes]:
     return {size: published_sizes(size, tmp_path_factory.mktemp(size)) for size in SIZES}
 
 
+FP8_SIZES = {"sft": SIZES[2:], "align": SIZES[2:5], "rlvr": SIZES[2:]}  # what fits and gains; 8B and larger
+
+
 def test_every_stage_algorithm_and_size_has_one_and_in_fp8_where_it_fits() -> None:
     families = ["sft", "collect", "warmup", "align", *(f"rlvr_{algorithm}" for algorithm in ALGORITHMS)]
     expected = {(family, size, "bf16") for family in families for size in SIZES}
-    for family in families:
-        expected |= {(family, size, "fp8") for stage, size in LAYOUTS["fp8"] if family.startswith(stage)}
+    expected |= {(family, size, "fp8") for family in families for size in FP8_SIZES.get(family.split("_")[0], ())}
     assert {facts(name) for name in RECIPES} == expected
-    assert len(RECIPES) == len(expected)
-    assert "rlvr_gspo_qwen3_vl_30b_a3b_4n8g_h100_fp8" in RECIPES
+    assert len(RECIPES) == len(expected) == 61
     assert RECIPES.keys() <= STAGE_RECIPES.keys()
+
+
+def test_every_production_recipe_is_found_by_grep() -> None:
+    layouts = Path(layouts_module.__file__).read_text()
+    assert all(layouts.count(f'"{name}"') == 1 for name in RECIPES)
+    pipelines = Path(pipeline_module.__file__).read_text()
+    assert all(pipelines.count(f'"{name}"') == 1 for name in pipeline_module.PRODUCTION_PIPELINES)
 
 
 def facts(name: str) -> tuple[str, str, str]:
@@ -76,14 +86,6 @@ def test_an_engine_to_evaluate_with_fits_beside_sft(name: str, sizes: dict[str, 
             estimate(config, nodes * ranks, sizes[size], sizes["2b"])
     else:
         estimate(config, nodes * ranks, sizes[size], sizes["2b"]).check()
-
-
-def test_importable_by_name() -> None:
-    from recipes.qwen3_vl import rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16
-
-    assert rlvr_gspo_qwen3_vl_8b_1n8g_h100_bf16().run.name == "8b/rlvr_gspo"
-    with pytest.raises(AttributeError, match="no recipe 'sft_qwen3_vl_9b"):
-        _ = qwen3_vl.sft_qwen3_vl_9b_1n8g_h100_bf16
 
 
 def test_hyper_parameters_are_the_papers() -> None:

@@ -21,8 +21,8 @@ from prism_megatron.stages.policy import (
     policy_gradient_loss,
     policy_loss_config,
 )
-from prism_megatron.train import load
 from prism_megatron.types import EncodedPrompt, InputSpec
+from recipes.train import load
 
 SPEC = InputSpec(image_token_id=9, video_token_id=8, merge_size=1, patch_dim=1, max_positions=1000)
 LOSS = PolicyLossConfig("grpo", 0.2, 0.2, kl_coeff=0.1, kl_estimator="k2")

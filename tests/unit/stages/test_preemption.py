@@ -52,5 +52,5 @@ def test_ctrl_c_before_the_stage_handles_signals(
         raise AssertionError
 
     monkeypatch.setenv("RANK", rank)
-    assert train._status(interrupted) == 130
+    assert train.run(interrupted) == 130
     assert capsys.readouterr().err == line

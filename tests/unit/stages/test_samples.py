@@ -11,8 +11,8 @@ from prism_megatron.stages.align import within_groups
 from prism_megatron.stages.collect import pass_rates
 from prism_megatron.stages.rlvr import reward, trained_samples
 from prism_megatron.stages.rollouts import Sample
-from prism_megatron.train import load
 from prism_megatron.types import EncodedPrompt, Example, Rollout
+from recipes.train import load
 
 
 def sample(*, finished: bool, tokens: int = 4) -> Sample:

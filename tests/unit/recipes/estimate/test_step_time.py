@@ -15,7 +15,7 @@ from prism_megatron.observe.flops import Workload, training_flops
 from recipes import qwen3_vl
 from recipes.estimate.memory import estimate, published_sizes
 from recipes.estimate.step_time import Costs, Rows, StepTime, predict, read_costs
-from recipes.layouts import LAYOUTS, SIZES, VISION
+from recipes.layouts import LAYOUTS, SIZES, VISION, recipe_name
 from tools.bench.collectives import fit
 from tools.plan.check import non_negative
 from tools.plan.layouts import ends, layouts, ranked
@@ -86,7 +86,7 @@ def test_layouts_are_ranked_and_fit(sizes: HFSizes, costs: Costs) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_recipes_own_layout_is_a_candidate(size: str, tmp_path: Path) -> None:
     config = qwen3_vl.sft(size, "bf16")
-    assert LAYOUTS["bf16"]["sft", size].parallel() == config.parallel
+    assert LAYOUTS[recipe_name("sft", size, "bf16") or ""].parallel() == config.parallel
     candidates = [(c.parallel, c.model.recompute) for c in layouts(config, published_sizes(size, tmp_path))]
     assert (config.parallel, config.model.recompute) in candidates
 
