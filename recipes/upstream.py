@@ -34,7 +34,7 @@ def nemo_run() -> Any:
 
 
 def cli_error() -> type[Exception]:
-    """What its command line raises for a wrong argument, to print it as one line. It calls all else unexpected."""
+    """Exception of its command line for a wrong argument, to be printed as one line. All others it calls unexpected."""
     from nemo_run.cli.cli_parser import CLIException
 
     error: type[Exception] = CLIException

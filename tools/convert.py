@@ -22,7 +22,7 @@ from prism_megatron.config import ParallelConfig
 from prism_megatron.convert.rules import PARTS
 
 if TYPE_CHECKING:
-    from prism_megatron.convert.offline import Converted, Report
+    from prism_megatron.convert.convert_checkpoint import Converted, Report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def _convert(args: argparse.Namespace, report: Report) -> Converted:
     from prism_megatron.parallel import cpu
 
     cpu.install()  # before anything imports megatron
-    from prism_megatron.convert.offline import hf_to_megatron, megatron_to_hf
+    from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf
 
     if args.command == "hf-to-megatron":
         parallel = ParallelConfig(

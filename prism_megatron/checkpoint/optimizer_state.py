@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, 
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
-from prism_megatron.convert.native import content_metadata
+from prism_megatron.convert.load_checkpoint import content_metadata
 
 
 def saved_state(optimizer: Any, weights: dict[str, Any]) -> dict[str, Any]:

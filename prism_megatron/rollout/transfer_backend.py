@@ -1,10 +1,10 @@
-"""Our backend of vLLM's weight transfer: tensors of this very process, one module of the engine rebuilt after another.
+"""Weight-transfer backend of vLLM for tensors of the same process, reloading one module after another.
 
-vLLM's life cycle has three calls: start, update (as often as there are chunks), finish with a version. A backend says
-how the bytes arrive. Ours takes an iterator by reference, which is all that an engine inside the training ranks needs,
-on CPU and GPU alike: no byte is sent twice. The processes of a child engine read theirs from ``transport.py``, which
-brings the bytes through shared memory, a process group or memory of a GPU. That is instead of vLLM's own ``ipc`` and
-``nccl`` backends: reload, checks and what follows a death are the same whatever the way.
+vLLM's protocol has three calls: start, update (once per chunk of weights), and finish with a version. A backend decides
+how the bytes arrive. This one takes an iterator over tensors, so an engine inside the training ranks copies no byte
+twice, on CPU and GPU. Subprocesses of an engine receive tensors through ``transport.py``: shared memory, a process
+group or CUDA IPC. It replaces vLLM's ``ipc`` and ``nccl`` backends, so that reload, checks and restarts do not depend
+on the transport.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from prism_megatron.upstream.vllm import (
 
 
 @dataclass
-class NothingToAgreeOn(WeightTransferInitInfo):
-    """Both sides are one process."""
+class NoInitInfo(WeightTransferInitInfo):
+    """No connection is needed: sender and receiver are one process."""
 
 
 @dataclass
 class NamedTensors(WeightTransferUpdateInfo):
-    """HF names and whole tensors, each read once and not kept."""
+    """HF names and full tensors, each read once and not stored."""
 
     named: Iterator[tuple[str, Tensor]]
 
 
-class SameProcessTransfer(WeightTransferEngine[NothingToAgreeOn, NamedTensors]):
-    """Layerwise reload: once it has all its tensors, a module is cut and packed as when it was first loaded."""
+class SameProcessTransfer(WeightTransferEngine[NoInitInfo, NamedTensors]):
+    """Layerwise reload: a module with all its tensors is sharded and packed as in its first load."""
 
-    init_info_cls = NothingToAgreeOn
+    init_info_cls = NoInitInfo
     update_info_cls = NamedTensors
 
-    def init_transfer_engine(self, init_info: NothingToAgreeOn) -> None: ...
+    def init_transfer_engine(self, init_info: NoInitInfo) -> None: ...
 
     def start_weight_update(self) -> None:
         if current_platform.is_cpu():
@@ -57,7 +57,7 @@ class SameProcessTransfer(WeightTransferEngine[NothingToAgreeOn, NamedTensors]):
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class, which then waits for an accelerator that a CPU does not have."""
+        """Load one chunk of weights. The base class synchronises an accelerator afterwards, which a CPU lacks."""
         if current_platform.is_cpu():
             self.receive_weights(self.parse_update_info(update_info))
         else:
@@ -67,7 +67,7 @@ class SameProcessTransfer(WeightTransferEngine[NothingToAgreeOn, NamedTensors]):
         try:
             self.model.load_weights(update_info.named)
         except BaseException:
-            # Modules that got a part of their tensors would add those of the next update to it.
+            # A module with part of its tensors would add those of the next update to them.
             finalize_layerwise_reload(self.model, self.model_config)
             raise
 
@@ -79,10 +79,10 @@ class SameProcessTransfer(WeightTransferEngine[NothingToAgreeOn, NamedTensors]):
 
 
 def pack_tied_output(model: Any) -> None:
-    """Repeat the packing of an output layer that is tied to the embedding.
+    """Pack an output layer that is tied to the embedding again.
 
-    It gets no weights of its own, so the reload leaves alone the copy that CPU kernels made of it: every logit would
-    come from the weights of the first load.
+    It receives no weights, so the reload does not update the packed copy of CPU kernels: all logits would come from the
+    weights of the first load.
     """
     embeddings = {id(m.weight) for m in model.modules() if type(m) is VocabParallelEmbedding}
     for module in model.modules():
@@ -91,9 +91,9 @@ def pack_tied_output(model: Any) -> None:
 
 
 def _forget_packed_experts(model: Any) -> None:
-    """Have experts packed again: vLLM packs for CPU kernels only where there is no kernel yet.
+    """Drop the CPU kernels of experts, since vLLM packs experts only for a new kernel.
 
-    Else the new weights would be copied unpacked into what the kernel takes for packed ones.
+    Otherwise the update would copy unpacked weights into the kernel's packed ones.
     """
     for module in model.modules():
         if expert_kernel(module) is not None:
@@ -101,6 +101,6 @@ def _forget_packed_experts(model: Any) -> None:
 
 
 def register() -> str:
-    """Make the backend known to vLLM; its name."""
+    """Register the backend with vLLM; returns its name."""
     register_transfer_backend("same_process", SameProcessTransfer)
     return "same_process"

@@ -1,9 +1,9 @@
-"""How weights get from the rank that owns an engine to the engine's processes: three ways behind one interface.
+"""Transports of weights from a rank to the subprocesses of its engine: shared memory, a process group, or CUDA IPC.
 
-Memory of a fixed size has two halves: one is filled while the other is read. The processes share it on the host, or
-each end has its own and a process group brings each half over, or the processes open the owner's on a GPU.
+A buffer of fixed size has two halves: one is filled while the other is read. The subprocesses share it on the host, or
+have buffers of their own that a process group broadcasts to, or open the rank's buffer on a GPU.
 
-Run on CPU: shared memory, and a process group of gloo. NCCL and memory of a GPU are not verified.
+Verified on CPU: shared memory, and a gloo process group. NCCL and CUDA IPC are not verified.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 from prism_megatron.upstream.torch_internals import reduce_tensor, unregistered_group
 
-_TIMEOUT = timedelta(minutes=5)  # for a half to arrive where all wait for it, and for a group to form
+_TIMEOUT = timedelta(minutes=5)  # for one buffer transfer, and for the creation of a process group
 _HOST = "127.0.0.1"
 
 type Invitation = Callable[[], Transport]
 
 
 class Piece(NamedTuple):
-    """Bytes ``start`` to ``start + length`` of a tensor, which may be in several halves one after another."""
+    """Bytes ``start`` to ``start + length`` of a tensor, which several consecutive halves may hold."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,36 +41,36 @@ class Piece(NamedTuple):
 
 
 class Disconnected(RuntimeError):
-    """The other ends are not all there, or did not take part in time."""
+    """A process is missing, or did not take part in time."""
 
 
 class Transport:
-    """One end, the owner's or that of a process of the engine."""
+    """One end of a transport, in the rank or in a subprocess of its engine."""
 
-    descriptors: tuple[int, ...] = ()  # files that the processes must inherit
+    descriptors: tuple[int, ...] = ()  # file descriptors that the subprocesses must inherit
 
     def __init__(self, memory: Tensor, device: torch.device) -> None:
-        """``memory`` is bytes; received tensors are on ``device``."""
+        """Use ``memory``, a tensor of bytes, as the buffer; received tensors are on ``device``."""
         self._halves, self._device = memory.chunk(2), device
 
     def invitations(self, processes: int) -> list[Invitation]:
-        """For each process of a new engine how it makes its end, there."""
+        """Constructors of the other ends, one for each subprocess of a new engine to call."""
         raise NotImplementedError
 
     def connect(self) -> None:
-        """Wait until every process has made its end. Raises Disconnected."""
+        """Wait until every subprocess has constructed its end. Raises Disconnected."""
 
     def send(self, named: Iterable[tuple[str, Tensor]], announce: Callable[[list[Piece]], None]) -> None:
-        """Bring tensors over. ``announce`` tells all processes what a half holds, and returns when they wait for it.
+        """Send tensors. Raises Disconnected.
 
-        Raises Disconnected.
+        ``announce`` sends the list of what a half holds to all subprocesses, and returns when they wait for the half.
         """
         for content, pieces in self._filled(named):
             announce(pieces)
             self._move(content)
 
     def receive(self, announced: Iterable[list[Piece]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors again, copied out. A half has been read when the next of ``announced`` is asked for."""
+        """Yield copies of the tensors. A half has been read when the next item of ``announced`` is requested."""
         for half, pieces in zip(cycle(self._halves), announced, strict=False):
             self._move(half[: sum(piece.length for piece in pieces)])
             used = 0
@@ -85,7 +85,7 @@ class Transport:
             _finish(half)
 
     def _filled(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Tensor, list[Piece]]]:
-        """Copy tensors in, and yield the bytes of each half that are filled, and what they are."""
+        """Copy tensors into the halves in turn; yields the filled bytes of each half and the list of what they are."""
         halves = cycle(self._halves)
         half, pieces, used = next(halves), list[Piece](), 0
         for name, tensor in named:
@@ -106,11 +106,11 @@ class Transport:
             yield half[:used], pieces
 
     def _move(self, content: Tensor) -> None:
-        """Have what the owner has in ``content`` in it at every end. Nothing to do where that is the same memory."""
+        """Copy the rank's ``content`` to the same bytes of every end; by default they are the same memory."""
 
 
 class SharedMemory(Transport):
-    """Anonymous memory of the host, known by its file descriptor: no name is left to clean up by a killed process."""
+    """Anonymous memory of the host behind a file descriptor: a killed process leaves no name to clean up."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptors = (descriptor,)
@@ -127,17 +127,17 @@ class SharedMemory(Transport):
 
 
 class Collective(Transport):
-    """A process group of the owner, rank 0, and its processes, beside the worlds that both are in: gloo, or NCCL."""
+    """A separate process group, gloo or NCCL, of the training rank (its rank 0) and the subprocesses."""
 
     def __init__(self, size: int, timeout: timedelta = _TIMEOUT) -> None:
         super().__init__(torch.empty(size, dtype=torch.uint8, device=groups.device()), groups.device())
         self._size, self._timeout = size, timeout
-        self._place: tuple[dist.Store, int, int] | None = None
+        self._address: tuple[dist.Store, int, int] | None = None
         self._group: Any = None
 
     def invitations(self, processes: int) -> list[Invitation]:
         store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
-        self._group, self._place = None, (store, 0, processes + 1)
+        self._group, self._address = None, (store, 0, processes + 1)
         return [
             partial(Collective.joined, self._size, self._timeout, store.port, rank, processes + 1)
             for rank in range(1, processes + 1)
@@ -145,16 +145,16 @@ class Collective(Transport):
 
     @classmethod
     def joined(cls, size: int, timeout: timedelta, port: int, rank: int, ranks: int) -> Collective:
-        """The end of a process of the engine. Raises Disconnected."""
+        """Construct the end of a subprocess. Raises Disconnected."""
         end = cls(size, timeout)
-        end._place = dist.TCPStore(_HOST, port, is_master=False, timeout=timeout), rank, ranks
+        end._address = dist.TCPStore(_HOST, port, is_master=False, timeout=timeout), rank, ranks
         end.connect()
         return end
 
     def connect(self) -> None:
-        assert self._place is not None
+        assert self._address is not None
         try:
-            self._group = unregistered_group(*self._place, self._timeout)
+            self._group = unregistered_group(*self._address, self._timeout)
         except RuntimeError as error:
             raise Disconnected(f"no process group formed within {self._timeout}: {error}") from error
 
@@ -166,7 +166,7 @@ class Collective(Transport):
 
 
 class CudaIpc(Transport):
-    """Memory of the owner's GPU, which processes on the same host open."""
+    """Memory of the rank's GPU, which the subprocesses open."""
 
     def __init__(self, memory: Tensor) -> None:
         super().__init__(memory, groups.device())
@@ -177,13 +177,13 @@ class CudaIpc(Transport):
 
 
 def check_transport(kind: str) -> None:
-    """Refuse what this machine does not have. Raises UserError."""
+    """Raise UserError for a transport that this machine cannot run."""
     if kind == "cuda_ipc" and not torch.cuda.is_available():
         raise UserError("rollout.transport=cuda_ipc needs CUDA, which is not available; use shared_memory or auto")
 
 
 def create_transport(kind: str, size: int) -> Transport:
-    """The owner's end, with memory of ``size`` bytes, at least 2, rounded down to an even number."""
+    """The rank's end, with a buffer of ``size`` bytes, at least 2, rounded down to an even number."""
     check_transport(kind)
     even = size // 2 * 2
     if kind == "collective":
@@ -198,7 +198,7 @@ def _opened(rebuild: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Trans
 
 
 def _finish(half: Tensor) -> None:
-    """Wait for copies to and from ``half`` that a GPU may still be at."""
+    """Wait until a GPU has finished copies to and from ``half``."""
     if half.is_cuda:
         torch.cuda.synchronize(half.device)
 

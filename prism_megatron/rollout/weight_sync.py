@@ -1,4 +1,4 @@
-"""The check that a weight update brings every parameter once, as it should be, and the same to every rank."""
+"""Checks of a weight update: every parameter arrives once, with its shape and dtype, and equal on every rank."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ type Manifest = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and d
 
 @dataclass
 class WeightSync:
-    """One replacement of all weights, as one rank sees it.
+    """One replacement of all weights, on one rank.
 
-    ``checksums`` fills while tensors pass, if ``with_checksums``: they cost a pass over the bytes. Errors call
-    who was given something ``holder``, with a number in it.
+    Attributes:
+        version: number of the update.
+        manifest: shape and dtype of every parameter.
+        with_checksums: compute ``checksums`` while tensors pass, at the cost of one pass over the bytes.
+        checksums: of the tensors so far, by HF name.
+        receiver: format string for the numbered receivers of weights in errors, such as "rank {}".
     """
 
     version: int
     manifest: Manifest
     with_checksums: bool = False
     checksums: dict[str, int] = field(default_factory=dict)
-    holder: str = "rank {}"
+    receiver: str = "rank {}"
 
     def checked(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass tensors through.
+        """Yield all tensors of an update.
 
-        Raises UserError at one that is unknown, repeated or of another shape or dtype, and at the end if some are
+        Raises UserError for a tensor that is unknown, repeated or of another shape or dtype, and at the end if any is
         missing.
         """
         seen: set[str] = set()
@@ -58,19 +62,19 @@ class WeightSync:
                 f"{shape}"
             )
 
-    def by_holder(self, everybody: Sequence[Mapping[str, int]]) -> dict[str, Mapping[str, int]]:
-        """Checksums in order of number, under what their holders are called."""
-        return {self.holder.format(number): checksums for number, checksums in enumerate(everybody)}
+    def by_receiver(self, checksums: Sequence[Mapping[str, int]]) -> dict[str, Mapping[str, int]]:
+        """Checksums under the names of their receivers, which are numbered in this order."""
+        return {self.receiver.format(number): of_one for number, of_one in enumerate(checksums)}
 
-    def check_agreement(self, everybody: Mapping[str, Mapping[str, int]]) -> None:
-        """Raises UserError naming the first parameter that ``everybody``, checksums by holder, did not get alike."""
-        first, *others = everybody
+    def check_agreement(self, received: Mapping[str, Mapping[str, int]]) -> None:
+        """Raise UserError naming the first parameter with different checksums in ``received``, by receiver."""
+        first, *others = received
         for name in self.manifest:
             for other in others:
-                if everybody[other][name] != everybody[first][name]:
+                if received[other][name] != received[first][name]:
                     raise UserError(
                         f"weight update {self.version}: {name} is not the same on {first} and {other}; a parameter "
-                        "that ranks share has drifted apart, or a bucket was corrupted on its way"
+                        "replicated over ranks has diverged, or a bucket was corrupted during the transfer"
                     )
 
 

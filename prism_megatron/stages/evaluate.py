@@ -15,7 +15,7 @@ from prism_megatron.files import write_atomic
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
-from prism_megatron.rollout.child import Engine
+from prism_megatron.rollout.interface import Engine
 from prism_megatron.stages.rollouts import Sample, greedy_responses, push_weights, start_engine
 from prism_megatron.stages.setup import Stage, TrainableModel, mark_finished
 

@@ -21,7 +21,7 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups as ranks
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.reward.verifiable import overlong_penalty, verifiable_reward
-from prism_megatron.rollout.child import Engine
+from prism_megatron.rollout.interface import Engine
 from prism_megatron.stages.batcher import Batcher, total_tokens
 from prism_megatron.stages.evaluate import export_and_evaluate, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step

@@ -20,8 +20,9 @@ from prism_megatron.data.rows import raise_faults
 from prism_megatron.data.seeds import sample_seed
 from prism_megatron.reward import symbolic
 from prism_megatron.reward.verifiable import judge
-from prism_megatron.rollout.child import ChildEngine, Engine
-from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
+from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.rollout.interface import Engine, EngineConfig, Sampling
+from prism_megatron.rollout.subprocess_engine import SubprocessEngine
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
@@ -85,14 +86,14 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,
         seed=config.run.seed,
-        timeout_seconds=rollout.timeout_seconds,
+        timeout_seconds=rollout.timeout_seconds or None,
         bucket_bytes=rollout.sync_bucket_mib << 20,
         transport=rollout.transport,
         sleep_level=rollout.sleep_level,
         images_per_prompt=rollout.images_per_prompt,
     )
     if rollout.engine == "child":
-        return ChildEngine(checkpoint, wanted, cfg.stage_dir(config) / f"engine_{dist.get_rank()}.log")
+        return SubprocessEngine(checkpoint, wanted, cfg.stage_dir(config) / f"engine_{dist.get_rank()}.log")
     return RolloutEngine(checkpoint, wanted)
 
 

@@ -19,8 +19,8 @@ from torch import nn
 from prism_megatron import config as cfg
 from prism_megatron.checkpoint.checkpointer import Checkpointer
 from prism_megatron.convert.hf_io import HFWeights, save_hf
+from prism_megatron.convert.load_checkpoint import check_manifest, load_checkpoint
 from prism_megatron.convert.manifest import is_converted
-from prism_megatron.convert.native import check_manifest, load_checkpoint
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.transfer import export_weights, load_weights

@@ -15,8 +15,7 @@ from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.optim.step import evaluate_step
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks, max_over_ranks
-from prism_megatron.rollout.child import Engine
-from prism_megatron.rollout.engine import CACHES, Sampling
+from prism_megatron.rollout.interface import CACHES, Engine, Sampling
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.batcher import Batcher
 from prism_megatron.stages.rollouts import PolicyWeights, push_weights
@@ -123,7 +122,7 @@ class SyncGuard:
         sync = WeightSync(version, export_manifest(policy.chunks, policy.table), with_checksums=True)
         for _ in sync.checked(export_weights(policy.chunks, policy.table)):
             pass
-        sync.check_agreement(sync.by_holder(gather_over_ranks(sync.checksums)))
+        sync.check_agreement(sync.by_receiver(gather_over_ranks(sync.checksums)))
         return "all parameters are as sent and no cache is stale: the two compute different models"
 
 

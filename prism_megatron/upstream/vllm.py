@@ -84,7 +84,7 @@ def engine_model(worker: Any) -> Any:
 
 
 def cache_block_tokens(llm: Any) -> int:
-    """How many tokens are a block of the prefix cache: a comparison of shorter prompts would not see a stale cache."""
+    """Number of tokens in a block of the prefix cache: a comparison of shorter prompts cannot detect a stale cache."""
     return int(llm.llm_engine.vllm_config.cache_config.block_size)
 
 

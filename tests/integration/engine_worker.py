@@ -36,7 +36,8 @@ def main() -> None:
     from transformers import AutoModelForImageTextToText
 
     from prism_megatron.convert.hf_io import HFWeights
-    from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
+    from prism_megatron.rollout.engine import RolloutEngine
+    from prism_megatron.rollout.interface import EngineConfig, Sampling
     from prism_megatron.rollout.weight_sync import WeightSync
 
     processor = ChatProcessor(first)
@@ -118,7 +119,7 @@ def main() -> None:
         engine.generate(requests, sampling)
     except TimeoutError as error:
         measured["timeout"] = str(error)
-    engine._config = replace(engine._config, timeout_seconds=0.0)
+    engine._config = replace(engine._config, timeout_seconds=None)
     measured["goes_on_after_timeout"] = tokens(engine.generate(requests, sampling)) == tokens(updated)
 
     half = len(named) // 2

@@ -20,7 +20,7 @@ from megatron.core import parallel_state  # noqa: E402
 
 from prism_megatron import config as cfg  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
-from prism_megatron.rollout.child import Engine  # noqa: E402
+from prism_megatron.rollout.interface import Engine  # noqa: E402
 from prism_megatron.stages import align, rlvr  # noqa: E402
 from prism_megatron.stages.rollouts import start_engine  # noqa: E402
 from prism_megatron.train import run_stage  # noqa: E402

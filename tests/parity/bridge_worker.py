@@ -74,7 +74,8 @@ def main() -> None:
 
 def run(checkpoint: Path, layouts: Sequence[str], tp: int) -> dict[str, dict[str, Any]]:
     """One engine, and one layout after the other, each with other weights."""
-    from prism_megatron.rollout.engine import EngineConfig, RolloutEngine, Sampling
+    from prism_megatron.rollout.engine import RolloutEngine
+    from prism_megatron.rollout.interface import EngineConfig, Sampling
 
     engine = RolloutEngine(checkpoint, EngineConfig(tp, "float32", 512, 16, 1.0, 0.5, enforce_eager=True, seed=1))
     sampling = Sampling(1, 0.0, 1.0, RESPONSE_TOKENS)

@@ -35,7 +35,7 @@ def run(hf: str, megatron: str, part: str, degrees: dict[str, int]) -> dict[str,
     from megatron.core import parallel_state
 
     from prism_megatron.convert.hf_io import HFWeights
-    from prism_megatron.convert.native import load_megatron
+    from prism_megatron.convert.load_checkpoint import load_megatron
     from prism_megatron.convert.transfer import export_weights, load_weights, named_parameters
 
     parallel = ParallelConfig(**degrees)

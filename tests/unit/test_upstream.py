@@ -1,4 +1,4 @@
-"""What the modules in ``upstream`` say about other libraries holds for the installed versions, and nobody else says it.
+"""The lists in ``upstream`` hold for the installed versions, and no other module uses private names of a library.
 
 Signatures are read from the installed source, not imported: ``parallel/cpu.py`` replaces some of these functions.
 """

@@ -38,7 +38,7 @@ def names(scale: Scale) -> Variants:
 def round_trip(kind: str, scale: Scale) -> dict[str, Any]:
     """HF tensors in, out, and in again, each time to the bit; the checkpoint's keys are the table's."""
     from prism_megatron.convert.hf_io import HFWeights
-    from prism_megatron.convert.native import sharded_weights
+    from prism_megatron.convert.load_checkpoint import sharded_weights
     from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
     from prism_megatron.convert.torch_dist import whole_shapes
     from prism_megatron.convert.transfer import InMemory, TensorSource, export_weights, load_weights, named_parameters

@@ -18,7 +18,7 @@ from prism_megatron.parallel import cpu
 
 cpu.install()
 
-from prism_megatron.convert.offline import Report, hf_to_megatron, megatron_to_hf  # noqa: E402
+from prism_megatron.convert.convert_checkpoint import Report, hf_to_megatron, megatron_to_hf  # noqa: E402
 
 SMALL = 300_000  # bytes of a file
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prism_megatron.config import ModelConfig, ParallelConfig
+from prism_megatron.convert.convert_checkpoint import hf_to_megatron
 from prism_megatron.convert.hf_io import HFWeights, save_hf
-from prism_megatron.convert.offline import hf_to_megatron
 from prism_megatron.convert.qwen3_vl import policy_table
 from prism_megatron.convert.rules import EMBEDDING, OUTPUT
 from prism_megatron.convert.transfer import load_weights, named_parameters

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prism_megatron.rollout.engine import EngineConfig, RolloutEngine
+from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.rollout.interface import EngineConfig
 
 PUBLISHED = Path(__file__).parents[3] / "recipes" / "published"
 

@@ -16,7 +16,8 @@ from prism_megatron.convert.rules import Rule
 from prism_megatron.model.sizes import read_sizes
 from prism_megatron.parallel import groups
 from prism_megatron.rollout import engine as engine_module
-from prism_megatron.rollout.engine import EngineConfig, RolloutEngine
+from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.rollout.interface import EngineConfig
 from prism_megatron.stages.rollouts import push_weights
 from prism_megatron.stages.setup import TrainableModel
 

@@ -28,7 +28,7 @@ def receive(sent: Sequence[Bucket]) -> WeightSync:
 def test_whole_update_passes_in_any_order() -> None:
     first, second = receive(buckets()), receive(buckets()[::-1])
     assert first.checksums == second.checksums
-    first.check_agreement(first.by_holder([first.checksums, second.checksums]))
+    first.check_agreement(first.by_receiver([first.checksums, second.checksums]))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_bucket_corrupted_on_one_rank_is_refused_on_all() -> None:
     ranks = [receive(sent) for sent in (buckets(), buckets(), corrupted)]
     for rank in ranks:
         with pytest.raises(ValueError, match="weight update 7: d is not the same on rank 0 and rank 2;"):
-            rank.check_agreement(rank.by_holder([other.checksums for other in ranks]))
+            rank.check_agreement(rank.by_receiver([other.checksums for other in ranks]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

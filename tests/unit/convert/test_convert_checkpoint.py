@@ -17,9 +17,9 @@ from prism_megatron.parallel import cpu
 cpu.install()  # before anything imports megatron
 
 from prism_megatron.config import ParallelConfig  # noqa: E402
+from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf  # noqa: E402
 from prism_megatron.convert.hf_io import HFWeights, save_hf  # noqa: E402
 from prism_megatron.convert.manifest import first_fault  # noqa: E402
-from prism_megatron.convert.offline import hf_to_megatron, megatron_to_hf  # noqa: E402
 from tools.convert import main  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]

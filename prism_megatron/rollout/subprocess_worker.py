@@ -1,6 +1,6 @@
-"""What a process of a child engine runs: :class:`RolloutEngine`, as its owner's pipe tells (``child.py``).
+"""Program of a subprocess of :class:`SubprocessEngine`: executes the commands that arrive through a pipe.
 
-Its argument is the file descriptor of the pipe.
+The command-line argument is the file descriptor of the pipe.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prism_megatron.rollout.engine import NoWeights, RolloutEngine
+from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.rollout.interface import NoWeights
 from prism_megatron.rollout.transport import Piece, Transport
 from prism_megatron.rollout.weight_sync import WeightSync
 
@@ -25,7 +26,7 @@ _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def _serve(connection: Connection) -> None:
-    """The process of one rank of the engine: start it, then do what is asked."""
+    """Start one rank of the engine, then execute commands until the pipe is closed."""
     checkpoint, config, invitations = connection.recv()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -66,7 +67,7 @@ def _received[Answer](
     try:
         return use(tensors)
     finally:
-        for _ in tensors:  # of a refused update the rest is still sent
+        for _ in tensors:  # the rest of a refused update is sent as well
             pass
 
 
@@ -82,7 +83,7 @@ def _announced(connection: Connection) -> Iterator[list[Piece]]:
 
 
 def _main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the rank decides when to stop; to a terminal both are one job
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to this process, too; the rank decides
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("child_engine_worker.py")
+WORKER = Path(__file__).with_name("subprocess_engine_worker.py")
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,19 @@ def test_killed_at_work(
         assert measured["no_rows"] == []
         refused, nothing = measured["corrupted"]
         assert "layers.1.self_attn.v_proj.weight is not the same on rank 0 and engine process 0 of rank 0;" in refused
-        assert nothing.startswith("the rollout engine has no whole set of weights")
+        assert nothing.startswith("the rollout engine has no complete set of weights")
         assert re.search(r"1 of the engine's .* first \S*layers\.1\.self_attn\.v_proj\.weight$", measured["damaged"])
         death = measured["second_death"]
         assert "was generating for longer than rollout.timeout_seconds (1)" in death
-        assert death.endswith("It had been started again once before")
+        assert death.endswith("It had been restarted before")
     assert output.count("the rollout engine of rank 0 died generating (") == 1
-    assert len(re.findall(r"rank 0 (was found dead|died taking weights|was lost taking weights: .*) \(", output)) == 1
+    assert (
+        len(
+            re.findall(
+                r"rank 0 (was found dead|died receiving weights|was lost while receiving weights: .*) \(", output
+            )
+        )
+        == 1
+    )
     assert output.count("ended with SIGKILL") >= 2
-    assert output.count("It is started again with the weights it had") == 2
+    assert output.count("It is restarted with the weights it had") == 2

@@ -38,13 +38,13 @@ def main() -> None:
     config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), wanted)
     assert isinstance(config, RLVRConfig)
     groups.initialize(config.parallel, seed=1)
-    from prism_megatron.rollout.child import ChildEngine, EngineDied
+    from prism_megatron.rollout.subprocess_engine import EngineDied, SubprocessEngine
     from prism_megatron.stages.rollouts import sample_responses, start_engine
     from prism_megatron.stages.setup import load_policy, load_processor
 
     rows, processor = read_rlvr(Path(data))[:PROMPTS], load_processor(config)
     engine = start_engine(config, Path(checkpoint))
-    assert isinstance(engine, ChildEngine)
+    assert isinstance(engine, SubprocessEngine)
     measured: dict[str, Any] = train(config, engine, processor, rows)
     policy = load_policy(config)
     measured["corrupted"] = said_of_corruption(config, engine, policy, processor, rows)
@@ -95,7 +95,7 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
 
 def said_of_corruption(config: RLVRConfig, engine: Any, policy: Any, processor: Any, rows: Any) -> list[str]:
     """What a sync with checksums says where a bit of a tensor changes on its way, and what sampling says then."""
-    from prism_megatron.rollout.engine import NoWeights
+    from prism_megatron.rollout.interface import NoWeights
     from prism_megatron.stages.rollouts import push_weights, sample_responses
 
     said = []
@@ -190,7 +190,9 @@ def engine_killed_at_work() -> Iterator[None]:
 
 def processes() -> list[psutil.Process]:
     """Of the engine that this rank owns."""
-    return [child for child in psutil.Process().children() if "prism_megatron.rollout.child_process" in child.cmdline()]
+    return [
+        child for child in psutil.Process().children() if "prism_megatron.rollout.subprocess_worker" in child.cmdline()
+    ]
 
 
 if __name__ == "__main__":
