@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from prism_megatron.config import MIN_BRANCH_TOKENS, AlignConfig, WarmupConfig, sequences_per_pair
-from prism_megatron.data.branches import BranchSequences, cut_alike
+from prism_megatron.data.branches import BranchSequences, branch_sequences, cut_alike
+from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.data.samples import Sample
 from prism_megatron.data.seeds import sample_seed
 from prism_megatron.errors import UserError
 from prism_megatron.types import PackedBatch
@@ -37,6 +39,33 @@ class Pair:
         assert self.teacher.branch is not None
         assert self.teacher.branch == self.student.branch
         return self.teacher.branch
+
+
+def split_samples(
+    samples: Sequence[Sample], processor: ChatProcessor, config: AlignConfig
+) -> tuple[list[TrainingSequence], list[Pair]]:
+    """Split the responses inside the grammar into branches, and pair these with the demonstrations'.
+
+    Returns:
+        Both branches of every such response, never truncated, and a pair of each with its prompt's demonstration.
+    """
+    teachers: dict[int, BranchSequences] = {}
+    students: list[TrainingSequence] = []
+    pairs: list[Pair] = []
+    for sample in samples:
+        row, response = sample.example, sample.response
+        if response is None:
+            continue
+        if sample.group not in teachers:
+            assert row.teacher_caption is not None
+            assert row.teacher_reasoning is not None
+            teachers[sample.group] = branch_sequences(
+                processor, sample.prompt, row.teacher_caption, row.teacher_reasoning
+            )
+        student = branch_sequences(processor, sample.prompt, response.caption_block, response.reasoning_block)
+        students += student
+        pairs += branch_pairs(teachers[sample.group], student, row.id, config)
+    return students, pairs
 
 
 def branch_pairs(

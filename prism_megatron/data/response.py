@@ -1,9 +1,8 @@
-"""The response grammar (spec 1.1): the only module that knows what a PRISM response looks like.
+"""The response grammar (spec 1.1): the only module that knows the format of a PRISM response.
 
-A response is ``<caption>…</caption> <think>…</think> <answer>…</answer>`` with nothing but white space between and
-around the blocks. The paper's expression also accepts repeated tags and empty blocks, which lets a policy earn the
-format reward with text that has no single reading (spec 9.1, D7). Here every tag occurs exactly once and every block
-says something.
+A response is ``<caption>…</caption> <think>…</think> <answer>…</answer>`` with only white space between and around the
+blocks. Every tag occurs exactly once and no block is empty, so that a text has at most one reading. The paper's
+expression also accepts repeated tags and empty blocks (spec 9.1, D7; :mod:`prism_megatron.reference.verifiable`).
 """
 
 from __future__ import annotations
@@ -35,19 +34,13 @@ _RESPONSE = re.compile(
     r"\s*<caption>(?P<caption>.*)</caption>\s*<think>(?P<think>.*)</think>(?P<gap>\s*)<answer>(?P<answer>.*)</answer>\s*",
     re.DOTALL,
 )
-# The paper's expressions (spec 1.1).
-_REFERENCE = re.compile(
-    r"\s*<caption>(?P<caption>.*?)</caption>\s*<think>(?P<think>.*?)</think>(?P<gap>\s*)<answer>(?P<answer>.*?)</answer>\s*",
-    re.DOTALL,
-)
-_FIRST_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Response:
     """The three blocks of a response, each exactly as written between its tags (white space included).
 
-    ``gap`` is the white space between ``</think>`` and ``<answer>``, kept so that ``reasoning_block`` is verbatim.
+    ``gap`` is the white space between ``</think>`` and ``<answer>``, which makes ``reasoning_block`` verbatim.
     """
 
     caption: str
@@ -57,23 +50,17 @@ class Response:
 
     @property
     def caption_block(self) -> str:
-        """What the perception branch of the discriminator reads: the paper's c (Eq. 1)."""
+        """The input of the discriminator's perception branch: the paper's c (Eq. 1)."""
         return f"<caption>{self.caption}</caption>"
 
     @property
     def reasoning_block(self) -> str:
-        """What the reasoning branch of the discriminator reads: the paper's t (Eq. 1), reasoning and answer."""
+        """The input of the discriminator's reasoning branch: the paper's t (Eq. 1), reasoning and answer."""
         return f"<think>{self.think}</think>{self.gap}<answer>{self.answer}</answer>"
 
 
-def parse_response(text: str, *, compat: str = "fixed") -> Response | None:
-    """Split a whole response into its blocks, or return None where it breaks the grammar.
-
-    ``compat`` reference accepts what the paper's code accepts: empty blocks, and tags inside of blocks.
-    """
-    if compat == "reference":
-        match = _REFERENCE.fullmatch(text)
-        return Response(**match.groupdict()) if match else None
+def parse_response(text: str) -> Response | None:
+    """Split a complete response into its blocks; None if it breaks the grammar."""
     if any(text.count(tag) != 1 for tag in TAGS):
         return None
     match = _RESPONSE.fullmatch(text)
@@ -84,17 +71,11 @@ def parse_response(text: str, *, compat: str = "fixed") -> Response | None:
     return response if all(block.strip() for block in blocks) else None
 
 
-def first_answer(text: str) -> str:
-    """The answer that the paper's code judges: the first in the text, wherever it stands."""
-    match = _FIRST_ANSWER.search(text)
-    return match[1] if match else ""
-
-
 def render_response(caption: str, think: str, answer: str) -> str:
     """Write a response in the canonical layout: one block after the other, a line break between them.
 
     Raises:
-        UserError: a block is empty or contains a tag, so that the text could not be parsed back.
+        UserError: A block is empty or contains a tag, so that the text could not be parsed back.
     """
     response = Response(caption, think, answer)
     text = f"{response.caption_block}\n{response.reasoning_block}"

@@ -1,21 +1,59 @@
-"""The discriminator's losses on pairs of scores (Eq. 2, spec 3.3, 4.4)."""
+"""Losses of the discriminator on pairs of scores (Eq. 2, spec 3.3, 4.4)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-REFERENCE_SCORE_CLIP = 10.0  # spec 4.1
-_REFERENCE_FALLBACK = 0.01  # spec 4.4
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of a micro-batch's M pairs of a demonstration (teacher) and a response (student); all tensors are [M].
+
+    ``weights`` already divide by the global number of valid pairs of the branch. ``branch`` is PERCEPTION or REASONING.
+    Invalid pairs (a student outside the grammar) exist in reference mode only. ``response_count`` is the number of
+    responses in the global batch.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    branch: Tensor
+    valid: Tensor
+    weights: Tensor
+    response_count: float
+
+
+@dataclass(frozen=True)
+class PairLossConfig:
+    """Weight of the score regulariser, and e of the smoothed Bradley-Terry loss."""
+
+    regularizer: float = 0.0
+    label_smoothing: float = 0.0
+
+
+# Returns the loss to differentiate and the loss to log, both scalars.
+PairLoss = Callable[[PairScores, PairLossConfig], tuple[Tensor, Tensor]]
+
+
+def pair_loss(scores: PairScores, config: PairLossConfig) -> tuple[Tensor, Tensor]:
+    """Return the regularised Bradley-Terry loss of a micro-batch, and the Bradley-Terry part alone.
+
+    loss = BT + regularizer * sum w (s_teacher^2 + s_student^2) / 4.
+    """
+    teacher, student, weights = scores.teacher, scores.student, scores.weights
+    preference = bradley_terry_loss(teacher, student, weights, label_smoothing=config.label_smoothing)
+    return preference + config.regularizer * score_regularizer(teacher, student, weights), preference
 
 
 def bradley_terry_loss(
     teacher_scores: Tensor, student_scores: Tensor, weights: Tensor, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """-sum w ((1 - e) log sigmoid(gap) + e log sigmoid(-gap)), a scalar; gap = s_teacher - s_student, inputs [M].
+    """Return -sum w ((1 - e) log sigmoid(gap) + e log sigmoid(-gap)) with gap = s_teacher - s_student, inputs [M].
 
-    With label smoothing e the loss is smallest at the gap log((1 - e) / e), not at infinity: the discriminator is told
-    to stay unsure.
+    With label smoothing e the minimum is at the finite gap log((1 - e) / e), which keeps the discriminator uncertain.
     """
     gap = teacher_scores - student_scores
     loss = (1 - label_smoothing) * F.softplus(-gap) + label_smoothing * F.softplus(gap)
@@ -23,7 +61,7 @@ def bradley_terry_loss(
 
 
 def score_regularizer(teacher_scores: Tensor, student_scores: Tensor, weights: Tensor) -> Tensor:
-    """sum w (s_teacher^2 + s_student^2) / 4: where each branch's weights sum to 1, the mean square of all scores.
+    """Return sum w (s_teacher^2 + s_student^2) / 4: if a branch's weights sum to 1, half the mean square of its scores.
 
     Keeps scores from drifting without the dead gradient of a clamp (spec 9.1, D6).
     """
@@ -31,35 +69,17 @@ def score_regularizer(teacher_scores: Tensor, student_scores: Tensor, weights: T
 
 
 def gradient_penalty(perturbed_scores: Tensor, scores: Tensor, weights: Tensor, *, std: float) -> Tensor:
-    """sum w ((D(x + std e) - D(x)) / std)^2 / 2 of demonstrations, inputs [M]; e is standard normal noise.
+    """Return sum w ((D(x + std e) - D(x)) / std)^2 / 2 of demonstrations, inputs [M]; e is standard normal noise.
 
-    R1 penalises |g|^2 / 2, g the gradient of D in its input x, and training on it takes second derivatives, which fused
-    attention and Megatron's linear layers do not have. This needs none: D(x + std e) - D(x) is std e.g up to a term of
-    order std^2, and E (e.g)^2 = g^T E[e e^T] g = |g|^2. The next term, odd in e, has mean zero, so that one draw is an
-    estimate of R1 whose bias is of order std^2, as long as D is smooth where it is measured. Scores rounded more
-    coarsely than std |g| drown it.
+    R1 penalises |g|^2 / 2, g being the gradient of D at its input x. Training on it takes second derivatives, which
+    fused attention and Megatron's linear layers do not have. This estimate needs none: D(x + std e) - D(x) is std e.g
+    up to order std^2, and E (e.g)^2 = g^T E[e e^T] g = |g|^2. The next term is odd in e and has mean zero, so one draw
+    estimates R1 with a bias of order std^2 where D is smooth. Scores rounded more coarsely than std |g| drown it.
 
     A router that chooses topk of more experts makes D jump where its choice changes, and x + std e may be routed
-    otherwise than x. A jump of height h adds about h^2 / std to the mean: with top 2 of 4 the estimate was 1.3 times R1
-    at std 0.1 and 3.5 times at 0.01. Where every expert of a branch is chosen, as in the recipes of published sizes,
-    there is no jump; elsewhere a larger std is closer to R1, and the weight must be chosen with that in mind.
+    differently from x. A jump of height h adds about h^2 / std to the mean: with top 2 of 4 the estimate was 1.3 times
+    R1 at std 0.1 and 3.5 times at 0.01. Where every expert of a branch is chosen, as in the recipes of published sizes,
+    there is no jump; elsewhere a larger std is closer to R1, and the weight must be chosen accordingly.
     """
     slope = (perturbed_scores - scores) / std
     return (slope.square() * weights).sum() / 2
-
-
-def reference_branch_loss(
-    teacher_scores: Tensor, student_scores: Tensor, valid: Tensor, *, regularizer: float
-) -> Tensor:
-    """One branch's loss over one micro-batch as the paper's code has it (spec 4.4); inputs [M], ``valid`` bool.
-
-    Scores are clamped, and have no gradient beyond. The mean is over this micro-batch's valid rows; without one, the
-    teacher's mean score is pushed up a little instead. Invalid rows, split in half, still count for the regulariser.
-    """
-    teacher = teacher_scores.clamp(-REFERENCE_SCORE_CLIP, REFERENCE_SCORE_CLIP)
-    student = student_scores.clamp(-REFERENCE_SCORE_CLIP, REFERENCE_SCORE_CLIP)
-    if bool(valid.any()):
-        loss = F.softplus(student - teacher)[valid].mean()
-    else:
-        loss = _REFERENCE_FALLBACK * F.softplus(-teacher.mean())
-    return loss + regularizer * (teacher.square().mean() + student.square().mean()) / 4

@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prism_megatron.errors import UserError
 from prism_megatron.loss.reduce import sequence_sums
 
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """``kind`` decides the ratio: per token (grpo, dapo) or per sequence (gspo).
+    """Settings of :func:`policy_loss`; the stage's configuration checks their ranges.
 
-    dual_clip       bounds the loss of negative advantages from above when the ratio is large; None leaves it unbounded
+    kind            decides the ratio: per token (grpo, dapo) or per sequence (gspo)
+    dual_clip       upper bound of the loss of negative advantages, in units of |A|; None for none
     kl_coeff        weight of the KL divergence from a reference policy, estimated by ``kl_estimator``; 0 for none
-    importance_cap  truncates the correction for the trainer and the engine not being the same policy; None for none
+    importance_cap  truncation of the importance weights between trainer and engine; None for no such weights
     """
 
     kind: Literal["grpo", "dapo", "gspo"]
@@ -29,27 +29,13 @@ class PolicyLossConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     importance_cap: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("grpo", "dapo", "gspo"):
-            raise UserError(f"policy loss must be grpo, dapo or gspo, got {self.kind!r}")
-        if not 0 <= self.clip_low < 1 or self.clip_high < 0:
-            raise UserError(f"clip_low must be in [0, 1) and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise UserError(f"dual_clip must be above 1, got {self.dual_clip}")
-        if self.kl_coeff < 0:
-            raise UserError(f"kl_coeff must not be negative, got {self.kl_coeff}")
-        if self.kl_estimator not in ("k1", "k2", "k3"):
-            raise UserError(f"kl_estimator must be k1, k2 or k3, got {self.kl_estimator!r}")
-        if self.importance_cap is not None and self.importance_cap < 1:
-            raise UserError(f"importance_cap must be at least 1, got {self.importance_cap}")
-
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities of the same sampled tokens, each [T] in nats, only ``current`` with gradient.
+    """Log-probabilities of the same sampled tokens, each [T] in nats; only ``current`` has a gradient.
 
-    ``old`` is the policy before this iteration's first update, which ratios are taken to; ``engine`` what sampled the
-    tokens; ``reference`` the policy that a KL term holds on to.
+    ``old`` is the policy before this iteration's first update, the denominator of ratios; ``engine`` the policy that
+    sampled; ``reference`` the policy of the KL term.
     """
 
     current: Tensor
@@ -62,8 +48,10 @@ class TokenLogprobs:
 class PolicyStats:
     """Detached sums over trained tokens, for the log.
 
-    How many were clipped, how many had their importance weight truncated, k3 estimates of KL(old || new), and estimates
-    of KL(new || reference), weighted as in the loss.
+    clip_fraction_sum  number of clipped tokens
+    truncated_sum      number of tokens whose importance weight was truncated
+    approx_kl_sum      k3 estimates of KL(old || new)
+    reference_kl_sum   estimates of KL(new || reference), weighted as in the loss
     """
 
     clip_fraction_sum: Tensor
@@ -80,15 +68,25 @@ def policy_loss(
     sequence_ids: Tensor,
     config: PolicyLossConfig,
 ) -> tuple[Tensor, PolicyStats]:
-    """w_t (-u_t min(r_t A_t, clip(r_t) A_t) + kl_coeff v_t KL_t), summed up the loss; all inputs [T], and the result.
+    """Return the loss of every token, [T], to be summed:
 
-    ``r_t`` is exp(log p - log p_old) of the token, or for gspo of its sequence's mean, the gradient flowing through
-    each token's own log-probability. ``u_t`` = min(exp(log p_old - log p_engine), importance_cap), of the token or for
-    gspo of its sequence's mean, as the ratio is: it makes the expectation, taken over what the engine sampled, one over
-    what the trainer's policy would have. ``v_t`` = u_t p / p_old, without gradient, does the same for the KL
-    divergence, which is that of the policy as it is now: 1 while the policy has not moved and there is no cap.
+        w_t (u_t max(-r_t A_t, -clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coeff v_t KL_t)
+
+    with r_t = exp(log p - log p_old) of the token or, for gspo, of its sequence's mean, the gradient then flowing
+    through each token's own log-probability. For A_t < 0 the maximum is bounded by -``dual_clip`` A_t.
+    u_t = min(exp(log p_old - log p_engine), importance_cap), of the token or for gspo of its sequence's mean, turns the
+    expectation over the engine's samples into one over the trainer's policy. v_t = u_t p / p_old, without gradient,
+    does the same for the KL divergence of the current policy; it is 1 before the first update without a cap.
+
+    Args:
+        logprobs: Log-probabilities of the sampled tokens; values where ``mask`` is 0 are ignored.
+        advantages: A_t, [T].
+        weights: w_t from :mod:`loss.reduce`, [T].
+        mask: 1 for trained tokens, [T].
+        sequence_ids: The sequence of each token, [T] int64.
+        config: Clipping, KL term and importance weights.
     """
-    # Where the mask is 0 a log-probability may be anything, infinity included; it must not reach a sum or a gradient.
+    # Where the mask is 0 a log-probability may be infinite; it must not reach a sum or a gradient.
     trained = mask > 0
     current, old = torch.where(trained, logprobs.current, 0.0), torch.where(trained, logprobs.old, 0.0)
     log_ratio = current - old
@@ -129,17 +127,16 @@ def policy_loss(
 
 
 def _sequence_means(values: Tensor, mask: Tensor, sequence_ids: Tensor) -> Tensor:
-    """The mean of each token's sequence over its trained tokens, [T]; ``values`` [T] are 0 where nothing is trained."""
+    """Return the mean over the trained tokens of each token's sequence, [T]; ``values`` [T] are 0 elsewhere."""
     lengths = sequence_sums(mask, sequence_ids).clamp(min=1.0)
     return (sequence_sums(values, sequence_ids) / lengths)[sequence_ids]
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
-    """Per-token estimates of KL(policy || reference) from tokens the policy sampled, [T].
+    """Estimate KL(policy || reference) per token, from tokens that the policy sampled, [T].
 
-    With d = log p - log p_ref: k1 is d, k2 is d^2 / 2, k3 is exp(-d) - 1 + d. The gradient of k1 as it stands has
-    expectation zero whatever the policies are, so k1 is given the gradient of k2, d times that of log p, which is the
-    gradient of the KL divergence.
+    With d = log p - log p_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. The plain gradient of k1 has expectation
+    zero for any policies, so k1 gets the gradient of k2, d times that of log p: the gradient of the KL divergence.
     """
     difference = logprobs - reference_logprobs
     if estimator == "k3":

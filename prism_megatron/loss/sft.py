@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def sft_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
-    """-sum w_t log p_t, a scalar in nats, from ``logprobs`` [T] and ``weights`` [T] (see :mod:`loss.reduce`)."""
+    """Return -sum_t w_t log p_t, a scalar in nats, from ``logprobs`` and ``weights`` [T] (see :mod:`loss.reduce`)."""
     return -(logprobs * weights).sum()

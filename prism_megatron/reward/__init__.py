@@ -1,1 +1,1 @@
-"""Rewards: is the format right, is the answer right, and the two together."""
+"""Rewards: is the format right, is the answer right, and the reward from both."""

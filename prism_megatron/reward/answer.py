@@ -1,8 +1,7 @@
-"""Whether two answers say the same (spec 5.3, and 9.2 for what the paper's verifier gets wrong).
+"""Answer verification: equality of a predicted and a true answer (spec 5.3; 9.2 lists the paper's mistakes).
 
-Multiple choice, plain text, numbers with units, lists, tuples and sets are compared here, cheaply; an expression that
-is none of these goes to math-verify. A prediction has to commit itself: it is read as one answer, and alternatives
-("A or B", all the options, 7 = 8) are no answer.
+Multiple choice, plain text, numbers with units, lists, tuples and sets are compared here, cheaply; any other expression
+goes to math-verify. A prediction must give one answer: alternatives ("A or B", all options, 7 = 8) are wrong.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from prism_megatron.reward.units import is_chinese, same_units_named
 _MAX_CHARS = 1024  # spec 5.3
 _MAX_SYMBOLIC_CHARS = 256  # a longer "answer" is prose
 _MAX_PARTS = 16
-_MAX_DEPTH = 8  # of lists in lists
-_MAX_NESTING = 16  # of brackets, for algebra
+_MAX_DEPTH = 8  # lists within lists
+_MAX_NESTING = 16  # brackets in algebra
 
 _VULGAR_FRACTIONS = {
     chr(code): r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", chr(code)).split("⁄"))
@@ -59,7 +58,7 @@ _PREFIX = re.compile(
 )
 _DELIMITERS = (
     *((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'")),
-    ("<answer>", "</answer>"),  # some data sets write the truth so
+    ("<answer>", "</answer>"),  # in some data sets' truths
 )
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US)?\\?([$¥€£₹])\s*(?=[\d.])(.*)")
 _CURRENCY_NAMES = {"$": "dollars"}
@@ -95,11 +94,14 @@ class _Enclosed(NamedTuple):
 
 
 def is_correct(prediction: str, truth: str, equivalents: Sequence[str] = ()) -> bool:
-    """Whether ``prediction`` gives the answer ``truth``, or one of its ``equivalents``.
+    """Return whether ``prediction`` equals ``truth`` or one of its ``equivalents``.
 
-    Any strings are allowed: none raises and none hangs, what cannot be compared, or not within one budget of seconds
-    for all of it, is wrong. Empty strings never match. Values separated by commas or "and" are a set, those by
-    semicolons or (1) ... (2) ... a sequence. Raises RuntimeError only if math-verify is needed and cannot be started.
+    Any strings are allowed. A prediction that cannot be compared, or not within the time budget of the verdict, is
+    wrong. Empty strings never match. Values separated by commas or "and" form a set, values separated by semicolons or
+    numbered (1) ... (2) ... a sequence.
+
+    Raises:
+        RuntimeError: math-verify is needed and cannot be started.
     """
     predicted, budget = _clean(prediction), Budget()
     try:
@@ -115,13 +117,13 @@ def _answers(predicted: str, truth: str, budget: Budget) -> bool:
         return _several_choices(predicted) == letters or _same_text(predicted, truth)
     if choice := _CHOICE.fullmatch(truth):
         if letter := _choice(predicted):
-            return letter == choice[1]  # also where another option's text is a letter
+            return letter == choice[1]  # even if the text of another option is a letter
         return bool(choice[2] and _same(predicted, choice[2].strip(), budget))
     return _same(predicted, truth, budget)
 
 
 def _same(predicted: str, truth: str, budget: Budget, depth: int = 0) -> bool:
-    """Whether two cleaned answers are equal: the cheap readings first, algebra last."""
+    """Return whether two cleaned answers are equal: cheap comparisons first, algebra last."""
     if depth > _MAX_DEPTH or not predicted or not truth:
         return False
     if _same_text(predicted, truth):
@@ -134,7 +136,7 @@ def _same(predicted: str, truth: str, budget: Budget, depth: int = 0) -> bool:
         return _same_parts(steps, true_steps, budget, depth, ordered=True)
     parts, true_parts = _commas(predicted), _commas(truth)
     enclosed, true_enclosed = _enclosed(predicted), _enclosed(truth)
-    # A list and a set are the same thing; math-verify reads them so, too.
+    # Lists and sets are compared alike, as math-verify does.
     is_set = [side is not None and side.brackets == "{}" for side in (enclosed, true_enclosed)]
     if max(len(parts), len(true_parts)) > 1 or any(is_set):
         members = _commas(enclosed.inside) if enclosed and is_set[0] else parts
@@ -168,9 +170,9 @@ def _same_parts(predicted: list[str], truth: list[str], budget: Budget, depth: i
 
 
 def _clean(text: str) -> str:
-    """Without delimiters, typography and spacing that mean nothing."""
+    """Remove delimiters, typography and spacing without meaning."""
     if len(text) >= 4 * _MAX_CHARS:
-        return text  # refused by its length
+        return text  # too long, rejected later
     text = " ".join((text if text.isascii() else _without_typography(text)).split())
     for _ in range(4):
         before = text
@@ -192,7 +194,7 @@ def _clean(text: str) -> str:
 
 
 def _without_typography(text: str) -> str:
-    """In ASCII and LaTeX what has a form there."""
+    """Replace typographic characters by ASCII or LaTeX."""
     text = _ENUMERATED_CHOICE.sub(r"\1. ", text)
     text = _SUPERSCRIPTS.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = _SUBSCRIPTS.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
@@ -207,7 +209,7 @@ def _unboxed(text: str) -> str:
 
 
 def _same_text(predicted: str, truth: str) -> bool:
-    """Whether two texts are the same but for case, article and final punctuation. Units keep their case: 5 MW, 5 mW."""
+    """Compare two texts, ignoring case, article and final punctuation; units keep their case (5 MW, 5 mW)."""
     one, other = (_ARTICLE.sub("", text.rstrip("!.")) for text in (predicted, truth))
     if one == other or one.casefold() != other.casefold():
         return one == other
@@ -221,7 +223,7 @@ def _first_digit(text: str) -> int:
 
 
 def _choice(text: str) -> str | None:
-    """The one option that ``text`` commits itself to, a capital letter."""
+    """Return the single option that ``text`` chooses, a capital letter; None for no or several options."""
     if len(text) == 1:
         return text.upper() if text.upper() in "ABCDEFGHIJ" else None
     if _SMALL_CHOICE.match(text):
@@ -243,7 +245,7 @@ def _choice(text: str) -> str | None:
 
 
 def _several_choices(text: str) -> frozenset[str] | None:
-    """The options of a question with several right ones: ``A, C`` or ``AC``."""
+    """Return the options of an answer with several right ones (``A, C`` or ``AC``), else None."""
     if _CHOICES.fullmatch(text):
         return frozenset(re.findall(r"[A-J]", text))
     if re.fullmatch(r"[A-J]{2,10}", text) and list(text) == sorted(set(text)):
@@ -252,7 +254,7 @@ def _several_choices(text: str) -> frozenset[str] | None:
 
 
 def _sequence(text: str) -> list[str]:
-    """Parts of ``(1) ... (2) ...`` or between semicolons; the text itself where it has none."""
+    """Split at ``(1) ... (2) ...`` or at semicolons; without any, return the text as the only part."""
     pieces = _NUMBERED.split(text)
     markers = pieces[1::2]
     if not pieces[0] and len(markers) > 1 and markers == [str(n + 1) for n in range(len(markers))]:
@@ -261,7 +263,7 @@ def _sequence(text: str) -> list[str]:
 
 
 def _commas(text: str) -> list[str]:
-    """Values of a list: split at "and", "or", plus-minus, and commas that are not inside brackets or numbers."""
+    """Split a list of values at "and", "or", plus-minus, and commas outside brackets and numbers."""
     parts, depth, start = [], 0, 0
     text = _JOINED.sub(" , ", text)
     for index, character in enumerate(text):
@@ -284,7 +286,7 @@ def _both_signs(text: str) -> list[str]:
 
 
 def _enclosed(text: str) -> _Enclosed | None:
-    """The outer brackets of an interval, tuple or set (half-open intervals mix them) and what is inside."""
+    """Return the outer brackets of an interval (half-open ones mix them), tuple or set, and their content."""
     text = text.replace(r"\{", "{").replace(r"\}", "}")
     if len(text) < 3 or text[0] not in _CLOSING or text[-1] not in ")]}":
         return None
@@ -297,7 +299,7 @@ def _enclosed(text: str) -> _Enclosed | None:
 
 
 def _without_labels(predicted: str, truth: str) -> tuple[str, str]:
-    """Both sides without ``x =``, where it says the same or only one of them has it."""
+    """Remove ``x =`` from both sides if the labels are equal, or from one side if only that one has a label."""
     labels = _LABEL.fullmatch(predicted), _LABEL.fullmatch(truth)
     if labels[0] and labels[1]:
         same = labels[0][1].replace(" ", "") == labels[1][1].replace(" ", "")
@@ -310,7 +312,7 @@ def _without_labels(predicted: str, truth: str) -> tuple[str, str]:
 
 
 def _is_algebra(text: str) -> bool:
-    """Whether math-verify may look at it. Words it would read as products of letters, and find dog equal to god."""
+    """Return whether math-verify may compare ``text``; it reads words as products of letters: dog equals god."""
     if (
         len(text) > _MAX_SYMBOLIC_CHARS
         or is_chinese(text)

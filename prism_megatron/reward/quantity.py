@@ -1,6 +1,6 @@
-"""Numbers as people write them, with their units: what math-verify has no rules for.
+"""Numbers with units as people write them, which math-verify has no rules for.
 
-A value is exact: 1000001 is not 1000000, and 1/3 is only approached by 0.333333.
+Values are exact fractions: 1000001 is not 1000000, and 1/3 equals 0.333333 only within the tolerance of decimals.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fractions import Fraction
 from prism_megatron.reward.units import Unit, is_chinese, parse_units
 
 _RELATIVE_TOLERANCE = Fraction(1, 10**6)  # spec 5.3
-_MAX_EXPONENT = 400  # beyond it, 1e9999999 would be written out
+_MAX_EXPONENT = 400  # a larger power of ten would not fit in memory
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
@@ -29,9 +29,10 @@ _PIECE = re.compile(r"(\d+(?:\.\d+)?\s*[^\d\s.,/+*^-]+(?:\s+(?:and\s+)?)?)")
 
 @dataclass(frozen=True)
 class Quantity:
-    """A value and what its unit may be; none: no unit.
+    """A value with the possible readings of its unit, none for a plain number.
 
-    ``exact``: without a decimal point. ``may_lack_unit``: what stands there is surely a unit, not algebra.
+    ``exact`` numbers have no decimal point. ``may_lack_unit`` means that the unit is certainly one, not algebra, so
+    that the other side may omit it.
     """
 
     value: Fraction
@@ -44,7 +45,7 @@ _PERCENT = Unit(Fraction(1), (("percent", 1),))
 
 
 def parse_quantity(text: str) -> Quantity | None:
-    """The number ``text`` is, and its unit; None if it is anything else."""
+    """Parse ``text`` as a number with an optional unit; None for anything else."""
     if rate := _PER.fullmatch(text):
         text = f"{rate[2]}/{rate[1]}"
     match = _NUMBER.fullmatch(text)
@@ -73,7 +74,7 @@ def parse_quantity(text: str) -> Quantity | None:
 
 
 def _sum_of_units(text: str) -> Quantity | None:
-    """2 hours 30 minutes, 3米50厘米: smaller and smaller units of one dimension."""
+    """Parse a sum of ever smaller units of one dimension, such as 2 hours 30 minutes or 3米50厘米."""
     pieces = _PIECE.findall(text)
     if len(pieces) < 2 or "".join(pieces) != text:
         return None
@@ -105,10 +106,10 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def same_quantity(predicted: Quantity, truth: Quantity) -> bool:
-    """Whether two quantities are equal. A unit may be left out on one side, the question having named it.
+    """Return whether two quantities are equal. One side may omit the unit, since the question may have named it.
 
-    A percentage is a fraction of one only when the truth says so, by being one: a truth of 50 % may be answered 50, 0.5
-    or 1/2. A truth of 0.5 or 1/2 may be answered 0.5 %, its unit left out; 50 % would be a second, other answer.
+    A percentage equals a fraction of one only if the truth is a percentage: 50, 0.5 and 1/2 are right for a truth of
+    50 %. For a truth of 0.5, 0.5 % is right (the truth omits the unit), so 50 %, a different value, is wrong.
     """
     if predicted.units and truth.units:
         return any(

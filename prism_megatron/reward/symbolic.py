@@ -1,11 +1,9 @@
-"""Symbolic equality by math-verify (and sympy under it), in a process of its own that can be ended.
+"""Symbolic equality by math-verify (and sympy) in a child process.
 
-A computer algebra system can be kept busy for ever, or made to fill the memory, by an answer of a few characters; and
-Python cannot interrupt itself inside one long integer operation, nor outside its main thread. So the algebra lives in a
-child, and each comparison has a limit of processor time and of memory that the kernel enforces; all comparisons of one
-verdict share a budget. A child that exceeds it is gone, the answer counts as wrong, and the next comparison starts
-another child. Processor time, not the clock, so that the verdict does not depend on what else the machine does; the
-clock is only there for a child that does not compute at all.
+A short answer can keep a computer algebra system busy for ever or fill the memory, and Python cannot interrupt a long
+integer operation, nor any outside its main thread: math-verify's own timeouts, concurrent.futures and threads do not
+help. The kernel therefore limits a child's CPU time and memory; beyond the limits the answer is wrong and the child
+replaced. Limits in CPU time make verdicts independent of the machine's load; wall time only ends a child that hangs.
 
 Run as a script, this file is the child. It imports nothing of this package.
 """
@@ -26,53 +24,56 @@ from dataclasses import dataclass
 from typing import Any
 
 _CPU_SECONDS = 2.0  # per comparison; the slowest honest answers of the tests take 0.2
-_START_SECONDS = 120.0  # by the clock: sympy is imported from a shared file system, by many ranks at once
+_START_SECONDS = 120.0  # wall time: many ranks at once import sympy from a shared file system
 _STARTS = 3
 _MEMORY_BYTES = 2 << 30
 _READY = b"ready\n"
 _RELATIVE_TOLERANCE = 1e-6  # spec 5.3
-_MAX_KNOWN = 1 << 16
+_MAX_VERDICTS = 1 << 16
 
 _lock = threading.Lock()
 _child: subprocess.Popen[bytes] | None = None
-_child_of = 0
-# Verdicts so far, None: too hard. The responses of a group say the same few things.
-_known: dict[tuple[str, str, str], bool | None] = {}
+_parent_pid = 0
+# Verdicts so far, None for too hard. The responses of a group give the same few answers.
+_verdicts: dict[tuple[str, str, str], bool | None] = {}
 
 
 class TooHard(Exception):
-    """A comparison exceeded its limit, or what was left of its verdict's budget."""
+    """A comparison exceeded its limit or the rest of its verdict's budget."""
 
 
 @dataclass
 class Budget:
-    """Seconds that are left to one verdict, for all its comparisons together.
+    """Remaining seconds for all comparisons of one verdict.
 
-    ``wall_seconds`` run only while the child is asked, not while it starts or answers another thread.
+    ``wall_seconds`` count only while the child compares, not while it starts or answers another thread.
     """
 
     cpu_seconds: float = 4.0
-    wall_seconds: float = 180.0  # on a crowded machine a second of the processor takes ten
+    wall_seconds: float = 180.0  # on a busy machine a CPU second takes ten
 
 
 def same_symbolically(prediction: str, truth: str, budget: Budget) -> bool:
-    """Whether two LaTeX expressions (without delimiters) are equal. What that takes is deducted from ``budget``.
+    """Return whether two LaTeX expressions (without delimiters) are equal; deduct the time from ``budget``.
 
-    Raises TooHard where it takes too much time or memory, and RuntimeError if math-verify cannot be started at all:
-    that is a fault of the machine, and calling every answer wrong would train on it.
+    Raises:
+        TooHard: The comparison takes too much time or memory.
+        RuntimeError: math-verify cannot be started, a fault of the machine: training on "wrong" for every answer would
+            be worse than stopping.
     """
     return _ask(prediction, truth, "latex", budget)
 
 
 def same_as_extracted(prediction: str, truth: str, budget: Budget) -> bool:
-    """Whether whatever math-verify extracts from two texts, by its defaults, is equal. Raises as above."""
+    """Return whether the answers that math-verify extracts from two texts are equal; raises as same_symbolically."""
     return _ask(prediction, truth, "text", budget)
 
 
 def start() -> None:
-    """Start the child now, so that a missing math-verify is noticed before there is anything to judge.
+    """Start the child now, so that a missing math-verify is noticed before the first answer.
 
-    Raises RuntimeError as above.
+    Raises:
+        RuntimeError: math-verify cannot be started.
     """
     with _lock:
         _running_child()
@@ -81,7 +82,7 @@ def start() -> None:
 def _ask(prediction: str, truth: str, kind: str, budget: Budget) -> bool:
     question = (prediction, truth, kind)
     with _lock:
-        verdict = _known[question] if question in _known else _compare(question, budget)
+        verdict = _verdicts[question] if question in _verdicts else _compare(question, budget)
     if verdict is None:
         raise TooHard
     return verdict
@@ -92,36 +93,36 @@ def _compare(question: tuple[str, str, str], budget: Budget) -> bool | None:
     if limit <= 0 or budget.wall_seconds <= 0:
         return None
     child = _running_child()
-    began, reply, ended = time.monotonic(), b"", None
+    start_time, reply, exit_code = time.monotonic(), b"", None
     try:
-        reply = _exchange(child, json.dumps([*question, limit]).encode() + b"\n", began + budget.wall_seconds)
+        reply = _exchange(child, json.dumps([*question, limit]).encode() + b"\n", start_time + budget.wall_seconds)
     finally:
-        budget.wall_seconds -= time.monotonic() - began
-        if not reply:  # an interrupted one, too: its reply would be taken for the next one's
-            ended = _stop_child()
+        budget.wall_seconds -= time.monotonic() - start_time
+        if not reply:  # also after an interrupt: the late reply would be taken for that of the next question
+            exit_code = _stop_child()
     if reply:
         same, seconds = json.loads(reply)
         budget.cpu_seconds -= seconds
         _remember(question, same)
         return bool(same)
     budget.cpu_seconds -= limit
-    if limit == _CPU_SECONDS and ended != -signal.SIGKILL:  # killed by the clock or the machine: that says nothing
+    if limit == _CPU_SECONDS and exit_code != -signal.SIGKILL:  # killed for wall time or by the system: no verdict
         _remember(question, None)
     return None
 
 
 def _remember(question: tuple[str, str, str], verdict: bool | None) -> None:
-    if len(_known) >= _MAX_KNOWN:
-        del _known[next(iter(_known))]
-    _known[question] = verdict
+    if len(_verdicts) >= _MAX_VERDICTS:
+        del _verdicts[next(iter(_verdicts))]
+    _verdicts[question] = verdict
 
 
 def _exchange(child: subprocess.Popen[bytes], request: bytes, deadline: float) -> bytes:
-    """The child's next line after ``request``; nothing if the child ends first or the deadline passes."""
+    """Send ``request`` and return the child's next line; empty if the child ends first or the deadline passes."""
     assert child.stdin is not None
     assert child.stdout is not None
     to, from_ = child.stdin.fileno(), child.stdout.fileno()
-    poll = select.poll()  # select.select refuses the descriptors of a process with many files
+    poll = select.poll()  # select.select has a limit on descriptors
     poll.register(from_, select.POLLIN)
     if request:
         poll.register(to, select.POLLOUT)
@@ -147,9 +148,9 @@ def _exchange(child: subprocess.Popen[bytes], request: bytes, deadline: float) -
 
 
 def _running_child() -> subprocess.Popen[bytes]:
-    """The child that is there, or another; RuntimeError, with what the last one said, if none starts."""
-    global _child, _child_of
-    if _child is not None and _child_of == os.getpid() and _child.poll() is None:
+    """Return the running child or start one; RuntimeError with the last child's output if none starts."""
+    global _child, _parent_pid
+    if _child is not None and _parent_pid == os.getpid() and _child.poll() is None:
         return _child
     # -P: this folder must not shadow a library's modules.
     command = [sys.executable, "-P", "-W", "ignore", __file__]
@@ -160,10 +161,10 @@ def _running_child() -> subprocess.Popen[bytes]:
                 _child = subprocess.Popen(
                     command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
                 )
-            except OSError as error:  # no memory or no process left, for the moment perhaps
+            except OSError as error:  # out of memory or processes, perhaps temporarily
                 fault = str(error)
                 continue
-            _child_of = os.getpid()
+            _parent_pid = os.getpid()
             assert _child.stdin is not None
             os.set_blocking(_child.stdin.fileno(), False)
             if _exchange(_child, b"", time.monotonic() + _START_SECONDS) == _READY:
@@ -179,14 +180,14 @@ def _running_child() -> subprocess.Popen[bytes]:
 
 
 def _stop_child() -> int | None:
-    """End the child, and say how it ended: by itself, if it already had."""
+    """Stop the child unless it has already ended, and return its exit code."""
     global _child
     child, _child = _child, None
-    if child is None or _child_of != os.getpid():
+    if child is None or _parent_pid != os.getpid():
         return None
     with child:  # waits, and closes the pipes
         try:
-            child.wait(0.1)  # its pipe is closed a little before it is gone
+            child.wait(0.1)  # its pipe closes shortly before it exits
         except subprocess.TimeoutExpired:
             child.kill()
     return child.returncode
@@ -196,14 +197,14 @@ atexit.register(_stop_child)
 
 
 def _serve() -> None:
-    """Answer comparisons, one JSON line each, until the parent is gone."""
+    """Answer comparisons, one JSON line each, until the parent exits."""
     import logging
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the libraries print must not be taken for a verdict
+    os.dup2(2, 1)  # output of the libraries must not be read as a verdict
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable(logging.CRITICAL)
@@ -221,21 +222,21 @@ def _serve() -> None:
         close = _close(sides[1][0], sides[0][0])
         if close is not None:
             return close
-        # Its own rounding is absolute (two small numbers would be the same), so it is asked for exactness.
+        # The rounding of math-verify is absolute (small numbers would be equal), so ask for exactness.
         return bool(verify(*sides, float_rounding=15, allow_set_relation_comp=True, timeout_seconds=None))
 
     print(_READY.decode(), end="", file=replies, flush=True)
     for line in sys.stdin:
         *question, limit = json.loads(line)
-        began = time.process_time()
+        start_time = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, limit)  # SIGPROF ends a process that does not handle it
         same = compare(*question)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps([same, time.process_time() - began]), file=replies, flush=True)
+        print(json.dumps([same, time.process_time() - start_time]), file=replies, flush=True)
 
 
 def _close(prediction: Any, truth: Any) -> bool | None:
-    """Whether two numbers agree, where one of them is a decimal; None where there is more to compare."""
+    """Compare two numbers of which one is a decimal, with relative tolerance; None for other expressions."""
     from sympy import Expr, Float
 
     numbers = [side for side in (prediction, truth) if isinstance(side, Expr) and side.is_number]

@@ -14,9 +14,9 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Unit:
-    """A factor and the dimensions with their powers, for example 1000/3600 and (("metre", 1), ("second", -1)).
+    """A factor and dimensions with their powers, for example 1000/3600 and (("metre", 1), ("second", -1)) for km/h.
 
-    No dimensions: they cancel. ``counted``: words for what is counted, a dimension of their own.
+    Without dimensions the unit is a pure number. ``counted`` units are nouns (5 apples), each a dimension of its own.
     """
 
     factor: Fraction
@@ -24,7 +24,7 @@ class Unit:
     counted: bool = False
 
 
-_SCALES = {"n": -9, "µ": -6, "u": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9}
+_SI_PREFIXES = {"n": -9, "µ": -6, "u": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9}
 _SCALED = (
     {"m": "metre", "g": "gram", "s": "second", "l": "litre", "L": "litre", "N": "newton", "J": "joule"}
     | {
@@ -180,7 +180,7 @@ _NAMED = {
     "日元": ("yen", "1"),
     "卢比": ("rupee", "1"),
 }
-# What may stand for several units: an answer that is right by one of its readings is right.
+# Names with several readings; an answer is right if one reading is.
 _READINGS = (
     dict.fromkeys(("°", "deg", "degree", "degrees", "度"), ("°", "°C", "°F"))
     | dict.fromkeys(("pound", "pounds"), ("lb", "GBP"))
@@ -191,7 +191,7 @@ _DERIVED = {
     "newton metre": Unit(Fraction(1), (("metre", 1), ("newton", 1))),
     "hectare": Unit(Fraction(10_000), (("metre", 2),)),
 }
-_PREFIX_WORDS = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9} | {
+_SI_PREFIX_WORDS = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9} | {
     "纳": -9,
     "微": -6,
     "毫": -3,
@@ -203,24 +203,24 @@ _PREFIX_WORDS = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, 
 _FACTOR = re.compile(r"([A-Za-zµΩ°%$¥€£¢₹\u3400-\u9fff]+)(?:\^?\{?(-?\d)\}?)?")
 _FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "lim", "max", "min", "mod"))
 _CHINESE = re.compile(r"[\u3400-\u9fff]+")
-_NOT_COUNTED = re.compile("[或和与及不非是为]")  # words that join or deny
-_CLASSIFIER = re.compile("^[个只条张本名位辆件棵朵支台种次]")  # what Chinese puts between a number and what is counted
+_NOT_COUNTED = re.compile("[或和与及不非是为]")  # conjunctions and negations
+_CLASSIFIER = re.compile("^[个只条张本名位辆件棵朵支台种次]")  # Chinese measure words, between a number and a noun
 
 
 def same_units_named(one: str, other: str) -> bool:
-    """Whether two words that differ in case alone may stand for each other: MW and mW may not."""
+    """Return whether two words that differ only in case mean the same; units need the same case (MW, mW)."""
     unit, other_unit = _measured(one), _measured(other)
     return unit is None or other_unit is None or unit == other_unit
 
 
 def parse_units(text: str) -> list[Unit]:
-    """The units that ``text`` may stand for, the usual one only, or none where it is not a unit."""
+    """Return the possible units of ``text``, the most common first; none if it is not a unit."""
     readings = (parse_unit(name) for name in _READINGS.get(text, (text,)))
     return [unit for unit in readings if unit is not None]
 
 
 def parse_unit(text: str) -> Unit | None:
-    """A unit, or a product, power or ratio of units, or words for what is counted."""
+    """Parse a unit, a product, power or ratio of units, or a counted noun."""
     text = re.sub(r"\bper\b|每", "/", text.replace("μ", "µ"))
     text = re.sub(r"\b(square|sq\.?)\s+(\w+)", r"\2^2", text)
     text = re.sub(r"\bcubic\s+(\w+)", r"\1^3", text)
@@ -240,12 +240,12 @@ def parse_unit(text: str) -> Unit | None:
 
 
 def is_chinese(text: str) -> bool:
-    """Whether there is a Chinese character in ``text``."""
+    """Return whether ``text`` contains a Chinese character."""
     return _CHINESE.search(text) is not None
 
 
 def _product(text: str) -> Unit | None:
-    """A product of powers of units."""
+    """Parse a product of powers of units."""
     factor, powers = Fraction(1), dict[str, int]()
     for part in re.split(r"\\cdot|[\s·*]+", text):
         match = _FACTOR.fullmatch(part)
@@ -260,7 +260,7 @@ def _product(text: str) -> Unit | None:
 
 
 def _counted(text: str) -> Unit | None:
-    """Words for what is counted: apples, blue circles, 个苹果. A classifier alone, 个, is no dimension."""
+    """Parse a counted noun: apples, blue circles, 个苹果. A measure word alone, 个, is no dimension."""
     if _CHINESE.fullmatch(text):
         if _NOT_COUNTED.search(text):
             return None
@@ -274,7 +274,7 @@ def _counted(text: str) -> Unit | None:
 
 @cache
 def _measured(name: str) -> Unit | None:
-    """A unit that is not counted; where its case is not right, the everyday one, or the one with the same prefix."""
+    """Look up a measured unit; with wrong case, the everyday unit, or the one with the same prefix."""
     return _simple(name) or _units_by_casefold().get(name.casefold()) or _prefixed_ignoring_case(name)
 
 
@@ -285,24 +285,24 @@ def _units_by_casefold() -> dict[str, Unit]:
 
 
 def _prefixed_ignoring_case(name: str) -> Unit | None:
-    """KPA is kPa, but MPA is MPa and mpa is mPa."""
-    prefix = next((p for p in (name[:1], name[:1].swapcase()) if p in _SCALES), None)
+    """Look up a prefixed unit, ignoring case where that is unambiguous: KPA is kPa, but MPA is MPa and mpa is mPa."""
+    prefix = next((p for p in (name[:1], name[:1].swapcase()) if p in _SI_PREFIXES), None)
     symbol = next((s for s in _SCALED if s.casefold() == name[1:].casefold()), None)
     return _simple(prefix + symbol) if prefix and symbol else None
 
 
 @cache
 def _simple(name: str) -> Unit | None:
-    """A unit without powers: by its symbol, with an SI prefix, or by its name, plural or not."""
+    """Look up a unit without powers by its symbol, by a symbol with SI prefix, or by its name, plural or not."""
     for spelled in (name, name.removesuffix("s") if len(name) > 2 else name):
         if spelled in _NAMED:
             dimension, factor = _NAMED[spelled]
             return _unit(dimension, Fraction(factor))
         if spelled in _SCALED:
             return _unit(_SCALED[spelled], Fraction(1))
-        if spelled[:1] in _SCALES and spelled[1:] in _SCALED and len(spelled) < 5:
-            return _unit(_SCALED[spelled[1:]], Fraction(10) ** _SCALES[spelled[0]])
-        for prefix, exponent in _PREFIX_WORDS.items():
+        if spelled[:1] in _SI_PREFIXES and spelled[1:] in _SCALED and len(spelled) < 5:
+            return _unit(_SCALED[spelled[1:]], Fraction(10) ** _SI_PREFIXES[spelled[0]])
+        for prefix, exponent in _SI_PREFIX_WORDS.items():
             if spelled.startswith(prefix) and spelled.removeprefix(prefix) in _SCALED:
                 return _unit(_SCALED[spelled.removeprefix(prefix)], Fraction(10) ** exponent)
     return None

@@ -12,20 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prism_megatron.advantage import alignment_advantage
+from prism_megatron.advantage import AdvantageConfig, ScoredResponses
 from prism_megatron.config import AlignConfig
-from prism_megatron.data.branches import (
-    BranchSequences,
-    branch_sequences,
-    reference_student_sequences,
-    reference_teacher_sequences,
-)
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment
 from prism_megatron.data.loader import count_passes
 from prism_megatron.data.pack import TrainingSequence
-from prism_megatron.data.pairs import Pair, branch_pairs
-from prism_megatron.loss.discriminator import REFERENCE_SCORE_CLIP
+from prism_megatron.data.pairs import Pair
+from prism_megatron.data.samples import Sample
+from prism_megatron.loss.discriminator import PairLossConfig
+from prism_megatron.method import METHODS, Method
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.timers import Timers
 from prism_megatron.parallel.collectives import sum_over_data_parallel
@@ -34,7 +30,7 @@ from prism_megatron.stages.discriminator import DiscriminatorObjective, discrimi
 from prism_megatron.stages.evaluate import export_and_evaluate, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step
 from prism_megatron.stages.replay import Replay
-from prism_megatron.stages.rollouts import Sample, check_prompts, gallery_row, sample_responses, start_engine
+from prism_megatron.stages.rollouts import check_prompts, gallery_row, sample_responses, start_engine
 from prism_megatron.stages.setup import (
     TrainableModel,
     load_discriminator,
@@ -73,7 +69,7 @@ def run_align(config: AlignConfig) -> None:
             with stage.timers("sync"):
                 guard.push(iteration)
             with stage.timers("rollout"):
-                samples = sample_responses(engine, processor, mine, iteration, config, config.compat)
+                samples = sample_responses(engine, processor, mine, iteration, config, models.method.judge)
                 engine.sleep()
             step = align_step(models, batcher, samples, replay, config, iteration, stage.timers)
             step.metrics[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
@@ -87,12 +83,13 @@ def run_align(config: AlignConfig) -> None:
 
 @dataclass(frozen=True)
 class AlignModels:
-    """The policy, its frozen reference if ``kl_coeff`` > 0, the discriminator, and the processor of their inputs."""
+    """The policy, its frozen reference if ``kl_coeff`` > 0, the discriminator, their processor, and the method."""
 
     policy: TrainableModel
     reference: TrainableModel | None
     discriminator: TrainableModel
     processor: ChatProcessor
+    method: Method
 
 
 def load_align_models(config: AlignConfig, processor: ChatProcessor) -> AlignModels:
@@ -101,6 +98,7 @@ def load_align_models(config: AlignConfig, processor: ChatProcessor) -> AlignMod
         load_reference(config) if config.kl_coeff else None,
         load_discriminator(config, config.discriminator_optimizer),
         processor,
+        METHODS[config.compat],
     )
 
 
@@ -147,12 +145,12 @@ def align_step(
     """
     policy, discriminator, train_iters = models.policy, models.discriminator, config.run.train_iters
     with timers("score"):
-        branches = score_branches(discriminator, batcher, samples, models.processor, config)
-    advantages = branches.advantages(config)
+        branches = score_branches(models, batcher, samples, config)
+    advantages = branches.advantages(models.method, config)
     metrics = response_metrics(samples) | branches.length_correlations()
     with timers("discriminator"):
         lr = discriminator.learning_rate(iteration, train_iters)
-        objective, count = discriminator_objective(config), config.discriminator_steps
+        objective, count = discriminator_objective(models.method, config), config.discriminator_steps
         pairs = branches.pairs + replay.pairs(iteration)
         batch = batcher.pairs(pairs, objective.branch_weights, repeat_teachers=objective.penalty > 0)
         steps = [
@@ -168,19 +166,16 @@ def align_step(
     return AlignStepOutput(branches, advantages, pairs, metrics)
 
 
-def discriminator_objective(config: AlignConfig) -> DiscriminatorObjective:
+def discriminator_objective(method: Method, config: AlignConfig) -> DiscriminatorObjective:
     """The branches' losses are added, each a mean over its valid pairs, weighted as in the reward (spec 4.4, D10)."""
     alpha = config.perception_weight
-    reference = config.compat == "reference"
-    weights = (1.0, 1.0) if reference else (2 * alpha, 2 * (1 - alpha))
     return DiscriminatorObjective(
-        weights,
-        config.score_regularizer,
-        config.label_smoothing,
+        (2 * alpha, 2 * (1 - alpha)),
+        method.pair_loss,
+        PairLossConfig(config.score_regularizer, config.label_smoothing),
         config.gradient_penalty,
         config.gradient_penalty_std,
         config.run.seed,
-        reference,
     )
 
 
@@ -210,22 +205,24 @@ class ScoredBranches:
     students: list[TrainingSequence]
     pairs: list[Pair]
 
-    def advantages(self, config: AlignConfig) -> list[float]:
-        """A = alpha GN(s_caption) + (1 - alpha) GN(s_reasoning) - penalty (spec 4.5, Eq. 3), or a gated form of it."""
-        advantages: list[float] = alignment_advantage(
+    def advantages(self, method: Method, config: AlignConfig) -> list[float]:
+        """Return A = alpha GN(s_caption) + (1 - alpha) GN(s_reasoning) - penalty (spec 4.5, Eq. 3), or a gated form."""
+        scored = ScoredResponses(
             self.perception,
             self.reasoning,
             self.valid,
+            torch.tensor([s.correct for s in self.samples]),
             torch.tensor([s.group for s in self.samples]),
-            perception_weight=config.perception_weight,
-            format_penalty=config.format_penalty,
-            combine=config.combine,
-            eps=config.advantage_eps,
-            std_floor=config.score_std_floor,
-            compat=config.compat,
-            correct=torch.tensor([s.correct for s in self.samples]),
-            gating=config.gating,
-        ).tolist()
+        )
+        settings = AdvantageConfig(
+            config.perception_weight,
+            config.format_penalty,
+            config.combine,
+            config.advantage_eps,
+            config.score_std_floor,
+            config.gating,
+        )
+        advantages: list[float] = method.advantage(scored, settings).tolist()
         return advantages
 
     def length_correlations(self) -> dict[str, float | None]:
@@ -249,48 +246,13 @@ class ScoredBranches:
 
 
 def score_branches(
-    discriminator: TrainableModel,
-    batcher: Batcher,
-    samples: Sequence[Sample],
-    processor: ChatProcessor,
-    config: AlignConfig,
+    models: AlignModels, batcher: Batcher, samples: Sequence[Sample], config: AlignConfig
 ) -> ScoredBranches:
     """Score both branches of every valid response and pair them with the demonstration's."""
-    students, pairs = split_samples(samples, processor, config)
+    students, pairs = models.method.split(samples, models.processor, config)
     valid = torch.tensor([sample.response is not None for sample in samples])
     sample_ids = [sample.example.id for sample in samples if sample.response is not None for _ in range(2)]
     scores = torch.zeros(len(samples), 2)
-    scores[valid] = score(discriminator, batcher.scoring(students), sample_ids).view(-1, 2)
-    if config.compat == "reference":
-        scores = scores.clamp(-REFERENCE_SCORE_CLIP, REFERENCE_SCORE_CLIP)
+    scores[valid] = score(models.discriminator, batcher.scoring(students), sample_ids).view(-1, 2)
+    scores = scores.clamp(-models.method.max_score, models.method.max_score)
     return ScoredBranches(samples, scores[:, 0], scores[:, 1], valid, students, pairs)
-
-
-def split_samples(
-    samples: Sequence[Sample], processor: ChatProcessor, config: AlignConfig
-) -> tuple[list[TrainingSequence], list[Pair]]:
-    """Split responses into their branches; return those of valid responses, and pairs with the demonstrations'."""
-    reference = config.compat == "reference"
-    teachers: dict[int, BranchSequences] = {}
-    students: list[TrainingSequence] = []
-    pairs: list[Pair] = []
-    for sample in samples:
-        row, response = sample.example, sample.response
-        if response is None and not reference:
-            continue
-        if sample.group not in teachers:
-            assert row.teacher_caption is not None
-            assert row.teacher_reasoning is not None
-            split = reference_teacher_sequences if reference else branch_sequences
-            teachers[sample.group] = split(processor, sample.prompt, row.teacher_caption, row.teacher_reasoning)
-        if reference:
-            student = reference_student_sequences(processor, sample.prompt, sample.rollout.token_ids, response)
-            sides = zip(teachers[sample.group], student, strict=True)
-            pairs += [Pair(t, s, row.id, response is not None) for t, s in sides]
-        else:
-            assert response is not None
-            student = branch_sequences(processor, sample.prompt, response.caption_block, response.reasoning_block)
-            pairs += branch_pairs(teachers[sample.group], student, row.id, config)
-        if response is not None:
-            students += student
-    return students, pairs

@@ -13,12 +13,13 @@ from torch import Tensor
 from prism_megatron.config import ModelConfig, ParallelConfig, PolicyGradientConfig, StageConfig
 from prism_megatron.data.pack import Padding, TrainingSequence, pack, pack_shared, split_by_tokens
 from prism_megatron.data.pairs import Pair, distinct_sequences, group_pairs
-from prism_megatron.loss.reduce import Aggregation, token_weights
+from prism_megatron.data.samples import Sample
+from prism_megatron.loss.reduce import BatchTotals, TokenWeights, sequence_mean, token_mean
+from prism_megatron.method import METHODS
 from prism_megatron.model.fp8 import token_alignment
 from prism_megatron.observe.flops import Workload
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import max_over_data_parallel, sum_over_data_parallel
-from prism_megatron.stages.rollouts import Sample
 from prism_megatron.types import PERCEPTION, REASONING, InputSpec, PackedBatch
 
 BRANCHES = (PERCEPTION, REASONING)
@@ -117,7 +118,7 @@ class Batcher:
 
     def sft(self, sequences: Sequence[TrainingSequence], sample_ids: Sequence[str]) -> list[SequenceMicrobatch]:
         """Lay out demonstrations, their loss averaged over all trained tokens of the global batch."""
-        return [batch for _, batch in self._weighted(sequences, sample_ids, "token_mean")]
+        return [batch for _, batch in self._weighted(sequences, sample_ids, token_mean)]
 
     def policy(
         self, samples: Sequence[Sample], advantages: Sequence[float], config: PolicyGradientConfig, version: int
@@ -183,7 +184,7 @@ class Batcher:
     ) -> list[PolicyMicrobatch]:
         sequences, sample_ids = [s.sequence() for s in samples], [s.example.id for s in samples]
         batches = []
-        for indices, batch in self._weighted(sequences, sample_ids, loss_aggregation(config)):
+        for indices, batch in self._weighted(sequences, sample_ids, policy_token_weights(config)):
             members, packed = [samples[i] for i in indices], batch.packed
             logprobs = torch.zeros_like(packed.loss_mask)
             flat = [logprob for sample in members for logprob in sample.rollout.logprobs]
@@ -201,7 +202,7 @@ class Batcher:
         return batches
 
     def _weighted(
-        self, sequences: Sequence[TrainingSequence], sample_ids: Sequence[str], aggregation: Aggregation
+        self, sequences: Sequence[TrainingSequence], sample_ids: Sequence[str], token_weights: TokenWeights
     ) -> Iterator[tuple[list[int], SequenceMicrobatch]]:
         """Yield micro-batches and the indices of their sequences, tokens weighted by their share of the global loss."""
         trained, count, tokens = sum_over_data_parallel(
@@ -210,13 +211,7 @@ class Batcher:
         for indices in equal_over_ranks(split_by_tokens(sequences, self._max_tokens), self._parallel):
             members = [sequences[i] for i in indices]
             packed = self.pack(members)
-            weights = token_weights(
-                packed.loss_mask,
-                packed.sequence_ids,
-                aggregation=aggregation,
-                total_tokens=trained,
-                total_sequences=count,
-            )
+            weights = token_weights(packed.loss_mask, packed.sequence_ids, BatchTotals(trained, count))
             share = sum(map(len, members)) / max(tokens, 1.0)
             yield indices, SequenceMicrobatch(packed, share, tuple(sample_ids[i] for i in indices), weights)
 
@@ -248,11 +243,9 @@ class Batcher:
         )
 
 
-def loss_aggregation(config: PolicyGradientConfig) -> Aggregation:
+def policy_token_weights(config: PolicyGradientConfig) -> TokenWeights:
     """Return how the policy loss is averaged: GSPO over sequences, GRPO and DAPO over tokens (spec 4.6, 5.2)."""
-    if config.algorithm == "gspo":
-        return "sequence_mean"
-    return "reference" if config.compat == "reference" else "token_mean"
+    return sequence_mean if config.algorithm == "gspo" else METHODS[config.compat].token_mean
 
 
 def mini_batches(samples: Sequence[Sample], count: int) -> list[list[int]]:

@@ -17,11 +17,12 @@ from prism_megatron.convert.manifest import is_converted
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_rlvr, write_pairs, write_prompts
 from prism_megatron.data.loader import shard_for_rank
+from prism_megatron.data.samples import Sample
 from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.rollout.interface import Engine
-from prism_megatron.stages.rollouts import Sample, check_prompts, sample_responses, start_engine
+from prism_megatron.stages.rollouts import check_prompts, sample_responses, start_engine
 from prism_megatron.stages.setup import load_processor, log_line, mark_finished, open_stage
 from prism_megatron.types import Example, PreferencePair
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from prism_megatron.data.pairs import response_noise
-from prism_megatron.loss.discriminator import (
-    bradley_terry_loss,
-    gradient_penalty,
-    reference_branch_loss,
-    score_regularizer,
-)
+from prism_megatron.loss.discriminator import PairLoss, PairLossConfig, PairScores, gradient_penalty, pair_loss
 from prism_megatron.loss.reduce import require_finite
 from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
@@ -28,19 +23,17 @@ from prism_megatron.types import BRANCH_NAMES, PERCEPTION, REASONING, PackedBatc
 
 @dataclass(frozen=True)
 class DiscriminatorObjective:
-    """Weights of the branches' losses, of the score regulariser and of the gradient penalty.
+    """Weights of the branches' losses, the loss on pairs, and the weight of the gradient penalty.
 
-    ``penalty_std`` and ``noise_seed`` are those of the gradient penalty's noise; ``reference`` selects the loss of the
-    paper's code.
+    ``penalty_std`` and ``noise_seed`` are those of the gradient penalty's noise.
     """
 
     branch_weights: tuple[float, float]
-    regularizer: float = 0.0
-    label_smoothing: float = 0.0
+    pair_loss: PairLoss = pair_loss
+    pair_loss_config: PairLossConfig = field(default_factory=PairLossConfig)
     penalty: float = 0.0
     penalty_std: float = 0.0
     noise_seed: int = 0
-    reference: bool = False
 
 
 def score(discriminator: TrainableModel, batches: Sequence[PackedBatch], sample_ids: Sequence[str]) -> Tensor:
@@ -129,12 +122,9 @@ def discriminator_loss(
     teacher, student = scores[batch.teacher], scores[batch.student]
     require_finite("score of the demonstration", teacher.detach(), batch.sample_ids)
     require_finite("score of the response", student.detach(), batch.sample_ids)
-    if objective.reference:
-        value = pair_loss = _reference_loss(batch, teacher, student, rows, objective.regularizer)
-    else:
-        pair_loss = bradley_terry_loss(teacher, student, batch.weights, label_smoothing=objective.label_smoothing)
-        value = pair_loss + objective.regularizer * score_regularizer(teacher, student, batch.weights)
-    stats = {"loss": pair_loss.detach()}
+    pair_scores = PairScores(teacher, student, batch.branch, batch.valid, batch.weights, rows)
+    value, logged = objective.pair_loss(pair_scores, objective.pair_loss_config)
+    stats = {"loss": logged.detach()}
     if batch.perturbed is not None:
         perturbed = scores[batch.perturbed]
         require_finite("score of the perturbed demonstration", perturbed.detach(), batch.sample_ids)
@@ -165,17 +155,6 @@ def _routing_metrics(contexts: Sequence[Any]) -> dict[str, float | None]:
         for expert, load in enumerate(loads):
             measured[names.expert_load(BRANCH_NAMES[branch], expert)] = load / sum(loads) if tokens else None
     return measured
-
-
-def _reference_loss(batch: PairMicrobatch, teacher: Tensor, student: Tensor, rows: float, regularizer: float) -> Tensor:
-    """The paper's loss of a micro-batch: means over its own rows, weighted by its part of all ``rows``."""
-    value = 0.0 * (teacher.sum() + student.sum())
-    for branch in (PERCEPTION, REASONING):
-        mask = batch.branch == branch
-        if bool(mask.any()):
-            part = reference_branch_loss(teacher[mask], student[mask], batch.valid[mask], regularizer=regularizer)
-            value = value + part * (mask.sum() / rows)
-    return value
 
 
 def _with_noise(

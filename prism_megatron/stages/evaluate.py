@@ -11,12 +11,13 @@ from prism_megatron.data import shapes
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
 from prism_megatron.data.loader import shard_for_rank
+from prism_megatron.data.samples import Sample
 from prism_megatron.files import write_atomic
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.rollout.interface import Engine
-from prism_megatron.stages.rollouts import Sample, greedy_responses, push_weights, start_engine
+from prism_megatron.stages.rollouts import greedy_responses, push_weights, start_engine
 from prism_megatron.stages.setup import Stage, TrainableModel, mark_finished
 
 RESULTS = "results.json"

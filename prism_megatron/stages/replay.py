@@ -10,9 +10,9 @@ from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.data.pairs import Pair, branch_pairs
+from prism_megatron.data.samples import Sample
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
-from prism_megatron.stages.rollouts import Sample
 from prism_megatron.types import Example
 
 Texts = tuple[str, str]  # the caption block and the reasoning block of a response

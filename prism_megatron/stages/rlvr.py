@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prism_megatron.advantage import group_normalize, informative_groups
+from prism_megatron.advantage import informative_groups
 from prism_megatron.config import RLVRConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
 from prism_megatron.data.loader import batch_indices, count_passes, further_indices, shard_for_rank
 from prism_megatron.data.response import Response
+from prism_megatron.data.samples import Sample
 from prism_megatron.errors import UserError
+from prism_megatron.method import METHODS, Judge
 from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups as ranks
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
@@ -26,7 +28,6 @@ from prism_megatron.stages.batcher import Batcher, total_tokens
 from prism_megatron.stages.evaluate import export_and_evaluate, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step
 from prism_megatron.stages.rollouts import (
-    Sample,
     as_sample,
     check_prompts,
     gallery_row,
@@ -135,7 +136,8 @@ def sample_groups(
     if config.algorithm == "dapo":
         order = order + further_indices(len(rows), order, iteration, config.run.seed)
         rounds = config.max_sampling_rounds
-    kept = _restored(surplus, rows, processor, config.compat)
+    judge = METHODS[config.compat].judge
+    kept = _restored(surplus, rows, processor, judge)
     generated: list[Sample] = []
     prompts: dict[int, EncodedPrompt] = {}
     tried = 0
@@ -146,7 +148,7 @@ def sample_groups(
             break
         share = shard_for_rank(drawn, ranks.data_parallel_rank(), ranks.data_parallel_size())
         asked = [rows[i] for i in share]
-        samples = sample_responses(engine, processor, asked, iteration, config, config.compat)
+        samples = sample_responses(engine, processor, asked, iteration, config, judge)
         first = tried + len(drawn) * ranks.data_parallel_rank() // ranks.data_parallel_size()
         row_of = {first + group: row for group, row in enumerate(share)}
         samples = [replace(sample, group=first + sample.group) for sample in samples]
@@ -191,14 +193,14 @@ def _as_samples(
 
 
 def _restored(
-    surplus: Sequence[Group], rows: Sequence[Example], processor: ChatProcessor, compat: str
+    surplus: Sequence[Group], rows: Sequence[Example], processor: ChatProcessor, judge: Judge
 ) -> list[Candidate]:
     """Groups left over, numbered below 0 so that the oldest are trained on first."""
     places = {row.id: place for place, row in enumerate(rows)} if surplus else {}
     not_encoded = EncodedPrompt(())
     return [
         Candidate.of(
-            as_sample(processor, rows[places[row_id]], not_encoded, Rollout(**fields), number - len(surplus), compat),
+            as_sample(processor, rows[places[row_id]], not_encoded, Rollout(**fields), number - len(surplus), judge),
             places[row_id],
         )
         for number, (row_id, rollouts) in enumerate(surplus)
@@ -242,7 +244,7 @@ def verified_advantages(samples: Sequence[Sample], config: RLVRConfig) -> list[f
     """Rewards, normalised within each group."""
     rewards = torch.tensor([reward(sample, config) for sample in samples], dtype=torch.float64)
     groups = torch.tensor([sample.group for sample in samples])
-    advantages: list[float] = group_normalize(rewards, groups, eps=config.advantage_eps, compat=config.compat).tolist()
+    advantages: list[float] = METHODS[config.compat].normalize(rewards, groups, config.advantage_eps, 0.0).tolist()
     return advantages
 
 

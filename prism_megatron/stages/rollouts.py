@@ -14,36 +14,17 @@ from prism_megatron import config as cfg
 from prism_megatron.convert.transfer import export_manifest, export_weights
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.lengths import check_lengths
-from prism_megatron.data.pack import TrainingSequence
-from prism_megatron.data.response import Response
 from prism_megatron.data.rows import raise_faults
+from prism_megatron.data.samples import Sample
 from prism_megatron.data.seeds import sample_seed
+from prism_megatron.method import FIXED, Judge
 from prism_megatron.reward import symbolic
-from prism_megatron.reward.verifiable import judge
 from prism_megatron.rollout.engine import RolloutEngine
 from prism_megatron.rollout.interface import Engine, EngineConfig, Sampling
 from prism_megatron.rollout.subprocess_engine import SubprocessEngine
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One rollout and the prompt it answers.
-
-    ``response`` is None where the text breaks the grammar, which is not ``correct`` then.
-    """
-
-    example: Example
-    prompt: EncodedPrompt
-    rollout: Rollout
-    response: Response | None
-    correct: bool
-    group: int
-
-    def sequence(self) -> TrainingSequence:
-        return TrainingSequence(self.prompt, self.rollout.token_ids)
 
 
 @dataclass(frozen=True)
@@ -111,15 +92,15 @@ def sample_responses(
     rows: Sequence[Example],
     iteration: int,
     config: cfg.StageConfig,
-    compat: str = "fixed",
+    judge: Judge = FIXED.judge,
 ) -> list[Sample]:
     """``samples_per_prompt`` responses to each row, in order; seeds depend on run, iteration and row only.
 
-    Collective: a rank without rows calls, too. ``compat`` says which grammar the responses are held to.
+    Collective: a rank without rows calls, too. ``judge`` parses and verifies the responses.
     """
     rollout = config.rollout
     sampling = Sampling(rollout.samples_per_prompt, rollout.temperature, rollout.top_p, rollout.max_response_tokens)
-    return _samples(engine, processor, rows, sampling, config.run.seed, iteration, compat)
+    return _samples(engine, processor, rows, sampling, config.run.seed, iteration, judge)
 
 
 def greedy_responses(
@@ -136,7 +117,7 @@ def _samples(
     sampling: Sampling,
     seed: int,
     iteration: int,
-    compat: str = "fixed",
+    judge: Judge = FIXED.judge,
 ) -> list[Sample]:
     requests = [
         RolloutRequest(processor.prompt_ids(row.messages), row.images, sample_seed(seed, iteration, row.id))
@@ -145,24 +126,22 @@ def _samples(
     answers = engine.generate(requests, sampling)
     prompts = processor.encode_prompts(rows) if rows else []
     return [
-        as_sample(processor, row, prompt, rollout, group, compat)
+        as_sample(processor, row, prompt, rollout, group, judge)
         for group, (row, prompt, rollouts) in enumerate(zip(rows, prompts, answers, strict=True))
         for rollout in rollouts
     ]
 
 
 def as_sample(
-    processor: ChatProcessor, example: Example, prompt: EncodedPrompt, rollout: Rollout, group: int, compat: str
+    processor: ChatProcessor,
+    example: Example,
+    prompt: EncodedPrompt,
+    rollout: Rollout,
+    group: int,
+    judge: Judge = FIXED.judge,
 ) -> Sample:
-    """A rollout that was cut at the length limit is outside the grammar.
-
-    So is one with a token before its last that its text does not show, and nobody who reads the text could judge.
-    The paper's code lets that pass.
-    """
-    assert example.answer is not None, "the readers refuse prompts without an answer"
-    response, correct = None, False
-    if rollout.finished and (compat == "reference" or processor.has_text(rollout.token_ids[:-1])):
-        response, correct = judge(rollout.text, example.answer, example.equivalent_answers, compat=compat)
+    """Judge a rollout. A sample outside the grammar has no response and is not correct."""
+    response, correct = judge(rollout, example, processor)
     return Sample(example, prompt, rollout, response, correct, group)
 
 

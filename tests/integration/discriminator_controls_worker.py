@@ -18,12 +18,13 @@ from prism_megatron.data.chat import ChatProcessor  # noqa: E402
 from prism_megatron.data.dataset import read_sft  # noqa: E402
 from prism_megatron.data.pairs import Pair  # noqa: E402
 from prism_megatron.data.response import parse_response  # noqa: E402
+from prism_megatron.data.samples import Sample  # noqa: E402
+from prism_megatron.method import METHODS  # noqa: E402
 from prism_megatron.observe import metrics as names  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
-from prism_megatron.stages.align import split_samples  # noqa: E402
 from prism_megatron.stages.batcher import Batcher  # noqa: E402
 from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score  # noqa: E402
-from prism_megatron.stages.rollouts import Sample, as_sample  # noqa: E402
+from prism_megatron.stages.rollouts import as_sample  # noqa: E402
 from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.types import EncodedPrompt, Example, Rollout  # noqa: E402
 from recipes.train import load  # noqa: E402
@@ -59,7 +60,7 @@ class Asked:
             ids = [token for part in parts for token in self.processor.encode_text(part)]
             ids.append(self.processor.terminator_id)
             rollout = Rollout(tuple(ids), (0.0,) * len(ids), text, finished=True, policy_version=None)
-            samples.append(as_sample(self.processor, row, prompt, rollout, group, "fixed"))
+            samples.append(as_sample(self.processor, row, prompt, rollout, group))
         return samples
 
 
@@ -85,7 +86,7 @@ def accuracy_after_warmup(
     """Accuracy on the samples not trained on, a tie being half a win."""
     trained = load_discriminator(config, config.discriminator_optimizer)
     batcher = Batcher.from_config(processor.input_spec, config)
-    pairs = split_samples(samples, processor, config)[1]  # two of each sample
+    pairs = METHODS[config.compat].split(samples, processor, config)[1]  # two of each sample
     if coins is not None:
         pairs = shuffled(pairs, coins)
     for step in range(STEPS):
@@ -104,7 +105,7 @@ def compared(
     trained: TrainableModel, samples: list[Sample], processor: ChatProcessor, config: cfg.AlignConfig
 ) -> object:
     """What the discriminator is shown of ``samples``, and how many pairs its step says were cut."""
-    students, pairs = split_samples(samples, processor, config)
+    students, pairs = METHODS[config.compat].split(samples, processor, config)
     batch = Batcher.from_config(processor.input_spec, config).pairs(pairs, OBJECTIVE.branch_weights)
     step = discriminator_step(trained, batch, OBJECTIVE, 0.0)
     return {

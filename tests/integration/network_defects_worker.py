@@ -21,13 +21,13 @@ from prism_megatron.data.dataset import read_alignment  # noqa: E402
 from prism_megatron.data.pack import TrainingSequence  # noqa: E402
 from prism_megatron.data.pairs import Pair, response_noise  # noqa: E402
 from prism_megatron.data.response import parse_response  # noqa: E402
+from prism_megatron.data.samples import Sample  # noqa: E402
 from prism_megatron.loss.discriminator import gradient_penalty as penalty_of  # noqa: E402
 from prism_megatron.optim.step import Stats, train_step  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
 from prism_megatron.stages.batcher import Batcher  # noqa: E402
 from prism_megatron.stages.discriminator import score  # noqa: E402
 from prism_megatron.stages.replay import Replay  # noqa: E402
-from prism_megatron.stages.rollouts import Sample  # noqa: E402
 from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.types import Example, PackedBatch, Rollout  # noqa: E402
 from recipes.train import load  # noqa: E402

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from prism_megatron.advantage import alignment_advantage, group_normalize, informative_groups
+from prism_megatron.advantage import (
+    AdvantageConfig,
+    ScoredResponses,
+    alignment_advantage,
+    group_normalize,
+    informative_groups,
+)
 from prism_megatron.config import GatingConfig
 
 ROOT_HALF = 1 / math.sqrt(2)  # z-score of the two ends of a pair, the deviation being unbiased
 
 
+CONFIG = AdvantageConfig(perception_weight=0.5, format_penalty=1.5, combine="per_branch", eps=0.0)
+
+
 def align(
-    perception: list[float], reasoning: list[float], valid: list[bool], groups: list[int], **changed: object
+    perception: list[float],
+    reasoning: list[float],
+    valid: list[bool],
+    groups: list[int],
+    *,
+    correct: list[bool] | None = None,
+    config: AdvantageConfig = CONFIG,
 ) -> Tensor:
-    options: dict[str, object] = {"perception_weight": 0.5, "format_penalty": 1.5, "combine": "per_branch", "eps": 0.0}
-    options |= {"correct": torch.zeros(len(valid), dtype=torch.bool), "gating": GatingConfig()}
-    return alignment_advantage(
-        torch.tensor(perception),
-        torch.tensor(reasoning),
-        torch.tensor(valid),
-        torch.tensor(groups),
-        **(options | changed),
-    )
+    verdicts = torch.tensor(correct or [False] * len(valid))
+    scores = torch.tensor(perception), torch.tensor(reasoning)
+    return alignment_advantage(ScoredResponses(*scores, torch.tensor(valid), verdicts, torch.tensor(groups)), config)
 
 
 def test_group_normalize_is_the_z_score_with_the_unbiased_deviation() -> None:
@@ -48,7 +58,7 @@ def test_grpo_by_hand() -> None:
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("value", [0.2, 0.8, 1.0, -7.3])
 def test_equal_rewards_have_no_advantage_at_all(value: float, eps: float) -> None:
-    """In float32 the mean of sixteen rewards of 0.2 is not 0.2, and the deviation is as small as the difference."""
+    """The float32 mean of sixteen rewards of 0.2 is not 0.2, and the deviation is as small as the difference."""
     rewards, groups = torch.tensor([value] * 16 + [0.0, 1.0]), torch.tensor([0] * 16 + [1, 1])
     advantage = group_normalize(rewards, groups, eps=eps)
     assert advantage.dtype == torch.float32
@@ -56,7 +66,7 @@ def test_equal_rewards_have_no_advantage_at_all(value: float, eps: float) -> Non
     assert advantage[16:].tolist() == pytest.approx([-ROOT_HALF, ROOT_HALF], abs=1e-5)
 
 
-def test_close_scores_on_a_high_level_are_told_apart() -> None:
+def test_close_scores_on_a_high_level_differ() -> None:
     # In float32 the mean, 4096.0003, would be rounded to a multiple of 0.0005.
     scores = torch.tensor([4096.0, 4096.0, 4096.0 + 2**-10])
     root_third = 1 / math.sqrt(3)
@@ -68,7 +78,7 @@ def test_close_scores_on_a_high_level_are_told_apart() -> None:
     ("sums", "other"), [((0.3, -0.7), -0.4), ((0.1, 0.2, -0.3), 0.0), ((0.8, 0.2, -0.1), 0.9), ((1e6, 0.1, -1e6), 0.1)]
 )
 def test_equal_rewards_of_different_sums_have_no_advantage(sums: tuple[float, ...], other: float) -> None:
-    """In float64 0.3 - 0.7 is not -0.4."""
+    """0.3 - 0.7 is not -0.4 in float64."""
     rewards = torch.tensor([sum(sums), other, other, 1.0, 0.0], dtype=torch.float64)
     advantage = group_normalize(rewards, torch.tensor([0, 0, 0, 1, 1]), eps=1e-6)
     assert advantage[:3].tolist() == [0.0] * 3
@@ -78,7 +88,7 @@ def test_equal_rewards_of_different_sums_have_no_advantage(sums: tuple[float, ..
 def test_gated_rewards_that_are_equal_in_the_reals_have_no_advantage() -> None:
     # In the grammar and wrong: 0.3 - 0.7; outside of it: -0.4. In float32 these differ, and their z-scores are 0.7.
     gating = GatingConfig("rlvr_v2", 0.0, wrong_penalty=0.7, format_penalty=0.4, accuracy_weight=1.0, format_weight=0.3)
-    advantage = align([0.0, 0.0], [0.0, 0.0], [True, False], [0, 0], gating=gating)
+    advantage = align([0.0, 0.0], [0.0, 0.0], [True, False], [0, 0], config=replace(CONFIG, gating=gating))
     assert advantage.tolist() == [0.0, 0.0]
 
 
@@ -93,9 +103,8 @@ def test_a_floor_keeps_scores_that_hardly_differ_small() -> None:
 def test_the_floor_is_for_scores_and_not_for_verified_rewards() -> None:
     # Scores 0 and 1 have a deviation of 0.71, here divided by 7.1; rewards 1 and 2 keep their z-score.
     gating = GatingConfig("rlvr", align_coeff=1.0)
-    correct = torch.tensor([False, True])
-    options = {"std_floor": 7.0710678, "gating": gating, "correct": correct, "format_penalty": 0.0}
-    advantage = align([0.0, 1.0], [0.0, 1.0], [True, True], [0, 0], **options)
+    config = replace(CONFIG, std_floor=7.0710678, gating=gating, format_penalty=0.0)
+    advantage = align([0.0, 1.0], [0.0, 1.0], [True, True], [0, 0], correct=[False, True], config=config)
     assert advantage.tolist() == pytest.approx([-ROOT_HALF, ROOT_HALF + 0.0707107], abs=1e-5)
 
 
@@ -107,13 +116,13 @@ def test_informative_groups_are_those_with_different_rewards() -> None:
 def test_branches_are_normalised_each_on_its_own_scale() -> None:
     # Perception spreads over 100, reasoning over 1, in opposite order: on equal terms they cancel.
     assert align([0.0, 100.0], [1.0, 0.0], [True, True], [0, 0]).tolist() == pytest.approx([0, 0], abs=1e-6)
-    heavier = align([0.0, 100.0], [1.0, 0.0], [True, True], [0, 0], perception_weight=0.75)
+    heavier = align([0.0, 100.0], [1.0, 0.0], [True, True], [0, 0], config=replace(CONFIG, perception_weight=0.75))
     assert heavier.tolist() == pytest.approx([-0.5 * ROOT_HALF, 0.5 * ROOT_HALF])
 
 
 def test_weighted_sum_lets_the_wider_branch_win() -> None:
     # Eq. 1 and 3: 0.5 * (0, 100) + 0.5 * (1, 0) = (0.5, 50), one z-score.
-    advantage = align([0.0, 100.0], [1.0, 0.0], [True, True], [0, 0], combine="weighted_sum")
+    advantage = align([0.0, 100.0], [1.0, 0.0], [True, True], [0, 0], config=replace(CONFIG, combine="weighted_sum"))
     assert advantage.tolist() == pytest.approx([-ROOT_HALF, ROOT_HALF])
 
 
@@ -129,7 +138,8 @@ def test_a_broken_response_stands_below_the_worst_and_pays_the_penalty() -> None
 def test_a_group_without_a_valid_response_teaches_nothing(mode: str) -> None:
     # D8: the paper's code gives -1.5 to all of them.
     gating = GatingConfig(mode, format_penalty=2.0)
-    assert align([1.0, 2.0], [3.0, 4.0], [False, False], [0, 0], gating=gating).tolist() == [0, 0]
+    config = replace(CONFIG, gating=gating)
+    assert align([1.0, 2.0], [3.0, 4.0], [False, False], [0, 0], config=config).tolist() == [0, 0]
 
 
 # One group of four: right, wrong, wrong, outside the grammar. Branches agree, so A is one z-score: scores 3, 2, 1 and
@@ -155,17 +165,9 @@ PENALIZED = [value / math.sqrt(8.25 / 3) for value in (1.75, 0.25, 0.25, -2.25)]
 )
 def test_gates_by_hand(mode: str, expected: list[float]) -> None:
     gating = GatingConfig(mode, align_coeff=2.0, wrong_penalty=0.5, format_penalty=2.0)
-    advantage = align(SCORES, SCORES, VALID, [0, 0, 0, 0], correct=torch.tensor(CORRECT), gating=gating)
+    config = replace(CONFIG, gating=gating)
+    advantage = align(SCORES, SCORES, VALID, [0, 0, 0, 0], correct=CORRECT, config=config)
     assert advantage.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_the_reference_pushes_a_group_without_a_valid_response_down() -> None:
-    reference = align([1.0, 2.0], [3.0, 4.0], [False, False], [0, 0], compat="reference", eps=1e-6)
-    assert reference.tolist() == [-1.5, -1.5]
-
-
-def test_the_reference_leaves_a_lone_score_as_it_is() -> None:
-    assert group_normalize(torch.tensor([9.0]), torch.zeros(1), eps=0.0, compat="reference").tolist() == [9.0]
 
 
 def test_splitting_the_prompts_over_ranks_changes_nothing() -> None:

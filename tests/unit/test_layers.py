@@ -30,6 +30,8 @@ ORDER = (
         "reward",
         "advantage",
         "loss",
+        "reference",
+        "method",
     ),
     *("optim", "checkpoint", "stages", "train"),
 )

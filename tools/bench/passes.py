@@ -16,11 +16,11 @@ from prism_megatron.config import AlignConfig, PolicyGradientConfig, StageConfig
 from prism_megatron.convert.upcycle import upcycled_config
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.pairs import Pair
+from prism_megatron.data.samples import Sample
 from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import TrainingFlops, Workload, forward_flops, training_flops
 from prism_megatron.stages.batcher import mini_batches, workload
 from prism_megatron.stages.policy import has_several_updates
-from prism_megatron.stages.rollouts import Sample
 
 POLICY, DISCRIMINATOR = "policy", "discriminator"
 

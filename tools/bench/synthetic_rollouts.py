@@ -18,9 +18,9 @@ from prism_megatron.config import AlignConfig, RLVRConfig, WarmupConfig
 from prism_megatron.data.dataset import read_alignment
 from prism_megatron.data.pairs import Pair
 from prism_megatron.data.response import parse_response, render_response
+from prism_megatron.data.samples import Sample
 from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import read_sizes
-from prism_megatron.stages.rollouts import Sample
 from prism_megatron.stages.warmup import pairs_of_row
 from prism_megatron.types import EncodedPrompt, Example, PreferencePair, Rollout
 from tools.bench.inputs import Settings, TrainingConfig, mock_row, shown_files
@@ -41,7 +41,7 @@ def sampled_groups(settings: Settings, config: AlignConfig | RLVRConfig, process
         for place, text in enumerate(row.responses):
             ids = (*processor.encode_text(text), processor.terminator_id)
             rollout = Rollout(ids, (logprob,) * len(ids), text, finished=True, policy_version=None)
-            response = parse_response(text, compat=config.compat)
+            response = parse_response(text)
             correct = place == 0 or (place > 1 and coins.random() < 0.5)  # the first is right, the second wrong
             group.append(Sample(row.example, row.prompt, rollout, response, correct, number))
         groups.append(group)

@@ -93,6 +93,7 @@ def discriminator_results(
     from prism_megatron.convert.transfer import export_weights
     from prism_megatron.data.loader import shard_for_rank
     from prism_megatron.data.pairs import Pair
+    from prism_megatron.loss.discriminator import PairLossConfig
     from prism_megatron.parallel import groups
     from prism_megatron.parallel.collectives import gather_over_data_parallel
     from prism_megatron.stages.batcher import Batcher
@@ -128,7 +129,8 @@ def discriminator_results(
     sample_ids = [f"row {row}" for row in mine for _ in range(2 * len(SIDES))]
     values = score(trained, batcher.scoring(list(sides.values())), sample_ids)
     results: dict[str, Tensor] = dict(gather_over_data_parallel(list(zip(sides, values, strict=True))))
-    objective = DiscriminatorObjective((0.6, 1.4), 0.1, label_smoothing=0.1, penalty=0.1, penalty_std=0.02)
+    loss = PairLossConfig(regularizer=0.1, label_smoothing=0.1)
+    objective = DiscriminatorObjective((0.6, 1.4), pair_loss_config=loss, penalty=0.1, penalty_std=0.02)
     batch = batcher.pairs(list(pairs.values()), objective.branch_weights, repeat_teachers=True)
     discriminator_step(trained, batch, objective, lr=0.0)
     gradients = export_weights(trained.chunks, trained.table, read=_gradient)

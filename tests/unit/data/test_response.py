@@ -48,7 +48,7 @@ def test_render_refuses_what_cannot_be_parsed_back(caption: str, think: str, ans
 
 
 def test_the_system_prompt_shows_each_tag_once_and_in_order():
-    places = [SYSTEM_PROMPT.index(tag) for tag in ("<caption>", "</caption>", "<think>", "</think>", "<answer>")]
-    assert places == sorted(places)
+    positions = [SYSTEM_PROMPT.index(tag) for tag in ("<caption>", "</caption>", "<think>", "</think>", "<answer>")]
+    assert positions == sorted(positions)
     assert SYSTEM_PROMPT.startswith("You are a helpful scientific assistant.\n")
     assert SYSTEM_PROMPT.endswith("</answer>")

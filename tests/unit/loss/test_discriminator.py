@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from prism_megatron.loss.discriminator import (
+    PairLossConfig,
+    PairScores,
     bradley_terry_loss,
     gradient_penalty,
-    reference_branch_loss,
+    pair_loss,
     score_regularizer,
 )
 
@@ -67,16 +69,17 @@ def test_gradient_penalty_is_half_the_squared_gradient_on_average() -> None:
     assert float(value) == pytest.approx(4.5, rel=0.02)
 
 
-def test_the_reference_loss_by_hand() -> None:
-    # Two valid rows with gaps 0 and ln 3, one invalid row that only the regulariser sees: squares 1, 9, 4 and 1, 0, 16
-    # (with ln 3 squared instead of 9).
-    teacher, student = torch.tensor([1.0, math.log(3), 2.0]), torch.tensor([1.0, 0.0, -4.0])
-    loss = reference_branch_loss(teacher, student, torch.tensor([True, True, False]), regularizer=0.1)
-    squares = (1 + math.log(3) ** 2 + 4) / 3 + (1 + 0 + 16) / 3
-    assert float(loss) == pytest.approx((math.log(2) + math.log(4 / 3)) / 2 + 0.1 * squares / 4)
-
-
-def test_the_reference_falls_back_without_a_valid_row() -> None:
-    teacher = torch.tensor([0.0, 2 * math.log(3)], requires_grad=True)
-    loss = reference_branch_loss(teacher, torch.zeros(2), torch.tensor([False, False]), regularizer=0.0)
-    assert float(loss) == pytest.approx(0.01 * math.log(4 / 3))
+def test_the_pair_loss_adds_the_regularizer_and_logs_the_preference_alone() -> None:
+    # One pair of each branch, weights 1.5 and 0.5. Gaps 0 and ln 3; squares 1 + 1 and (ln 3)^2.
+    ln3 = math.log(3)
+    scores = PairScores(
+        teacher=torch.tensor([1.0, ln3]),
+        student=torch.tensor([1.0, 0.0]),
+        branch=torch.tensor([0, 1]),
+        valid=torch.tensor([True, True]),
+        weights=torch.tensor([1.5, 0.5]),
+        response_count=1.0,
+    )
+    loss, logged = pair_loss(scores, PairLossConfig(regularizer=0.1))
+    assert float(logged) == pytest.approx(1.5 * math.log(2) + 0.5 * math.log(4 / 3))
+    assert float(loss) == pytest.approx(float(logged) + 0.1 * (1.5 * 2 + 0.5 * ln3**2) / 4)

@@ -1,44 +1,39 @@
-"""Token weights, by hand, and that cutting a batch differently changes nothing (D9)."""
+"""Token weights, by hand, and their independence of how the batch is split (D9)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from prism_megatron.loss.reduce import Aggregation, require_finite, token_weights
+from prism_megatron.loss.reduce import BatchTotals, TokenWeights, require_finite, sequence_mean, token_mean
 from prism_megatron.loss.sft import sft_loss
 
 # Two sequences: 1 trained token of 2, and 3 of 3.
 MASK, IDS = torch.tensor([0.0, 1, 1, 1, 1]), torch.tensor([0, 0, 1, 1, 1])
+TOTALS = BatchTotals(tokens=4, sequences=2)
 
 
 def test_token_mean_counts_every_token_alike() -> None:
-    weights = token_weights(MASK, IDS, aggregation="token_mean", total_tokens=4, total_sequences=2)
+    weights = token_mean(MASK, IDS, TOTALS)
     assert weights.tolist() == [0, 0.25, 0.25, 0.25, 0.25]
 
 
 def test_sequence_mean_counts_every_sequence_alike() -> None:
-    weights = token_weights(MASK, IDS, aggregation="sequence_mean", total_tokens=4, total_sequences=2)
+    weights = sequence_mean(MASK, IDS, TOTALS)
     assert weights.tolist() == pytest.approx([0, 1 / 2, 1 / 6, 1 / 6, 1 / 6])
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_the_sum_over_micro_batches_is_the_mean_over_the_batch(aggregation: Aggregation) -> None:
+# token mean: (1 + 2 + 3 + 4) / 4; sequence mean: (1 + (2 + 3 + 4) / 3) / 2
+@pytest.mark.parametrize(("mean", "expected"), [(token_mean, 2.5), (sequence_mean, 2.0)])
+def test_the_sum_over_micro_batches_is_the_mean_over_the_batch(mean: TokenWeights, expected: float) -> None:
     logprobs = torch.tensor([-9.0, -1, -2, -3, -4])
-    totals = {"total_tokens": 4.0, "total_sequences": 2.0}
-    whole = sft_loss(logprobs, token_weights(MASK, IDS, aggregation=aggregation, **totals))
-    cut = sum(
-        sft_loss(logprobs[part], token_weights(MASK[part], IDS[part] - IDS[part][0], aggregation=aggregation, **totals))
+    total = sft_loss(logprobs, mean(MASK, IDS, TOTALS))
+    split = sum(
+        sft_loss(logprobs[part], mean(MASK[part], IDS[part] - IDS[part][0], TOTALS))
         for part in (slice(0, 2), slice(2, 5))
     )
-    # token mean: (1 + 2 + 3 + 4) / 4; sequence mean: (1 + (2 + 3 + 4) / 3) / 2
-    assert float(whole) == pytest.approx(2.5 if aggregation == "token_mean" else 2.0)
-    assert float(cut) == pytest.approx(float(whole))
-
-
-def test_unknown_aggregation() -> None:
-    with pytest.raises(ValueError, match="aggregation must be token_mean, sequence_mean or reference, got 'sum'"):
-        token_weights(MASK, IDS, aggregation="sum", total_tokens=4, total_sequences=2)  # type: ignore[arg-type]
+    assert float(total) == pytest.approx(expected)
+    assert float(split) == pytest.approx(float(total))
 
 
 def test_what_is_not_finite_is_named() -> None:
@@ -49,9 +44,7 @@ def test_what_is_not_finite_is_named() -> None:
 
 def test_sft_by_hand() -> None:
     # Three tokens, the first belongs to the prompt: (0.5 + 1.5) / 2.
-    weights = token_weights(
-        torch.tensor([0.0, 1, 1]), torch.zeros(3).long(), aggregation="token_mean", total_tokens=2, total_sequences=1
-    )
+    weights = token_mean(torch.tensor([0.0, 1, 1]), torch.zeros(3).long(), BatchTotals(tokens=2, sequences=1))
     logprobs = torch.tensor([-7.0, -0.5, -1.5], requires_grad=True)
     loss = sft_loss(logprobs, weights)
     loss.backward()

@@ -1,4 +1,4 @@
-"""The algebra's process: what a verdict may cost, and what happens where the process stands still or does not start."""
+"""The algebra's child process: budgets of a verdict, and children that hang or do not start."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from prism_megatron.reward import answer, reference_answer, symbolic
+from prism_megatron.reference import answer as reference
+from prism_megatron.reward import answer, symbolic
 from prism_megatron.reward.answer import is_correct
-from prism_megatron.reward.reference_answer import is_correct_by_reference
 from prism_megatron.reward.symbolic import Budget, TooHard, same_symbolically
 
 
 @pytest.fixture(autouse=True)
 def no_child() -> Iterator[None]:
-    """As before the first question, and so again afterwards."""
+    """Start and end every test without a child and without verdicts."""
     forget()
     yield
     forget()
 
 
 def forget() -> None:
-    """Verdicts so far, the child's own among them."""
+    """Drop the child and all verdicts so far."""
     symbolic._stop_child()
-    symbolic._known.clear()
+    symbolic._verdicts.clear()
 
 
 def test_all_comparisons_of_a_verdict_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +49,8 @@ def test_all_comparisons_of_a_verdict_share_one_budget(monkeypatch: pytest.Monke
 
     # An alternative truth has what the first one left, and the reference's verdict has one budget, too.
     assert not is_correct(r"1+\sin(7)", "8", [r"\sin(7)+1"])
-    monkeypatch.setattr(reference_answer, "Budget", lambda: small)
-    assert not is_correct_by_reference(r"1+\sin(7)", r"\sin(7)+1")
+    monkeypatch.setattr(reference, "Budget", lambda: small)
+    assert not reference.is_correct(r"1+\sin(7)", r"\sin(7)+1")
 
 
 def test_what_was_cut_short_is_not_remembered_as_too_hard() -> None:
@@ -92,11 +92,11 @@ def test_an_interrupted_question_does_not_answer_the_next() -> None:
 
 
 def python_that(does: str, folder: Path) -> str:
-    """A program in the place of the Python that runs the child."""
-    place = folder / "python"
-    place.write_text(f"#!/bin/sh\n{does}\n")
-    place.chmod(0o755)
-    return str(place)
+    """Write a program that replaces the Python that runs the child."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 def test_a_child_that_fails_once_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import torch
 from prism_megatron.config import AlignConfig, RLVRConfig
 from prism_megatron.data.pack import TrainingSequence, pack
 from prism_megatron.loss.policy import PolicyLossConfig
-from prism_megatron.loss.reduce import token_weights
+from prism_megatron.loss.reduce import BatchTotals, TokenWeights, sequence_mean, token_mean
 from prism_megatron.model.logprobs import TokenScores
-from prism_megatron.stages.batcher import PolicyMicrobatch, loss_aggregation
+from prism_megatron.stages.batcher import PolicyMicrobatch, policy_token_weights
 from prism_megatron.stages.policy import (
     LOGPROB_TOLERANCE,
     check_difference,
@@ -32,7 +32,7 @@ def microbatch() -> PolicyMicrobatch:
     """Three samples with a prompt of one token and a response of two, on-policy and at their reference."""
     packed = pack([TrainingSequence(EncodedPrompt((1,)), (2, 3)) for _ in range(3)], SPEC)
     mask, zeros = packed.loss_mask, torch.zeros_like(packed.loss_mask)
-    weights = token_weights(mask, packed.sequence_ids, aggregation="token_mean", total_tokens=6.0, total_sequences=3.0)
+    weights = token_mean(mask, packed.sequence_ids, BatchTotals(tokens=6.0, sequences=3.0))
     advantages = torch.tensor([1.0, -2.0, 4.0])[packed.sequence_ids]
     return PolicyMicrobatch(
         packed, 1.0, ("first", "second", "third"), weights, advantages, zeros, mask, zeros, reference_logprobs=zeros
@@ -47,13 +47,11 @@ def scores(**of_token: float) -> TokenScores:
 
 
 @pytest.mark.parametrize("recipe", ["tiny_align", "tiny_rlvr"])
-@pytest.mark.parametrize(
-    ("algorithm", "aggregation"), [("grpo", "token_mean"), ("dapo", "token_mean"), ("gspo", "sequence_mean")]
-)
-def test_both_stages_have_every_algorithms_loss(recipe: str, algorithm: str, aggregation: str) -> None:
+@pytest.mark.parametrize(("algorithm", "mean"), [("grpo", token_mean), ("dapo", token_mean), ("gspo", sequence_mean)])
+def test_both_stages_have_every_algorithms_loss(recipe: str, algorithm: str, mean: TokenWeights) -> None:
     config = load(recipe, [f"algorithm={algorithm}"])
     assert isinstance(config, AlignConfig | RLVRConfig)
-    assert (policy_loss_config(config).kind, loss_aggregation(config)) == (algorithm, aggregation)
+    assert (policy_loss_config(config).kind, policy_token_weights(config)) == (algorithm, mean)
 
 
 def test_the_loss_is_the_mean_over_tokens() -> None:

@@ -12,7 +12,9 @@ from prism_megatron.parallel import cpu
 cpu.install()
 
 from prism_megatron.data.chat import ChatProcessor  # noqa: E402
-from prism_megatron.stages.rollouts import Sample, as_sample  # noqa: E402
+from prism_megatron.data.samples import Sample  # noqa: E402
+from prism_megatron.method import METHODS  # noqa: E402
+from prism_megatron.stages.rollouts import as_sample  # noqa: E402
 from prism_megatron.types import EncodedPrompt, Example, Message, Rollout  # noqa: E402
 
 TEXT = "<caption>c</caption><think>t</think><answer>1</answer>"
@@ -30,7 +32,7 @@ def sample(processor: ChatProcessor, inserted: tuple[int, ...], compat: str = "f
     ids = (*ids[:3], *inserted, *ids[3:], processor.terminator_id)
     rollout = Rollout(ids, (0.0,) * len(ids), processor.decode(ids), finished=True, policy_version=0)
     assert rollout.text == TEXT
-    return as_sample(processor, EXAMPLE, EncodedPrompt((1,)), rollout, 0, compat)
+    return as_sample(processor, EXAMPLE, EncodedPrompt((1,)), rollout, 0, METHODS[compat].judge)
 
 
 def test_the_terminator_at_its_end_is_no_fault(processor: ChatProcessor) -> None:
@@ -55,4 +57,4 @@ def test_the_papers_code_lets_it_pass(processor: ChatProcessor) -> None:
 def test_a_rollout_that_was_cut_is_outside_the_grammar(processor: ChatProcessor) -> None:
     whole = sample(processor, ())
     cut = replace(whole.rollout, finished=False)
-    assert as_sample(processor, EXAMPLE, whole.prompt, cut, 0, "fixed").response is None
+    assert as_sample(processor, EXAMPLE, whole.prompt, cut, 0).response is None

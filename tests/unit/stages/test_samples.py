@@ -7,10 +7,10 @@ import statistics
 import pytest
 
 from prism_megatron.config import RLVRConfig
+from prism_megatron.data.samples import Sample
 from prism_megatron.stages.align import within_groups
 from prism_megatron.stages.collect import pass_rates
 from prism_megatron.stages.rlvr import reward, trained_samples
-from prism_megatron.stages.rollouts import Sample
 from prism_megatron.types import EncodedPrompt, Example, Rollout
 from recipes.train import load
 

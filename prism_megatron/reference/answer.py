@@ -1,7 +1,7 @@
-"""The verdicts of the paper's own code, its mistakes included (spec 5.3): for comparing scores with the released runs.
+"""Answer verification of the paper's code, its mistakes included (spec 5.3, 9.2).
 
-:mod:`prism_megatron.reward.answer` is the verifier to train with. This one says that 5 kg is 5 lb, that (1, 2) is
-[1, 2], that x=3.5 is x=35, and that 1234 is not 1,234; it is kept so that those claims can be measured.
+:mod:`prism_megatron.reward.answer` is the verifier to train with. This one accepts 5 kg for 5 lb, (1, 2) for [1, 2] and
+x=3.5 for x=35, and rejects 1234 for 1,234.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _UNIT = re.compile(
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
-def is_correct_by_reference(prediction: str, truth: str, equivalents: Sequence[str] = ()) -> bool:
-    """The reference's verdict. Signature and safety are those of :func:`prism_megatron.reward.answer.is_correct`."""
+def is_correct(prediction: str, truth: str, equivalents: Sequence[str] = ()) -> bool:
+    """Return the paper's verdict; as safe as :func:`prism_megatron.reward.answer.is_correct` for any strings."""
     budget = Budget()
     try:
         return any(_judge(prediction.strip(), answer.strip(), budget) for answer in (truth, *equivalents))
@@ -47,7 +47,7 @@ def _judge(prediction: str, truth: str, budget: Budget) -> bool:
 
 
 def _parts(text: str) -> list[str]:
-    """Split at (1) ... (2) ..., else at semicolons, else at commas outside brackets: before any 1,234 is recognised."""
+    """Split at (1) ... (2) ..., else at semicolons, else at commas outside brackets, those of 1,234 included."""
     markers = list(re.finditer(r"\(\d\)", text))
     if len(markers) > 1 and markers[0].start() <= 2:
         ends = [marker.start() for marker in markers[1:]] + [len(text)]
@@ -76,7 +76,7 @@ def _exact(prediction: str, truth: str) -> bool:
         return True
     (number, unit), (true_number, true_unit) = _without_unit(prediction), _without_unit(truth)
     if _NUMBER.fullmatch(number) and _NUMBER.fullmatch(true_number):
-        # The units are not looked at.
+        # Units are ignored.
         value, true_value = float(number), float(true_number)
         return value == 0 if true_value == 0 else abs(value - true_value) / abs(true_value) < _RELATIVE_TOLERANCE
     if _normalized(prediction) == _normalized(truth):
@@ -120,11 +120,11 @@ def _without_unit(text: str) -> tuple[str, str]:
 
 
 def _normalized(text: str) -> str:
-    """Lower case without punctuation: decimal points and brackets go, too."""
+    """Return ``text`` in lower case without punctuation, decimal points and brackets included."""
     return re.sub(r"\*\*|[.,!?:;()\[\]{}'\"]|\s", "", text.lower())
 
 
 def _by_math_verify(prediction: str, truth: str, budget: Budget) -> bool:
-    """On the text without delimiters, plain and normalised; without its $, LaTeX is not recognised as such."""
+    """Ask math-verify about the plain and the normalised text; without its $ delimiters LaTeX is not recognised."""
     variants = [(_undelimited(prediction), _undelimited(truth)), (_normalized(prediction), _normalized(truth))]
     return any(same_as_extracted(*variant, budget) for variant in variants)

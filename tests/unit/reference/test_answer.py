@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from prism_megatron.reference import answer as reference
 from prism_megatron.reward.answer import is_correct
-from prism_megatron.reward.reference_answer import is_correct_by_reference
 
 # prediction, truth, the reference's verdict, the right one
 TABLE = [
@@ -46,12 +46,12 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize(("prediction", "truth", "reference", "right"), TABLE)
-def test_the_table(prediction: str, truth: str, reference: bool, right: bool) -> None:
-    assert is_correct_by_reference(prediction, truth) is reference
+@pytest.mark.parametrize(("prediction", "truth", "verdict", "right"), TABLE)
+def test_the_table(prediction: str, truth: str, verdict: bool, right: bool) -> None:
+    assert reference.is_correct(prediction, truth) is verdict
     assert is_correct(prediction, truth) is right
 
 
 @pytest.mark.parametrize(("prediction", "truth", "verdict"), MORE)
 def test_the_order_of_judgement(prediction: str, truth: str, verdict: bool) -> None:
-    assert is_correct_by_reference(prediction, truth) is verdict
+    assert reference.is_correct(prediction, truth) is verdict
