@@ -1,4 +1,4 @@
-"""Stage 2: adversarial alignment. Policy and discriminator take one step each per iteration (spec 4)."""
+"""Stage 2: adversarial alignment of the policy against the discriminator (spec 4)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prism_megatron.stages.discriminator import DiscriminatorObjective, discrimi
 from prism_megatron.stages.evaluate import export_and_evaluate, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step
 from prism_megatron.stages.replay import Replay
-from prism_megatron.stages.rollouts import check_prompts, gallery_row, sample_responses, start_engine
+from prism_megatron.stages.rollouts import Sampler, check_prompts, gallery_row, start_engine
 from prism_megatron.stages.setup import (
     TrainableModel,
     load_discriminator,
@@ -46,9 +46,9 @@ from prism_megatron.types import PERCEPTION, REASONING
 
 
 def run_align(config: AlignConfig) -> None:
-    """Play the game on the prompts of ``data``; leaves checkpoints, ``hf/`` (the policy) and ``results.json``.
+    """Align the policy on the prompts of ``data``; writes checkpoints, ``hf/`` (the policy) and ``results.json``.
 
-    Raises UserError for what it refuses, Preempted when it was told to stop and has saved.
+    Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
     rows = read_alignment(Path(config.data))
     config, passes = count_passes(config, len(rows))
@@ -59,23 +59,24 @@ def run_align(config: AlignConfig) -> None:
         check_prompts(rows, processor, config.rollout)
         batcher = Batcher.from_config(processor.input_spec, config)
         models = load_align_models(config, processor)
-        parts = {"policy": models.policy, "discriminator": models.discriminator}
-        replay = Replay(rows, processor, config, stage.resume(parts))
+        trained = {"policy": models.policy, "discriminator": models.discriminator}
+        replay = Replay(rows, processor, config, stage.resume(trained))
 
         engine = start_engine(config, models.policy.source)
+        sampler = Sampler(engine, processor, config, models.method.judge)
         guard = SyncGuard(engine, models.policy, processor, rows, config)
         for iteration in range(stage.start, run.train_iters):
-            mine = local_batch(rows, config.prompts_per_iteration, iteration, run.seed)
+            local_rows = local_batch(rows, config.prompts_per_iteration, iteration, run.seed)
             with stage.timers("sync"):
                 guard.push(iteration)
             with stage.timers("rollout"):
-                samples = sample_responses(engine, processor, mine, iteration, config, models.method.judge)
+                samples = sampler.sample(local_rows, iteration)
                 engine.sleep()
             step = align_step(models, batcher, samples, replay, config, iteration, stage.timers)
             step.metrics[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
             stage.log.log(iteration + 1, step.metrics | passes.measured(iteration + 1) | stage.timers.pop())
             stage.log.rollouts(iteration + 1, step.gallery(iteration + 1, run.log_rollouts_per_iteration))
-            stage.save_if_due(iteration + 1, parts, replay.kept)
+            stage.save_if_due(iteration + 1, trained, replay.responses)
 
         models.discriminator.export(stage.dir / "discriminator_hf")
         export_and_evaluate(stage, models.policy, processor, engine)
@@ -167,7 +168,7 @@ def align_step(
 
 
 def discriminator_objective(method: Method, config: AlignConfig) -> DiscriminatorObjective:
-    """The branches' losses are added, each a mean over its valid pairs, weighted as in the reward (spec 4.4, D10)."""
+    """Return the objective: the branches' mean losses are added with the weights of the reward (spec 4.4, D10)."""
     alpha = config.perception_weight
     return DiscriminatorObjective(
         (2 * alpha, 2 * (1 - alpha)),
@@ -180,12 +181,12 @@ def discriminator_objective(method: Method, config: AlignConfig) -> Discriminato
 
 
 def within_groups(values: Sequence[float], groups: Sequence[int]) -> list[float]:
-    """Each value less its group's mean."""
+    """Subtract its group's mean from each value."""
     members: dict[int, list[float]] = defaultdict(list)
     for value, group in zip(values, groups, strict=True):
         members[group].append(value)
-    # Of equal values the mean is exact, not rounded: a constant score has no correlation.
-    means = {g: own[0] if max(own) == min(own) else statistics.fmean(own) for g, own in members.items()}
+    # The mean of equal values must be exact: a constant score has no correlation.
+    means = {g: v[0] if max(v) == min(v) else statistics.fmean(v) for g, v in members.items()}
     return [value - means[group] for value, group in zip(values, groups, strict=True)]
 
 
@@ -226,12 +227,12 @@ class ScoredBranches:
         return advantages
 
     def length_correlations(self) -> dict[str, float | None]:
-        """Of valid responses' scores and lengths within their groups, over all ranks: what must not be learnt.
+        """Return the Pearson correlation of scores and lengths of valid responses, by branch, over all ranks.
 
-        Each group's means are subtracted first: that a question with long answers has high scores says nothing.
+        A discriminator must not learn lengths. Group means are subtracted, because prompts differ in both.
         """
         groups = [sample.group for sample in self.samples if sample.response is not None]
-        measured = {}
+        metrics = {}
         for branch, scores, name in (
             (PERCEPTION, self.perception, names.PERCEPTION_LENGTH_CORRELATION),
             (REASONING, self.reasoning, names.REASONING_LENGTH_CORRELATION),
@@ -239,10 +240,10 @@ class ScoredBranches:
             lengths = [float(len(student.response_ids)) for student in self.students if student.branch == branch]
             x, y = within_groups(scores[self.valid].tolist(), groups), within_groups(lengths, groups)
             products = [sum(a * b for a, b in zip(*pair, strict=True)) for pair in ((x, y), (x, x), (y, y))]
-            shared, of_scores, of_lengths = sum_over_data_parallel(*products)
+            covariance, of_scores, of_lengths = sum_over_data_parallel(*products)
             varied = of_scores > 0 and of_lengths > 0
-            measured[name] = shared / math.sqrt(of_scores * of_lengths) if varied else None
-        return measured
+            metrics[name] = covariance / math.sqrt(of_scores * of_lengths) if varied else None
+        return metrics
 
 
 def score_branches(

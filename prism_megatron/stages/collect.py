@@ -14,15 +14,13 @@ from pathlib import Path
 
 from prism_megatron.config import CollectConfig
 from prism_megatron.convert.manifest import is_converted
-from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_rlvr, write_pairs, write_prompts
 from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.data.samples import Sample
 from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
-from prism_megatron.rollout.interface import Engine
-from prism_megatron.stages.rollouts import check_prompts, sample_responses, start_engine
+from prism_megatron.stages.rollouts import Sampler, check_prompts, start_engine
 from prism_megatron.stages.setup import load_processor, log_line, mark_finished, open_stage
 from prism_megatron.types import Example, PreferencePair
 
@@ -45,32 +43,41 @@ def run_collect(config: CollectConfig) -> None:
     with open_stage(config) as stage:
         processor = load_processor(config)
         check_prompts([*demonstrations, *candidates], processor, config.rollout)
-        engine = start_engine(config, Path(config.model.hf_checkpoint))
+        sampler = Sampler(start_engine(config, Path(config.model.hf_checkpoint)), processor, config)
         gc.enable()  # train.py disables it during imports and reading
-        for_pairs = dataclasses.replace(config.rollout, samples_per_prompt=config.pair_samples_per_prompt)
-        responses = _sample(engine, processor, demonstrations, dataclasses.replace(config, rollout=for_pairs), "pairs")
-        first = config.pair_samples_per_prompt * _local_indices(demonstrations).start
-        local_pairs = [_pair(sample, number) for number, sample in enumerate(responses, first)]
-        pairs = gather_over_data_parallel([pair for pair in local_pairs if pair is not None])
-        answers = _sample(engine, processor, candidates, config, "pass rates")
-        local_rates = pass_rates([answer.correct for answer in answers], config.rollout.samples_per_prompt)
-        rates = gather_over_data_parallel(local_rates)
-        low, high = config.band_low, config.band_high
-        selected = [row for row, rate in zip(candidates, rates, strict=True) if low <= rate <= high]
-        if not pairs:
-            raise UserError(
-                "no student response was in the grammar, so there is no pair to warm up on; train SFT longer"
-            )
-        if not selected:
-            raise UserError(f"no candidate has a pass rate in [{low}, {high}]; widen band_low or band_high")
+        pairs = collect_pairs(sampler, demonstrations, config)
+        selected = select_prompts(sampler, candidates, config)
         if groups.is_main_rank():
             write_pairs(stage.dir / PAIRS, pairs)
             write_prompts(stage.dir / PROMPTS, selected)
         log_line(
             f"collect: {len(pairs)} warm-up pairs; {len(selected)} of {len(candidates)} candidates have a pass rate in "
-            f"[{low}, {high}]"
+            f"[{config.band_low}, {config.band_high}]"
         )
         mark_finished(stage, {"pairs": len(pairs), "rlvr_prompts": len(selected)})
+
+
+def collect_pairs(sampler: Sampler, rows: Sequence[Example], config: CollectConfig) -> list[PreferencePair]:
+    """Sample responses to all demonstrations' prompts; pair those inside the grammar with the demonstration."""
+    count = config.pair_samples_per_prompt
+    settings = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, samples_per_prompt=count))
+    samples = _sample(dataclasses.replace(sampler, config=settings), rows, "pairs")
+    local_pairs = [_pair(sample, number) for number, sample in enumerate(samples, count * _local_indices(rows).start)]
+    pairs = gather_over_data_parallel([pair for pair in local_pairs if pair is not None])
+    if not pairs:
+        raise UserError("no student response was in the grammar, so there is no pair to warm up on; train SFT longer")
+    return pairs
+
+
+def select_prompts(sampler: Sampler, rows: Sequence[Example], config: CollectConfig) -> list[Example]:
+    """Sample responses to all candidates; return those with a pass rate inside the band."""
+    samples = _sample(sampler, rows, "pass rates")
+    local_rates = pass_rates([sample.correct for sample in samples], config.rollout.samples_per_prompt)
+    rates, low, high = gather_over_data_parallel(local_rates), config.band_low, config.band_high
+    selected = [row for row, rate in zip(rows, rates, strict=True) if low <= rate <= high]
+    if not selected:
+        raise UserError(f"no candidate has a pass rate in [{low}, {high}]; widen band_low or band_high")
+    return selected
 
 
 def _local_indices(rows: Sequence[Example]) -> range:
@@ -78,9 +85,7 @@ def _local_indices(rows: Sequence[Example]) -> range:
     return shard_for_rank(range(len(rows)), groups.data_parallel_rank(), groups.data_parallel_size())
 
 
-def _sample(
-    engine: Engine, processor: ChatProcessor, rows: Sequence[Example], config: CollectConfig, what: str
-) -> list[Sample]:
+def _sample(sampler: Sampler, rows: Sequence[Example], what: str) -> list[Sample]:
     """Sample this data-parallel rank's rows; ``what`` names them in the progress line."""
     indices = _local_indices(rows)
     samples: list[Sample] = []
@@ -88,7 +93,7 @@ def _sample(
     longest = -(-len(rows) // groups.data_parallel_size())  # every rank must make the same number of collective calls
     for low in range(0, longest, _CHUNK):
         chunk = indices[low : low + _CHUNK]
-        samples += sample_responses(engine, processor, [rows[i] for i in chunk], 0, config)
+        samples += sampler.sample([rows[i] for i in chunk], 0)
         done = low + len(chunk)
         eta = (time.monotonic() - start_time) * (len(indices) - done) / max(done, 1)
         log_line(f"collect {what} {done}/{len(indices)}  eta {eta:.0f} s")

@@ -17,7 +17,7 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.rollout.interface import Engine
-from prism_megatron.stages.rollouts import greedy_responses, push_weights, start_engine
+from prism_megatron.stages.rollouts import Sampler, push_weights, start_engine
 from prism_megatron.stages.setup import Stage, TrainableModel, mark_finished
 
 RESULTS = "results.json"
@@ -34,7 +34,7 @@ def export_and_evaluate(
         return
     engine = engine or start_engine(stage.config, stage.dir / "hf")
     push_weights(engine, policy, stage.config.run.train_iters, stage.config.rollout)
-    result = evaluate(engine, processor, stage)
+    result = evaluate(Sampler(engine, processor, stage.config))
     if groups.is_main_rank():
         write_atomic(stage.dir / RESULTS, json.dumps([result], indent=2) + "\n")
         print(
@@ -45,14 +45,14 @@ def export_and_evaluate(
     mark_finished(stage, {"result": result})
 
 
-def evaluate(engine: Engine, processor: ChatProcessor, stage: Stage) -> dict[str, Any]:
+def evaluate(sampler: Sampler) -> dict[str, Any]:
     """Return greedy accuracy and format validity with 95 % Wilson intervals, and the built-in task's own measures."""
-    config = stage.config
+    config = sampler.config
     rows = read_rlvr(config.eval.data)
     share = shard_for_rank(
         list(range(config.eval.num_questions)), groups.data_parallel_rank(), groups.data_parallel_size()
     )
-    samples = greedy_responses(engine, processor, [rows[i] for i in share], config)
+    samples = sampler.greedy([rows[i] for i in share])
     outcomes = gather_over_data_parallel([_outcome(sample) for sample in samples])
     correct = sum(outcome["correct"] for outcome in outcomes)
     valid = sum(outcome["valid"] for outcome in outcomes)

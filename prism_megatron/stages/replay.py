@@ -1,4 +1,4 @@
-"""Past responses, shown to the discriminator again lest it forget what the policy no longer says."""
+"""A replay buffer of past responses, so that the discriminator does not forget what the policy no longer produces."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ Texts = tuple[str, str]  # the caption block and the reasoning block of a respon
 
 
 class Replay:
-    """The newest responses to the prompts last seen, by prompt, the same on every rank.
+    """The newest responses to the last prompts, the same on every rank.
 
-    ``kept`` is what a checkpoint holds: plain texts, which do not depend on the layout. What is drawn from it depends
-    on seed and iteration only.
+    ``responses`` maps prompt ids to texts; it is saved in checkpoints and does not depend on the parallel layout.
     """
 
     def __init__(
@@ -30,35 +29,39 @@ class Replay:
         rows: Sequence[Example],
         processor: ChatProcessor,
         config: AlignConfig,
-        kept: Mapping[str, list[Texts]] | None = None,
+        responses: Mapping[str, list[Texts]] | None = None,
     ) -> None:
-        self.kept = dict(kept or {})
+        self.responses = dict(responses or {})
         self._processor, self._config = processor, config
         self._rows = {row.id: row for row in rows} if config.replay.prompts else {}
 
     def pairs(self, iteration: int) -> list[Pair]:
-        """This data-parallel rank's part of the responses drawn for an iteration, beside their demonstrations."""
-        places = [(prompt, number) for prompt, texts in self.kept.items() for number in range(len(texts))]
-        drawn = min(self._config.replay.responses_per_iteration, len(places))
-        chosen = random.Random(f"{self._config.run.seed}/{iteration}/replay").sample(range(len(places)), drawn)
-        mine = [places[i] for i in shard_for_rank(chosen, groups.data_parallel_rank(), groups.data_parallel_size())]
-        rows = [self._rows[prompt] for prompt, _ in mine]
+        """Draw past responses and return this data-parallel rank's, paired with their demonstrations.
+
+        The draw depends on seed and iteration only.
+        """
+        stored = [(prompt_id, texts) for prompt_id, newest in self.responses.items() for texts in newest]
+        count = min(self._config.replay.responses_per_iteration, len(stored))
+        drawn = random.Random(f"{self._config.run.seed}/{iteration}/replay").sample(range(len(stored)), count)
+        local = [stored[i] for i in shard_for_rank(drawn, groups.data_parallel_rank(), groups.data_parallel_size())]
+        rows = [self._rows[prompt_id] for prompt_id, _ in local]
         pairs = []
-        for (prompt_id, number), row, prompt in zip(mine, rows, self._processor.encode_prompts(rows), strict=True):
+        for (_, texts), row, prompt in zip(local, rows, self._processor.encode_prompts(rows), strict=True):
             assert row.teacher_caption is not None
             assert row.teacher_reasoning is not None
             teacher = branch_sequences(self._processor, prompt, row.teacher_caption, row.teacher_reasoning)
-            student = branch_sequences(self._processor, prompt, *self.kept[prompt_id][number])
+            student = branch_sequences(self._processor, prompt, *texts)
             pairs += branch_pairs(teacher, student, row.id, self._config, is_on_policy=False)
         return pairs
 
     def add(self, samples: Sequence[Sample]) -> None:
-        """Keep this iteration's responses inside the grammar; what is oldest makes room. Collective."""
-        if not self._config.replay.prompts:
+        """Store all ranks' responses inside the grammar and drop the oldest beyond the limits. Collective."""
+        limits = self._config.replay
+        if not limits.prompts:
             return
-        mine = [(s.example.id, (s.response.caption_block, s.response.reasoning_block)) for s in samples if s.response]
-        for prompt, texts in gather_over_data_parallel(mine):
-            held = [*self.kept.pop(prompt, []), texts]
-            self.kept[prompt] = held[-self._config.replay.responses_per_prompt :]
-        for prompt in list(self.kept)[: -self._config.replay.prompts]:
-            del self.kept[prompt]
+        local = [(s.example.id, (s.response.caption_block, s.response.reasoning_block)) for s in samples if s.response]
+        for prompt_id, texts in gather_over_data_parallel(local):
+            newest = [*self.responses.pop(prompt_id, []), texts]
+            self.responses[prompt_id] = newest[-limits.responses_per_prompt :]
+        for prompt_id in list(self.responses)[: -limits.prompts]:
+            del self.responses[prompt_id]

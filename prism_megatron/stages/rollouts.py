@@ -1,4 +1,4 @@
-"""Sampling responses in a stage: rows to requests, engine to samples, samples to what is logged."""
+"""The rollout engine in a stage: starting it, pushing weights, sampling and judging responses."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from prism_megatron.rollout.interface import Engine, EngineConfig, Sampling
 from prism_megatron.rollout.subprocess_engine import SubprocessEngine
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.setup import TrainableModel
-from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
+from prism_megatron.types import Example, RolloutRequest
 
 
 @dataclass(frozen=True)
 class PolicyWeights:
-    """The policy's weights under their HF names, gathered anew, over all ranks, whenever they are gone through."""
+    """The policy's weights under their HF names; every iteration over them gathers them from all ranks again."""
 
     policy: TrainableModel
     bucket_bytes: int
@@ -39,7 +39,7 @@ class PolicyWeights:
 
 
 def check_prompts(rows: Sequence[Example], processor: ChatProcessor, rollout: cfg.RolloutConfig) -> None:
-    """Raise UserError, naming the rows, for prompts that the engine would refuse."""
+    """Raise UserError naming the rows whose prompts the engine would reject."""
     most = rollout.images_per_prompt
     faults = [
         f"{row.source}: {len(row.images)} images, rollout.images_per_prompt is {most}; raise it, or drop the row"
@@ -52,13 +52,13 @@ def check_prompts(rows: Sequence[Example], processor: ChatProcessor, rollout: cf
 
 
 def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
-    """A vLLM engine where the configuration says, on the checkpoint's weights until others are pushed.
+    """Start a vLLM engine in this process or in subprocesses, with the checkpoint's weights.
 
-    Raises RuntimeError where what it generates could not be judged, for want of math-verify.
+    Raises RuntimeError without math-verify, which judges the answers.
     """
     symbolic.start()
     rollout = config.rollout
-    wanted = EngineConfig(
+    engine_config = EngineConfig(
         tensor_parallel_size=rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
         dtype={"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}[config.model.precision],
         max_model_len=rollout.max_model_len,
@@ -74,75 +74,53 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
         images_per_prompt=rollout.images_per_prompt,
     )
     if rollout.engine == "child":
-        return SubprocessEngine(checkpoint, wanted, cfg.stage_dir(config) / f"engine_{dist.get_rank()}.log")
-    return RolloutEngine(checkpoint, wanted)
+        return SubprocessEngine(checkpoint, engine_config, cfg.stage_dir(config) / f"engine_{dist.get_rank()}.log")
+    return RolloutEngine(checkpoint, engine_config)
 
 
 def push_weights(engine: Engine, policy: TrainableModel, version: int, config: cfg.RolloutConfig) -> None:
-    """Give the engine the policy's current weights, waking it if it sleeps. Collective."""
+    """Wake the engine and push the policy's current weights to it. Collective."""
     sync = WeightSync(version, export_manifest(policy.chunks, policy.table), config.sync_checksums)
     engine.wake("weights")
     engine.update_weights(PolicyWeights(policy, config.sync_bucket_mib << 20), sync)
     engine.wake("kv_cache")
 
 
-def sample_responses(
-    engine: Engine,
-    processor: ChatProcessor,
-    rows: Sequence[Example],
-    iteration: int,
-    config: cfg.StageConfig,
-    judge: Judge = FIXED.judge,
-) -> list[Sample]:
-    """``samples_per_prompt`` responses to each row, in order; seeds depend on run, iteration and row only.
+@dataclass(frozen=True)
+class Sampler:
+    """Samples responses to rows from the engine; ``judge`` parses and verifies them."""
 
-    Collective: a rank without rows calls, too. ``judge`` parses and verifies the responses.
-    """
-    rollout = config.rollout
-    sampling = Sampling(rollout.samples_per_prompt, rollout.temperature, rollout.top_p, rollout.max_response_tokens)
-    return _samples(engine, processor, rows, sampling, config.run.seed, iteration, judge)
+    engine: Engine
+    processor: ChatProcessor
+    config: cfg.StageConfig
+    judge: Judge = FIXED.judge
 
+    def sample(self, rows: Sequence[Example], iteration: int) -> list[Sample]:
+        """Sample ``samples_per_prompt`` responses to each row, in order. Collective, also for ranks without rows.
 
-def greedy_responses(
-    engine: Engine, processor: ChatProcessor, rows: Sequence[Example], config: cfg.StageConfig
-) -> list[Sample]:
-    """The most likely response to each row."""
-    return _samples(engine, processor, rows, Sampling(1, 0.0, 1.0, config.rollout.max_response_tokens), 0, 0)
+        Seeds depend on run, iteration and row only.
+        """
+        rollout = self.config.rollout
+        sampling = Sampling(rollout.samples_per_prompt, rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+        return self._generate(rows, sampling, [sample_seed(self.config.run.seed, iteration, row.id) for row in rows])
 
+    def greedy(self, rows: Sequence[Example]) -> list[Sample]:
+        """Generate the greedy response to each row. Collective."""
+        sampling = Sampling(1, 0.0, 1.0, self.config.rollout.max_response_tokens)
+        return self._generate(rows, sampling, [sample_seed(0, 0, row.id) for row in rows])
 
-def _samples(
-    engine: Engine,
-    processor: ChatProcessor,
-    rows: Sequence[Example],
-    sampling: Sampling,
-    seed: int,
-    iteration: int,
-    judge: Judge = FIXED.judge,
-) -> list[Sample]:
-    requests = [
-        RolloutRequest(processor.prompt_ids(row.messages), row.images, sample_seed(seed, iteration, row.id))
-        for row in rows
-    ]
-    answers = engine.generate(requests, sampling)
-    prompts = processor.encode_prompts(rows) if rows else []
-    return [
-        as_sample(processor, row, prompt, rollout, group, judge)
-        for group, (row, prompt, rollouts) in enumerate(zip(rows, prompts, answers, strict=True))
-        for rollout in rollouts
-    ]
-
-
-def as_sample(
-    processor: ChatProcessor,
-    example: Example,
-    prompt: EncodedPrompt,
-    rollout: Rollout,
-    group: int,
-    judge: Judge = FIXED.judge,
-) -> Sample:
-    """Judge a rollout. A sample outside the grammar has no response and is not correct."""
-    response, correct = judge(rollout, example, processor)
-    return Sample(example, prompt, rollout, response, correct, group)
+    def _generate(self, rows: Sequence[Example], sampling: Sampling, seeds: Sequence[int]) -> list[Sample]:
+        requests = [
+            RolloutRequest(self.processor.prompt_ids(row.messages), row.images, seed)
+            for row, seed in zip(rows, seeds, strict=True)
+        ]
+        answers = self.engine.generate(requests, sampling)
+        prompts = self.processor.encode_prompts(rows) if rows else []
+        return [
+            Sample(row, prompt, rollout, *self.judge(rollout, row, self.processor), group)
+            for group, (row, prompt, rollouts) in enumerate(zip(rows, prompts, answers, strict=True))
+            for rollout in rollouts
+        ]
 
 
 def gallery_row(
@@ -152,7 +130,7 @@ def gallery_row(
     advantage: float,
     scores: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """A rollout as it is kept in ``rollouts.jsonl`` and shown in the report; ``scores`` are (perception, reasoning)."""
+    """Return a rollout's line of ``rollouts.jsonl``; ``scores`` are (perception, reasoning)."""
     response = sample.response
     perception_score, reasoning_score = scores or (None, None)
     return {

@@ -19,12 +19,11 @@ from prism_megatron.data.dataset import read_sft  # noqa: E402
 from prism_megatron.data.pairs import Pair  # noqa: E402
 from prism_megatron.data.response import parse_response  # noqa: E402
 from prism_megatron.data.samples import Sample  # noqa: E402
-from prism_megatron.method import METHODS  # noqa: E402
+from prism_megatron.method import FIXED, METHODS  # noqa: E402
 from prism_megatron.observe import metrics as names  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
 from prism_megatron.stages.batcher import Batcher  # noqa: E402
 from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score  # noqa: E402
-from prism_megatron.stages.rollouts import as_sample  # noqa: E402
 from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor  # noqa: E402
 from prism_megatron.types import EncodedPrompt, Example, Rollout  # noqa: E402
 from recipes.train import load  # noqa: E402
@@ -60,7 +59,7 @@ class Asked:
             ids = [token for part in parts for token in self.processor.encode_text(part)]
             ids.append(self.processor.terminator_id)
             rollout = Rollout(tuple(ids), (0.0,) * len(ids), text, finished=True, policy_version=None)
-            samples.append(as_sample(self.processor, row, prompt, rollout, group))
+            samples.append(Sample(row, prompt, rollout, *FIXED.judge(rollout, row, self.processor), group))
         return samples
 
 

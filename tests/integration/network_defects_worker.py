@@ -96,10 +96,10 @@ def replay(config: cfg.AlignConfig, processor: ChatProcessor, rows: list[Example
         buffer.add([Sample(row, processor.encode_prompts([row])[0], said, response, False, 0)] * 2)
         buffer.add([Sample(row, processor.encode_prompts([row])[0], said, None, False, 0)])
     short = replace(config, discriminator=replace(config.discriminator, max_branch_tokens=10))
-    cut = Replay(rows, processor, short, buffer.kept).pairs(7)
-    drawn, again = (b.pairs(7) for b in (buffer, Replay(rows, processor, config, buffer.kept)))
+    cut = Replay(rows, processor, short, buffer.responses).pairs(7)
+    drawn, again = (b.pairs(7) for b in (buffer, Replay(rows, processor, config, buffer.responses)))
     return {
-        "replay_kept": {number: len(buffer.kept.get(rows[number].id, [])) for number in range(3)},
+        "replay_kept": {number: len(buffer.responses.get(rows[number].id, [])) for number in range(3)},
         "replay_nothing": len(nothing),
         "replay_drawn": [(pair.sample_id, pair.branch, pair.is_on_policy) for pair in drawn],
         "replay_again": [pair.student.response_ids for pair in drawn] == [pair.student.response_ids for pair in again],

@@ -39,7 +39,7 @@ def main() -> None:
     assert isinstance(config, RLVRConfig)
     groups.initialize(config.parallel, seed=1)
     from prism_megatron.rollout.subprocess_engine import EngineDied, SubprocessEngine
-    from prism_megatron.stages.rollouts import sample_responses, start_engine
+    from prism_megatron.stages.rollouts import Sampler, start_engine
     from prism_megatron.stages.setup import load_policy, load_processor
 
     rows, processor = read_rlvr(Path(data))[:PROMPTS], load_processor(config)
@@ -50,14 +50,14 @@ def main() -> None:
     measured["corrupted"] = said_of_corruption(config, engine, policy, processor, rows)
     engine._was_restarted = False
     measured["damaged"] = said_of_damage(config, engine, policy, processor, rows)
-    measured["no_rows"] = sample_responses(engine, processor, [], 0, config)
+    measured["no_rows"] = Sampler(engine, processor, config).sample([], 0)
 
     if engine._processes is not None:  # how long a machine takes for its first batches, nobody can say
         engine._processes._config = replace(engine._processes._config, timeout_seconds=1.0)
         for process in processes():
             process.send_signal(signal.SIGSTOP)
     try:
-        sample_responses(engine, processor, rows, 0, config)
+        Sampler(engine, processor, config).sample(rows, 0)
     except EngineDied as death:
         measured["second_death"] = str(death)
     Path(folder, f"measured_{os.environ['RANK']}.json").write_text(json.dumps(measured))
@@ -72,17 +72,17 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
     from prism_megatron.observe import metrics as names
     from prism_megatron.stages.batcher import Batcher
     from prism_megatron.stages.policy import policy_gradient_step
-    from prism_megatron.stages.rollouts import push_weights, sample_responses
+    from prism_megatron.stages.rollouts import Sampler, push_weights
     from prism_megatron.stages.setup import load_policy
 
     policy, batcher = load_policy(config), Batcher.from_config(processor.input_spec, config)
     measured: dict[str, Any] = {"versions": [], "differences": []}
     for iteration in range(2):
         push_weights(engine, policy, iteration, config.rollout)
-        samples = sample_responses(engine, processor, rows, iteration, config)
+        samples = Sampler(engine, processor, config).sample(rows, iteration)
         if iteration == 1:
             with engine_killed_at_work():
-                again = sample_responses(engine, processor, rows, iteration, config)
+                again = Sampler(engine, processor, config).sample(rows, iteration)
             measured["same_when_killed"] = [s.rollout for s in again] == [s.rollout for s in samples]
             samples = again
         measured["versions"].append(sorted({sample.rollout.policy_version for sample in samples}))
@@ -96,7 +96,7 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
 def said_of_corruption(config: RLVRConfig, engine: Any, policy: Any, processor: Any, rows: Any) -> list[str]:
     """What a sync with checksums says where a bit of a tensor changes on its way, and what sampling says then."""
     from prism_megatron.rollout.interface import NoWeights
-    from prism_megatron.stages.rollouts import push_weights, sample_responses
+    from prism_megatron.stages.rollouts import Sampler, push_weights
 
     said = []
     if engine._processes is not None:
@@ -121,7 +121,7 @@ def said_of_corruption(config: RLVRConfig, engine: Any, policy: Any, processor: 
         if engine._processes is not None:
             transport._filled = filled
     try:
-        sample_responses(engine, processor, rows, 0, config)
+        Sampler(engine, processor, config).sample(rows, 0)
     except NoWeights as error:
         said.append(str(error))
     return said

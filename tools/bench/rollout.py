@@ -105,12 +105,12 @@ def sampling(
     engines: Mapping[str, Any], processor: Any, rows: Sequence[Any], config: RLVRConfig, steps: int
 ) -> dict[str, dict[str, Any]]:
     """Tokens a second and seconds of each engine on one batch of prompts."""
-    from prism_megatron.stages.rollouts import sample_responses
+    from prism_megatron.stages.rollouts import Sampler
 
     generated: dict[str, list[Batch]] = {kind: [] for kind in engines}
 
     def sample(kind: str, number: int) -> None:
-        samples = sample_responses(engines[kind], processor, rows, number, config)
+        samples = Sampler(engines[kind], processor, config).sample(rows, number)
         generated[kind].append([sample.rollout.token_ids for sample in samples])
 
     seconds = harness.interleaved({kind: partial(sample, kind) for kind in engines}, steps, warmup=1)
@@ -160,12 +160,12 @@ def step(
     """Seconds of each part of one RLVR step. Advantages are made up: none of the answers is right."""
     from prism_megatron.stages.batcher import Batcher
     from prism_megatron.stages.policy import policy_gradient_step
-    from prism_megatron.stages.rollouts import push_weights, sample_responses
+    from prism_megatron.stages.rollouts import Sampler, push_weights
 
     times = [time.perf_counter()]
     push_weights(engine, policy, number, config.rollout)
     times.append(time.perf_counter())
-    samples = sample_responses(engine, processor, rows, number, config)
+    samples = Sampler(engine, processor, config).sample(rows, number)
     times.append(time.perf_counter())
     advantages = [float((-1) ** index) for index in range(len(samples))]
     batches = Batcher.from_config(processor.input_spec, config).policy(samples, advantages, config, number)

@@ -1,4 +1,4 @@
-"""The loss a stage asks for; what is not finite in it is named, with its sample, before it reaches the sum."""
+"""The policy loss of a stage; non-finite values are reported with their sample before they reach the sum."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_loss_is_the_mean_over_tokens() -> None:
 
 # Tokens 3 and 4 of nine predict the second sample's response.
 @pytest.mark.parametrize(
-    ("place", "named"),
+    ("field", "named"),
     [
         ("advantages", "advantage"),
         ("rollout_logprobs", "engine's log-probability"),
@@ -71,21 +71,21 @@ def test_the_loss_is_the_mean_over_tokens() -> None:
     ],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_goes_in_is_named(place: str, named: str, value: float) -> None:
+def test_non_finite_inputs_are_named(field: str, named: str, value: float) -> None:
     batch = microbatch()
-    broken = getattr(batch, place).clone()
+    broken = getattr(batch, field).clone()
     broken[4] = value
     with pytest.raises(FloatingPointError, match=f"^{named} of sample second is {value}; the step is refused"):
-        policy_gradient_loss(LOSS, replace(batch, **{place: broken}), scores())
+        policy_gradient_loss(LOSS, replace(batch, **{field: broken}), scores())
 
 
-def test_the_policys_own_log_probability_is_named() -> None:
+def test_a_non_finite_log_probability_is_named() -> None:
     with pytest.raises(FloatingPointError, match=r"^log-probability of sample third is nan"):
         policy_gradient_loss(LOSS, microbatch(), scores(t6=math.nan))
 
 
-def test_a_loss_that_overflows_is_its_samples() -> None:
-    # A = -2 and a ratio of exp(100): more than float32 holds, though all that goes in is finite.
+def test_an_overflowing_loss_names_its_sample() -> None:
+    # A = -2 and a ratio of exp(100): more than float32 holds, although all inputs are finite.
     with pytest.raises(FloatingPointError, match=r"^policy loss of sample second is inf"):
         policy_gradient_loss(LOSS, microbatch(), scores(t3=100.0))
 

@@ -1,4 +1,4 @@
-"""What stages make of samples, by hand: pass rates by place, lengths within groups, which responses are trained on."""
+"""Functions of samples, compared with values by hand: pass rates, correlations within groups, masking, rewards."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def rlvr(*overrides: str) -> RLVRConfig:
     return config
 
 
-def test_every_row_has_a_pass_rate_of_its_own_whatever_its_id() -> None:
-    # Three rows, two samples of each: solved, hopeless, half.
+def test_pass_rates_are_per_row_even_if_ids_repeat() -> None:
+    # Three rows with two samples each: both right, both wrong, one right.
     assert pass_rates([True, True, False, False, False, True], 2) == [1.0, 0.0, 0.5]
     assert pass_rates([], 2) == []
 
@@ -42,7 +42,7 @@ def test_lengths_and_scores_are_correlated_within_groups_only() -> None:
 
 
 @pytest.mark.parametrize(("mask", "trained"), [("false", [0, 1, 2]), ("true", [0, 2])])
-def test_responses_cut_at_the_limit_are_left_out_of_the_loss_where_asked(mask: str, trained: list[int]) -> None:
+def test_mask_truncated_leaves_cut_responses_out_of_the_loss(mask: str, trained: list[int]) -> None:
     samples = [sample(finished=finished) for finished in (True, False, True)]
     assert trained_samples(samples, rlvr(f"mask_truncated={mask}")) == trained
 
