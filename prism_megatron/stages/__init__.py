@@ -1,1 +1,1 @@
-"""The stage loops."""
+"""The stages: their training loops and what they share."""

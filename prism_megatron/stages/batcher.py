@@ -82,8 +82,8 @@ class PairMicrobatch:
 class PairBatch:
     """This rank's micro-batches of a global batch of pairs, and the number of pairs over all ranks.
 
-    ``valid`` and ``on_policy`` count valid pairs of the perception and the reasoning branch; ``rows`` counts pairs of
-    branches, ``cut`` truncated ones. Without any pair on any rank there are no micro-batches.
+    ``valid`` and ``on_policy`` count valid pairs of the perception and of the reasoning branch, ``rows`` the responses
+    (two pairs each), ``cut`` the truncated pairs. Without a pair on any rank there are no micro-batches.
     """
 
     microbatches: list[PairMicrobatch]

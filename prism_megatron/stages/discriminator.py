@@ -83,7 +83,7 @@ def discriminator_step(
 
     loss = partial(discriminator_loss, objective, batch.rows)
     total, grad_norm = train_step(discriminator.chunks, discriminator.optimizer, microbatches, forward, loss, lr)
-    # Every stage has routers of its own; with recomputation they record in the backward pass.
+    # Every pipeline stage has its own routers; with recomputation they record their statistics in the backward pass.
     balance = sum(float(value) for context in contexts for value in context.load_balance)
     (balance,) = sum_over_data_parallel(sum_over_pipeline(balance))
 
@@ -116,8 +116,8 @@ def discriminator_loss(
 ) -> tuple[Tensor, Stats]:
     """Return a micro-batch's part of the loss and its statistics, from the ``scores`` of its packed sequences.
 
-    ``rows`` counts the global batch's pairs of branches. Raises FloatingPointError naming the sample whose score is not
-    finite.
+    ``rows`` counts the global batch's responses, two pairs each. Raises FloatingPointError naming the sample whose
+    score is not finite.
     """
     teacher, student = scores[batch.teacher], scores[batch.student]
     require_finite("score of the demonstration", teacher.detach(), batch.sample_ids)
@@ -142,19 +142,19 @@ def discriminator_loss(
 
 
 def _routing_metrics(contexts: Sequence[Any]) -> dict[str, float | None]:
-    """Which experts each branch uses and how sure its routers are, over all layers, stages and ranks."""
+    """Return expert loads and router entropy of each branch, over all layers, pipeline stages and ranks. Collective."""
     stats = [stats for context in contexts for stats in context.routing]
     if not stats:
         return {}
     local = torch.stack(stats).sum(0).double().cpu()
     flat = sum_over_data_parallel(*(sum_over_pipeline(value) for value in local.flatten().tolist()))
-    measured: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = {}
     for branch, name in ((PERCEPTION, names.PERCEPTION_ROUTER_ENTROPY), (REASONING, names.REASONING_ROUTER_ENTROPY)):
         *loads, entropy, tokens = torch.tensor(flat).view(local.shape)[branch].tolist()
-        measured[name] = entropy / tokens if tokens else None
+        metrics[name] = entropy / tokens if tokens else None
         for expert, load in enumerate(loads):
-            measured[names.expert_load(BRANCH_NAMES[branch], expert)] = load / sum(loads) if tokens else None
-    return measured
+            metrics[names.expert_load(BRANCH_NAMES[branch], expert)] = load / sum(loads) if tokens else None
+    return metrics
 
 
 def _with_noise(

@@ -1,4 +1,4 @@
-"""The policy's side of a stage: sequences to micro-batches, forward, loss, step."""
+"""Training steps of the policy: supervised fine-tuning and policy gradients."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from prism_megatron.stages.batcher import PolicyMicrobatch, SequenceMicrobatch
 from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.types import PackedBatch
 
-# Nats by which trainer and engine may differ on average over a response. A largest value over tokens would not do: in
-# BF16 one of millions is always far off. Rounding gives about 1e-5, 0.02 and 0.1; another picture or policy gives 1.
+# Largest mean difference of log-probabilities over a response between trainer and engine, in nats. A limit on single
+# tokens would not work: in BF16 one of millions is always far off. Rounding gives about 1e-5, 0.02 and 0.1; a different
+# image or policy gives 1.
 LOGPROB_TOLERANCE = {"fp32": 1e-3, "bf16": 0.5, "fp8": 1.0}
-
-
 _MAXIMA = ("difference", "response_difference")
 
 
@@ -128,14 +127,14 @@ def _with_logprobs(
     return batches
 
 
-def check_difference(measured: float, config: PolicyGradientConfig) -> None:
-    """Raise RuntimeError where the largest mean difference of a response is more than the configuration allows."""
+def check_difference(difference: float, config: PolicyGradientConfig) -> None:
+    """Raise RuntimeError if the largest mean difference over a response exceeds the configured limit."""
     limit = config.rollout.max_logprob_abs_diff or LOGPROB_TOLERANCE[config.model.precision]
-    if measured > limit:
+    if difference > limit:
         raise RuntimeError(
-            f"trainer and engine differ by {measured:.2g} nats a token over a response, more than "
-            f"rollout.max_logprob_abs_diff allows ({limit:g}): the engine does not run the policy that is being "
-            "trained, or does not see what the trainer sees; a greater limit lets it pass"
+            f"trainer and engine differ by {difference:.2g} nats a token over a response, more than "
+            f"rollout.max_logprob_abs_diff allows ({limit:g}): the engine runs another policy, or sees other images, "
+            "than the trainer; to continue all the same, raise the limit"
         )
 
 
@@ -177,9 +176,9 @@ def policy_gradient_loss(
 def engine_differences(
     differences: Tensor, is_on_policy: Tensor, sequence_ids: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Sums and maxima of ``differences`` [T] = log p - log q of trainer and engine, where ``is_on_policy`` [T] is 1.
+    """Return sums and maxima of ``differences`` [T] = log p - log q (trainer, engine), where ``is_on_policy`` [T] is 1.
 
-    exp(d) - 1 - d, a k3 estimate of KL(q || p), is never negative; its tokens are those of the engine, q.
+    exp(d) - 1 - d is a k3 estimate of KL(q || p), because the engine sampled the tokens; it is never negative.
     """
     d = torch.where(is_on_policy > 0, differences, 0.0)
     of_response = sequence_sums(d.abs(), sequence_ids) / sequence_sums(is_on_policy, sequence_ids).clamp(min=1.0)
@@ -188,12 +187,12 @@ def engine_differences(
 
 
 def has_several_updates(config: PolicyGradientConfig) -> bool:
-    """Whether the policy moves within an iteration, away from the one that its ratios are taken to."""
+    """Return whether an iteration has several updates, so that the policy moves away from the one that sampled."""
     return config.mini_batches_per_iteration * config.epochs_per_iteration > 1
 
 
 def _logprobs(model: TrainableModel, batches: Sequence[PolicyMicrobatch]) -> list[Tensor]:
-    """log p of every target by the model as it is now, [T] per micro-batch."""
+    """Return the current model's log p of every target, [T] per micro-batch."""
 
     def forward(chunk: Any, batch: PolicyMicrobatch) -> Any:
         output = _forward(chunk, batch)
@@ -203,7 +202,7 @@ def _logprobs(model: TrainableModel, batches: Sequence[PolicyMicrobatch]) -> lis
 
 
 def _per_sequence(values: Tensor, packed: PackedBatch) -> Tensor:
-    """Sum over each real sequence's trained tokens."""
+    """Sum ``values`` [T] over the trained tokens of each sequence but padding, [N]."""
     trained = torch.where(packed.loss_mask > 0, values, 0.0)
     return sequence_sums(trained, packed.sequence_ids)[: len(packed.last_tokens)]
 

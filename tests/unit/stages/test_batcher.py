@@ -17,8 +17,8 @@ from prism_megatron.data.pairs import Pair  # noqa: E402
 from prism_megatron.data.samples import Sample  # noqa: E402
 from prism_megatron.parallel import groups  # noqa: E402
 from prism_megatron.stages.batcher import Batcher  # noqa: E402
-from prism_megatron.train import load  # noqa: E402
 from prism_megatron.types import PERCEPTION, REASONING, EncodedPrompt, Example, InputSpec, Rollout  # noqa: E402
+from recipes.train import load  # noqa: E402
 
 SPEC = InputSpec(image_token_id=9, video_token_id=8, merge_size=1, patch_dim=1, max_positions=1000)
 LENGTHS = (2, 3, 1, 4)  # response tokens of four samples, of two prompt groups
