@@ -131,10 +131,24 @@ class Batcher:
             config: Gives the number of mini-batches, the sampling temperature and how the loss is averaged.
             version: The current policy's version; samples of another one are off-policy.
         """
-        return [
-            self._sampled([samples[i] for i in part], [advantages[i] for i in part], config, version)
-            for part in mini_batches(samples, config.mini_batches_per_iteration)
-        ]
+        sequences, sample_ids = [s.sequence() for s in samples], [s.example.id for s in samples]
+        weights = policy_token_weights(config)
+        batches: list[list[PolicyMicrobatch]] = []
+        for part in mini_batches([sample.group for sample in samples], config.mini_batches_per_iteration):
+            batches.append([])
+            weighted = self._weighted([sequences[i] for i in part], [sample_ids[i] for i in part], weights)
+            for indices, batch in weighted:
+                members, packed = [part[i] for i in indices], batch.packed
+                current = [float(samples[i].rollout.policy_version == version) for i in members]
+                microbatch = PolicyMicrobatch(
+                    **vars(batch),
+                    advantages=_repeat_per_token([advantages[i] for i in members], packed),
+                    rollout_logprobs=_at_targets([samples[i].rollout.logprobs for i in members], packed),
+                    is_on_policy=packed.loss_mask * _repeat_per_token(current, packed),
+                    temperature=config.rollout.temperature,
+                )
+                batches[-1].append(microbatch)
+        return batches
 
     def pairs(
         self, pairs: Sequence[Pair], branch_weights: tuple[float, float], *, repeat_teachers: bool = False
@@ -177,28 +191,6 @@ class Batcher:
                 batches.append(pack_shared(members, self._input_spec, self._padding).to(groups.device()))
             else:
                 batches.append(self.pack(members))
-        return batches
-
-    def _sampled(
-        self, samples: Sequence[Sample], advantages: Sequence[float], config: PolicyGradientConfig, version: int
-    ) -> list[PolicyMicrobatch]:
-        sequences, sample_ids = [s.sequence() for s in samples], [s.example.id for s in samples]
-        batches = []
-        for indices, batch in self._weighted(sequences, sample_ids, policy_token_weights(config)):
-            members, packed = [samples[i] for i in indices], batch.packed
-            logprobs = torch.zeros_like(packed.loss_mask)
-            flat = [logprob for sample in members for logprob in sample.rollout.logprobs]
-            logprobs[packed.loss_mask.bool()] = torch.tensor(flat, device=logprobs.device)
-            current = [float(sample.rollout.policy_version == version) for sample in members]
-            batches.append(
-                PolicyMicrobatch(
-                    **vars(batch),
-                    advantages=_per_token([advantages[i] for i in indices], packed),
-                    rollout_logprobs=logprobs,
-                    is_on_policy=packed.loss_mask * _per_token(current, packed),
-                    temperature=config.rollout.temperature,
-                )
-            )
         return batches
 
     def _weighted(
@@ -248,13 +240,16 @@ def policy_token_weights(config: PolicyGradientConfig) -> TokenWeights:
     return sequence_mean if config.algorithm == "gspo" else METHODS[config.compat].token_mean
 
 
-def mini_batches(samples: Sequence[Sample], count: int) -> list[list[int]]:
-    """Deal out the indices of samples so that each mini-batch has as many of every group, on whatever rank it is."""
+def mini_batches(groups: Sequence[int], count: int) -> list[list[int]]:
+    """Deal out samples, given the prompt group of each, so that every mini-batch has as many of each group.
+
+    Returns the samples' indices. The result does not depend on which rank a group is on.
+    """
     seen: dict[int, int] = defaultdict(int)
     parts: list[list[int]] = [[] for _ in range(count)]
-    for index, sample in enumerate(samples):
-        parts[seen[sample.group] % count].append(index)
-        seen[sample.group] += 1
+    for index, group in enumerate(groups):
+        parts[seen[group] % count].append(index)
+        seen[group] += 1
     return parts
 
 
@@ -294,6 +289,13 @@ def workload(sequences: Sequence[TrainingSequence]) -> Workload:
     return Workload([len(s) for s in sequences], frames, sum(len(s.response_ids) for s in sequences))
 
 
-def _per_token(values: Sequence[float], packed: PackedBatch) -> Tensor:
+def _repeat_per_token(values: Sequence[float], packed: PackedBatch) -> Tensor:
     """Repeat each sequence's value over its tokens, [T]; padding may be a last sequence of its own, with value 0."""
     return torch.tensor([*values, 0.0], device=packed.tokens.device)[packed.sequence_ids]
+
+
+def _at_targets(values: Sequence[Sequence[float]], packed: PackedBatch) -> Tensor:
+    """Place each sequence's values of its response tokens where these are predicted, [T]; 0 elsewhere."""
+    placed = torch.zeros_like(packed.loss_mask)
+    placed[packed.loss_mask.bool()] = torch.tensor([v for row in values for v in row], device=placed.device)
+    return placed

@@ -46,7 +46,7 @@ def discriminator_passes(pairs: Sequence[Pair], config: WarmupConfig | AlignConf
 def policy_passes(samples: Sequence[Sample], config: PolicyGradientConfig) -> list[Pass]:
     """Every update of an iteration and, before them, the log-probabilities that it is held to."""
     passes = []
-    for part in mini_batches(samples, config.mini_batches_per_iteration):
+    for part in mini_batches([sample.group for sample in samples], config.mini_batches_per_iteration):
         sequences = [samples[i].sequence() for i in part]
         held = has_several_updates(config) + bool(config.kl_coeff)
         passes += [Pass(POLICY, sequences, trained=False)] * held
