@@ -46,15 +46,12 @@ def run_ranks(
     Returns the exit status of the first rank to fail, 0 if none does. No rank is left then, nor what it started. One
     that is still there after ``limit`` seconds writes its stack and ends.
     """
-    from torch.distributed import TCPStore
+    from prism_megatron.parallel.rendezvous import open_rendezvous
 
     output.touch()
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that is free
+    _store, meeting = open_rendezvous()
     environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
+        **meeting,
         "WORLD_SIZE": str(number),
         "LOCAL_WORLD_SIZE": str(number),
         "OMP_NUM_THREADS": str(threads or max(usable_cores() // number, 1)),

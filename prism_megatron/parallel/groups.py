@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.parallel import cpu
+from prism_megatron.parallel.rendezvous import open_rendezvous
 
-_LONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # what a launcher would say
+_LONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what a launcher would say
 _set_here: list[str] = []
 
 
@@ -26,14 +27,17 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     if not dist.is_initialized():
+        where: dict[str, Any] = {}
         if "RANK" not in os.environ:
-            lone = _LONE | {"MASTER_PORT": str(free_port())}
+            store, meeting = open_rendezvous()
+            where = {"store": store, "rank": 0, "world_size": 1}
+            lone = _LONE | meeting
             os.environ.update(lone)
             _set_here.extend(lone)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30), **where)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -59,13 +63,6 @@ def shutdown() -> None:
     dist.destroy_process_group()
     while _set_here:  # or a process that this one starts would look for the others of its world
         os.environ.pop(_set_here.pop(), None)
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def data_parallel_rank() -> int:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prism_megatron.errors import UserError
-from prism_megatron.parallel import groups
+from prism_megatron.parallel.rendezvous import open_rendezvous
 from prism_megatron.rollout.interface import EngineConfig, Sampling
 from prism_megatron.rollout.transport import Disconnected, Piece, create_transport
 from prism_megatron.types import Rollout, RolloutRequest
@@ -59,7 +59,7 @@ class EngineProcesses:
                 f"GPUs {first} to {first + ranks - 1} of one host, which has {torch.cuda.device_count()}; use a "
                 "divisor of the size, or a transport that shares the GPUs of the ranks"
             )
-        port = groups.free_port()
+        self._store, meeting = open_rendezvous()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         for rank in range(ranks):
             own_end, other_end = Pipe()
@@ -67,7 +67,7 @@ class EngineProcesses:
                 process = subprocess.Popen(
                     [sys.executable, "-m", _WORKER, str(other_end.fileno())],
                     pass_fds=(other_end.fileno(), *self._transport.descriptors),
-                    env=_environment(rank, ranks, first, port),
+                    env=_environment(rank, ranks, first) | meeting,
                     stdout=output,
                     stderr=output,
                 )
@@ -185,14 +185,12 @@ def _end(process: subprocess.Popen[bytes], patience: float) -> str:
     return f"process {process.pid} ended with {end}"
 
 
-def _environment(rank: int, ranks: int, first_local_rank: int, port: int) -> dict[str, str]:
+def _environment(rank: int, ranks: int, first_local_rank: int) -> dict[str, str]:
     """Environment of a process in a world of the engine's own, without the launcher's variables."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     return inherited | {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(first_local_rank + rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
     }

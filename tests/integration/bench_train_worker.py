@@ -1,6 +1,6 @@
 """Several runs of the training benchmark in one start of the ranks, given as JSON: [[PORT, [ARGUMENT, ...]], ...].
 
-A run leaves the process groups, and the next ones meet at a port of their own.
+A run leaves the process groups; the next ones meet at the port of another store.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 
 from tools.bench import train
 
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 for port, arguments in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
     sys.argv = ["tools.bench.train", *arguments]

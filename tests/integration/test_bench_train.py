@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prism_megatron.observe.flops import Workload, forward_flops, training_flops
-from prism_megatron.parallel.groups import free_port
+from prism_megatron.parallel.rendezvous import open_rendezvous
 from tools.bench.inputs import model_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,8 +67,9 @@ STAGES = {
 
 def test_every_stage_on_two_ranks(launch: Callable[..., str], tmp_path: Path) -> None:
     mock = ("--steps", "2", "--warmup", "0", "--images", "mock", "--resolutions", "64x64", "--response-tokens", "60")
+    stores = {stage: open_rendezvous()[0] for stage in STAGES}
     runs = [
-        (free_port(), ["--recipe", f"tiny_{stage}", "--out", f"{tmp_path}/{stage}.json", *mock, *overrides])
+        (stores[stage].port, ["--recipe", f"tiny_{stage}", "--out", f"{tmp_path}/{stage}.json", *mock, *overrides])
         for stage, overrides in STAGES.items()
     ]
     launch(2, ["tests/integration/bench_train_worker.py", json.dumps(runs)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,6 @@ import pytest
 
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_pool, read_rlvr, write_prompts
-from prism_megatron.parallel.groups import free_port
 from prism_megatron.types import Example
 from tools.curate.curation import curate, demonstration_fault, pass_rate
 from tools.curate.endpoint import Answer, Endpoint
@@ -28,7 +28,9 @@ SAMPLES = 4
 
 @pytest.fixture(scope="module")
 def endpoint(speaking_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    port = free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(speaking_checkpoint)),
         *("--served-model-name", "tiny", "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"),

@@ -122,13 +122,12 @@ def start_ranks(ranks: int, module: str) -> int:
 
     Raises UserError with the first error that a rank reports in one line.
     """
-    from prism_megatron.parallel.groups import free_port
-
     cores = len(os.sched_getaffinity(0))
     environment = {"OMP_NUM_THREADS": str(max(cores // ranks, 1)), "PYTHONWARNINGS": "ignore", **module_environment()}
-    where = [f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "-m", module]
-    done = subprocess.run([*torchrun, *sys.argv[1:]], env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*torchrun, "-m", module, *sys.argv[1:]], env=environment, stderr=subprocess.PIPE, text=True, check=False
+    )
     refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     if done.returncode and refusals:
         raise UserError(refusals[0].removeprefix("error: "))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.parallel import cpu, groups
+from prism_megatron.parallel.rendezvous import open_rendezvous
 from prism_megatron.types import InputSpec
 from tools.parity.cases import Case
 from tools.parity.inputs import load_rows
@@ -35,14 +36,13 @@ def worker(plan: Path) -> None:
     load_processor(Path(settings["checkpoint"]))
     for number, record in enumerate(settings["cases"]):
         case = Case(**{**record, "parallel": ParallelConfig(**record["parallel"])})
-        port = groups.free_port()
+        _store, meeting = open_rendezvous()
         ranks = []
         for rank in range(case.ranks):
             if pid := os.fork():
                 ranks.append(pid)
                 continue
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
+            os.environ |= {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
             run_rank(case, settings, Path(settings["out"]) / f"{number}.safetensors")
         while ranks:
             pid, status = os.wait()

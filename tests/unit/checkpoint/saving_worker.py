@@ -145,8 +145,6 @@ def full_disk(directory: Path) -> dict[str, Any]:
 
 
 def start() -> dict[str, tuple[Any, Any]]:
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(groups.free_port())
     groups.initialize(ParallelConfig(), seed=1)
     text = TEXT_CONFIG | {"vocab_size": 400, "rms_norm_eps": 1e-6}
     vision = VISION_CONFIG | {"in_channels": 3, "out_hidden_size": text["hidden_size"]}

@@ -52,5 +52,6 @@ def test_ctrl_c_before_the_stage_handles_signals(
         raise AssertionError
 
     monkeypatch.setenv("RANK", rank)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits one that ignores it
     assert train.run(interrupted) == 130
     assert capsys.readouterr().err == line
