@@ -65,4 +65,4 @@ def check_guard(found: dict[str, str]) -> None:
     assert "first model.language_model.embed_tokens.weight" in found["tied output"]
     assert "weight_loader" in found["layerwise reload"], "vLLM cannot load into what it has packed"
     for lost in ("layers.1.self_attn.v_proj.weight", "blocks.1.norm1.weight", "embed_tokens.weight"):
-        assert re.search(rf"1 of the engine's parameters .* first \S*{re.escape(lost)}$", found[lost])
+        assert re.search(rf"1 of the engine's parameters .* the first is \S*{re.escape(lost)}$", found[lost])
