@@ -15,6 +15,7 @@ from prism_megatron.overrides import Section, fill
 from prism_megatron.overrides import apply_overrides as apply_overrides
 from prism_megatron.ranges import PATH, above, at_least, between, one_of, ruled, setting, some_of
 from prism_megatron.sections import PARTS as PARTS
+from prism_megatron.sections import DatasetConfig as DatasetConfig
 from prism_megatron.sections import EvalConfig as EvalConfig
 from prism_megatron.sections import FP8Config as FP8Config
 from prism_megatron.sections import ModelConfig as ModelConfig
@@ -39,6 +40,7 @@ class StageConfig(Section):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
     max_tokens_per_microbatch: int = setting(MISSING, at_least(1))
 
 

@@ -151,6 +151,23 @@ class RolloutConfig(Section):
 
 
 @dataclass
+class DatasetConfig(Section):
+    """How data files are read.
+
+    An index of each data set is built once, in ``cache``: ``data_cache`` of ``run.dir`` where it is empty. A row that
+    cannot be used is listed in ``skipped_rows.jsonl`` of the stage's folder with ``bad_rows`` skip, and ends the stage
+    where more than ``max_bad_fraction`` of the rows cannot be used; with ``bad_rows`` error the first one ends it.
+    Pictures of a data set of up to ``check_images_max_rows`` rows are decoded once when the index is built; those of a
+    larger one are checked as they are used.
+    """
+
+    cache: str = setting("", OPTIONAL_PATH)
+    bad_rows: str = setting("skip", one_of("skip", "error"))
+    max_bad_fraction: float = setting(0.001, between(0, 1))
+    check_images_max_rows: int = setting(20_000, at_least(0))
+
+
+@dataclass
 class EvalConfig(Section):
     """Greedy evaluation on held-out questions after the stage. ``num_questions`` 0 turns it off."""
 

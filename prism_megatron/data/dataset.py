@@ -1,8 +1,9 @@
 """Readers and writers of the data files PRISM is released with (spec 1.2 to 1.5).
 
 Each reader takes a file, a folder, a pattern or a list of files, JSON Lines or parquet, and returns the records of
-``prism_megatron.types``. It refuses rows that it cannot trust: the error names the file, the line or row, what was
-found, and what to do about it. Nothing is skipped in silence. Pictures are embedded, or paths relative to the file.
+``prism_megatron.types``, each read when it is asked for. Rows that it cannot trust are refused, or skipped where
+``ReadOptions`` allow that: the error names the file, the line or row, what was found, and what to do about it. Pictures
+are embedded, or paths relative to the file.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,69 +32,67 @@ from prism_megatron.data.fields import (
     struct_field,
     text_field,
 )
+from prism_megatron.data.index import RowFormat
+from prism_megatron.data.lazy import ReadOptions, Rows, read_rows
 from prism_megatron.data.response import SYSTEM_PROMPT, Response, parse_response
-from prism_megatron.data.rows import Columns, Row, count_rows, read_rows, required
+from prism_megatron.data.rows import Columns, Row, required
 from prism_megatron.data.sources import Data
 from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.types import IMAGE_PLACEHOLDER, Example, Message, PreferencePair
 
-_SFT = Columns((("conversations", "messages"),), ("system", *COMMON_COLUMNS))
 _RLVR_KEYS = (("prompt",), ("reward_model", "answer"))
 _RLVR_OTHERS = ("extra_info", *COMMON_COLUMNS)
-_RLVR = Columns(_RLVR_KEYS, _RLVR_OTHERS)
 _TEACHER_KEYS = ("teacher_caption", "teacher_cot", "teacher_response")
-_ALIGNMENT = Columns((*_RLVR_KEYS, *((key,) for key in _TEACHER_KEYS)), _RLVR_OTHERS)
-_POOL = Columns(_RLVR_KEYS, ("teacher_response", *_RLVR_OTHERS))
 _PAIR_TEXTS = ("teacher_caption", "teacher_cot", "student_caption", "student_cot")
-_PAIRS = Columns((("prompt", "question"), *((key,) for key in _PAIR_TEXTS)), ("system", *COMMON_COLUMNS))
+_NO_OPTIONS = ReadOptions()
 
 
 # Readers --------------------------------------------------------------------------------------------------------------
 
 
-def read_sft(path: Data) -> list[Example]:
+def read_sft(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[Example]:
     """Read demonstrations in sharegpt form (spec 1.2).
 
     A row has ``conversations`` or ``messages`` (``from``/``value`` or ``role``/``content`` turns, the last one the
     demonstration) and optionally ``images``, ``system`` and ``id``.
     """
-    return _read(path, _SFT, _sft_example)
+    return read_rows(path, _SFT, options)
 
 
-def read_alignment(path: Data) -> list[Example]:
+def read_alignment(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[Example]:
     """Read the alignment set (spec 1.3): prompts with a teacher's demonstration.
 
     The demonstration is ``teacher_response``, or caption and reasoning joined where that is blank; the two halves are
     taken from it by the same parser that splits the policy's responses, so both classes are cut at the same place.
     """
-    return _read(path, _ALIGNMENT, _alignment_example)
+    return read_rows(path, _ALIGNMENT, options)
 
 
-def read_rlvr(path: Data) -> list[Example]:
+def read_rlvr(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[Example]:
     """Read an RLVR set (spec 1.4): prompts with a verifiable answer."""
-    return _read(path, _RLVR, _rlvr_example)
+    return read_rows(path, _RLVR, options)
 
 
-def check_rlvr(path: Data, rows: int) -> None:
-    """Refuse files without the columns of :func:`read_rlvr`, or with fewer than ``rows`` rows, without reading them."""
-    found = count_rows(path, _RLVR)
-    if found < rows:
-        raise UserError(f"{path} has {found} rows, and {rows} are asked for; lower the number, or give another file")
+def check_rlvr(path: Data, count: int, options: ReadOptions = _NO_OPTIONS) -> None:
+    """Raise UserError for files that :func:`read_rlvr` refuses, or that have fewer than ``count`` rows."""
+    found = len(read_rlvr(path, options))
+    if found < count:
+        raise UserError(f"{path} has {found} rows, and {count} are asked for; lower the number, or give another file")
 
 
-def read_pool(path: Data) -> list[Example]:
+def read_pool(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[Example]:
     """Read prompts for curation: as for RLVR, with demonstrations where there are some, whatever they are worth."""
-    return _read(path, _POOL, _pool_example)
+    return read_rows(path, _POOL, options)
 
 
-def read_pairs(path: Data) -> list[PreferencePair]:
+def read_pairs(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[PreferencePair]:
     """Read the discriminator's warm-up pairs (spec 1.5).
 
     The prompt is ``prompt`` where a row has it (a chat, taken as it stands), else ``question`` after the paper's
     system prompt or the row's own ``system`` ("" for none).
     """
-    return _read(path, _PAIRS, _preference_pair)
+    return read_rows(path, _PAIRS, options)
 
 
 # Writers --------------------------------------------------------------------------------------------------------------
@@ -165,29 +163,6 @@ def _column(structs: list[dict[str, Any]]) -> pa.Array:
 
 
 # One row of each file -------------------------------------------------------------------------------------------------
-
-
-def _read[R: (Example, PreferencePair)](path: Data, columns: Columns, record_of: Callable[[Row, Images], R]) -> list[R]:
-    images = Images()
-    return _with_unique_ids(read_rows(path, columns, lambda row: record_of(row, images)))
-
-
-def _with_unique_ids[R: (Example, PreferencePair)](records: list[R]) -> list[R]:
-    """The records, where ids repeat the later ones with a number behind it: "7", "7#2", "7#3"."""
-    times = Counter(record.id for record in records)
-    taken = set(times)
-    seen = Counter[str]()
-    result = []
-    for record in records:
-        seen[record.id] += 1
-        if seen[record.id] > 1:
-            number = seen[record.id]
-            while (name := f"{record.id}#{number}") in taken:
-                number += 1
-            taken.add(name)
-            record = replace(record, id=name)
-        result.append(record)
-    return result
 
 
 def _sft_example(row: Row, images: Images) -> Example:
@@ -282,6 +257,15 @@ def _preference_pair(row: Row, images: Images) -> PreferencePair:
         student_caption=student.caption_block,
         student_reasoning=student.reasoning_block,
     )
+
+
+_SFT = RowFormat(Columns((("conversations", "messages"),), ("system", *COMMON_COLUMNS)), _sft_example)
+_RLVR = RowFormat(Columns(_RLVR_KEYS, _RLVR_OTHERS), _rlvr_example)
+_POOL = RowFormat(Columns(_RLVR_KEYS, ("teacher_response", *_RLVR_OTHERS)), _pool_example)
+_ALIGNMENT = RowFormat(Columns((*_RLVR_KEYS, *((key,) for key in _TEACHER_KEYS)), _RLVR_OTHERS), _alignment_example)
+_PAIRS = RowFormat(
+    Columns((("prompt", "question"), *((key,) for key in _PAIR_TEXTS)), ("system", *COMMON_COLUMNS)), _preference_pair
+)
 
 
 def _question(question: str, fields: Mapping[str, Any], images: int, source: str) -> tuple[Message, ...]:

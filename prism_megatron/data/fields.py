@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import math
 import os
 import reprlib
@@ -151,11 +152,10 @@ def _first(fields: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 
 class Images:
-    """The pictures of a data set: each file is read once, each content checked and stored once."""
+    """Reads the encoded pictures of rows. With ``check`` each is decoded once to see that it can be."""
 
-    def __init__(self) -> None:
-        self._files: dict[str, bytes] = {}
-        self._checked: dict[bytes, bytes] = {}
+    def __init__(self, check: bool = True) -> None:
+        self._check = check
 
     def of_row(self, row: Row, named_in_chat: Sequence[Any] = ()) -> tuple[bytes, ...]:
         """Encoded pictures of ``images`` or ``image``, or of the chat's own parts.
@@ -166,18 +166,28 @@ class Images:
         if listed and named_in_chat:
             raise UserError(f"{row.source}: images in a column and in the chat's parts; give them in one place")
         items = [] if listed is None else listed if isinstance(listed, list) else [listed]
-        return tuple(self._picture(item, number, row) for number, item in enumerate(items or named_in_chat))
+        return tuple(self._image(item, number, row) for number, item in enumerate(items or named_in_chat))
 
-    def _picture(self, item: Any, number: int, row: Row) -> bytes:
+    def embedded(self, encoded: bytes, source: str) -> bytes:
+        """A picture that the row itself contains."""
+        if self._check:
+            check_image(encoded, source)
+        return encoded
+
+    def stored(self, file: str, name: str, row: Row) -> bytes:
+        """A picture that the row names as ``name``."""
+        return self.embedded(_read(file, name, row), f"{row.source}, image {name}")
+
+    def _image(self, item: Any, number: int, row: Row) -> bytes:
         if isinstance(item, dict):
             item = self._of_struct(item)
         source = f"{row.source}, image {number}"
         if isinstance(item, str) and item.startswith("data:"):
             item = _decoded(item.partition("base64,")[2], source)
         if isinstance(item, bytes) and item:
-            return self._checked_once(item, source)
+            return self.embedded(item, source)
         if isinstance(item, str) and item:
-            return self._from_file(item, row)
+            return self._named(item, row)
         raise UserError(
             f"{source}: an image is a path or a struct with its encoded file in 'bytes' or a 'path', got {_quote(item)}"
         )
@@ -188,31 +198,74 @@ class Images:
             return f"data:;base64,{data}"
         return data or struct.get("path")
 
-    def _from_file(self, name: str, row: Row) -> bytes:
+    def _named(self, name: str, row: Row) -> bytes:
         if name.startswith(("http://", "https://")):
             raise UserError(f"{row.source}: image {name} is on the web; download it and give its path")
         # Plain strings: a Path for each of a million pictures is slower than reading it.
         path = unquote(name.removeprefix("file://")) if name.startswith("file://") else name
-        file = os.path.join(os.path.dirname(row.file), path)
-        if file not in self._files:
-            source = f"{row.source}, image {name}"
-            try:
-                with open(file, "rb", buffering=0) as opened:
-                    content = opened.readall()
-            except FileNotFoundError as fault:
-                raise UserError(
-                    f"{row.source}: image {file} does not exist; paths are relative to {row.file.name}'s folder"
-                ) from fault
-            except (OSError, ValueError) as fault:  # a folder, no permission, a name that no file can have
-                raise UserError(f"{source}: cannot be read ({fault}); correct the path") from fault
-            self._files[file] = self._checked_once(content, source)
-        return self._files[file]
+        return self.stored(os.path.join(os.path.dirname(row.file), path), name, row)
 
-    def _checked_once(self, encoded: bytes, source: str) -> bytes:
-        if encoded not in self._checked:
-            check_image(encoded, source)
-            self._checked[encoded] = encoded
-        return self._checked[encoded]
+
+class ImageSizes(Images):
+    """Checks the pictures of rows, each content once, and returns none of them (b"" for each).
+
+    ``of_last_row`` has width and height of the last row's pictures: [w, h, w, h, ..], None without ``check``, where it
+    is only seen to that their files exist.
+    """
+
+    def __init__(self, check: bool = True) -> None:
+        super().__init__(check)
+        self._of_file: dict[str, tuple[int, int]] = {}
+        self._of_content: dict[bytes, tuple[int, int]] = {}
+        self.of_last_row: list[int] | None = None
+
+    def of_row(self, row: Row, named_in_chat: Sequence[Any] = ()) -> tuple[bytes, ...]:
+        self.of_last_row = [] if self._check else None
+        return super().of_row(row, named_in_chat)
+
+    def embedded(self, encoded: bytes, source: str) -> bytes:
+        if self._check:
+            self._add(self._size(encoded, source))
+        return b""
+
+    def stored(self, file: str, name: str, row: Row) -> bytes:
+        if not self._check:
+            if not _is_file(file):
+                _read(file, name, row)
+            return b""
+        if file not in self._of_file:
+            self._of_file[file] = self._size(_read(file, name, row), f"{row.source}, image {name}")
+        self._add(self._of_file[file])
+        return b""
+
+    def _size(self, encoded: bytes, source: str) -> tuple[int, int]:
+        digest = hashlib.blake2b(encoded, digest_size=20).digest()
+        if digest not in self._of_content:
+            self._of_content[digest] = check_image(encoded, source)
+        return self._of_content[digest]
+
+    def _add(self, size: tuple[int, int]) -> None:
+        assert self.of_last_row is not None
+        self.of_last_row += size
+
+
+def _is_file(file: str) -> bool:
+    try:
+        return os.path.isfile(file)
+    except ValueError:  # a name that no file can have
+        return False
+
+
+def _read(file: str, name: str, row: Row) -> bytes:
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            return opened.readall()
+    except FileNotFoundError as fault:
+        raise UserError(
+            f"{row.source}: image {file} does not exist; paths are relative to {row.file.name}'s folder"
+        ) from fault
+    except (OSError, ValueError) as fault:  # a folder, no permission, a name that no file can have
+        raise UserError(f"{row.source}, image {name}: cannot be read ({fault}); correct the path") from fault
 
 
 def _decoded(text: str, source: str) -> bytes:

@@ -42,8 +42,11 @@ def decode_image(encoded: bytes) -> Image.Image:
     return rgb
 
 
-def check_image(encoded: bytes, source: str) -> None:
-    """Raise UserError, quoting ``source``, for a picture that cannot be decoded or that no model takes."""
+def check_image(encoded: bytes, source: str) -> tuple[int, int]:
+    """Width and height of what ``decode_image`` returns.
+
+    Raises UserError, quoting ``source``, for a picture that cannot be decoded or that no model takes.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of damaged metadata, which is not used
@@ -54,6 +57,7 @@ def check_image(encoded: bytes, source: str) -> None:
             width, height = image.size
             image.draft("L", (1, 1))  # a JPEG is read to its end at an eighth of its size
             _rgb(image)
+            upright = _upright(image, (width, height))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as fault:
         raise UserError(f"{source}: {fault}; shrink the picture or drop the row") from fault
     except Exception as fault:  # each of Pillow's formats raises its own for a damaged file
@@ -63,14 +67,19 @@ def check_image(encoded: bytes, source: str) -> None:
             f"{source}: {width} x {height} pixels, the longer side of a picture may be {MAX_ASPECT_RATIO} times the "
             "shorter one; crop it or drop the row"
         )
+    return upright
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
     """Width and height in pixels of what ``decode_image`` returns."""
     with Image.open(io.BytesIO(encoded)) as image:
-        width, height = image.size
-        sideways = image.format != "TIFF" and _orientation(image) in range(5, 9)  # Pillow turns a TIFF on its own
-    return (height, width) if sideways else (width, height)
+        return _upright(image, image.size)
+
+
+def _upright(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """``size``, as stored in the file, after rotation by the EXIF orientation."""
+    sideways = image.format != "TIFF" and _orientation(image) in range(5, 9)  # Pillow turns a TIFF on its own
+    return (size[1], size[0]) if sideways else size
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,15 +67,15 @@ def further_indices(num_rows: int, taken: Sequence[int], iteration: int, seed: i
     return rest
 
 
-_orders: dict[tuple[int, int, int], list[int]] = {}
+_orders: dict[tuple[int, int, int], array[int]] = {}
 
 
-def _epoch_order(num_rows: int, epoch: int, seed: int) -> list[int]:
+def _epoch_order(num_rows: int, epoch: int, seed: int) -> array[int]:
     key = (num_rows, epoch, seed)
     if key not in _orders:
         if len(_orders) > 4:  # a run needs this epoch and the next
             _orders.clear()
-        order = list(range(num_rows))
+        order = array("l", range(num_rows))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         _orders[key] = order
     return _orders[key]

@@ -82,6 +82,14 @@ def is_main_rank() -> bool:
     return dist.get_rank() == 0
 
 
+def is_first_of_replica() -> bool:
+    """Whether this rank is the first of those that hold one copy of the model and see the same rows."""
+    from megatron.core import parallel_state
+
+    model_parallel_rank = dist.get_rank(parallel_state.get_model_parallel_group())
+    return bool(model_parallel_rank == 0 and parallel_state.get_context_parallel_rank() == 0)
+
+
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 

@@ -7,7 +7,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,6 +39,8 @@ from prism_megatron.stages.setup import (
     local_batch,
     log_line,
     open_stage,
+    read_options,
+    report_skipped,
 )
 from prism_megatron.stages.sync_guard import SyncGuard
 from prism_megatron.types import PERCEPTION, REASONING
@@ -50,11 +51,12 @@ def run_align(config: AlignConfig) -> None:
 
     Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
-    rows = read_alignment(Path(config.data))
+    rows = read_alignment(config.data, read_options(config))
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config, config.discriminator.num_experts) as stage:
         log_line(passes)
+        report_skipped(stage, rows)
         processor = load_processor(config)
         check_prompts(rows, processor, config.rollout)
         batcher = Batcher.from_config(processor.input_spec, config)

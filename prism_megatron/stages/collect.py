@@ -21,7 +21,14 @@ from prism_megatron.errors import UserError
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.stages.rollouts import Sampler, check_prompts, start_engine
-from prism_megatron.stages.setup import load_processor, log_line, mark_finished, open_stage
+from prism_megatron.stages.setup import (
+    load_processor,
+    log_line,
+    mark_finished,
+    open_stage,
+    read_options,
+    report_skipped,
+)
 from prism_megatron.types import Example, PreferencePair
 
 PAIRS, PROMPTS = "warmup_pairs.jsonl", "rlvr.parquet"
@@ -33,8 +40,8 @@ def run_collect(config: CollectConfig) -> None:
 
     Raises UserError for invalid settings or data.
     """
-    demonstrations = read_alignment(Path(config.alignment_data))
-    candidates = read_rlvr(Path(config.candidates))[: config.num_candidates or None]
+    demonstrations = read_alignment(config.alignment_data, read_options(config))
+    candidates = read_rlvr(config.candidates, read_options(config))[: config.num_candidates or None]
     if is_converted(Path(config.model.hf_checkpoint)):
         raise UserError(
             f"model.hf_checkpoint {config.model.hf_checkpoint} is converted for Megatron; collecting needs the HF "
@@ -42,7 +49,9 @@ def run_collect(config: CollectConfig) -> None:
         )
     with open_stage(config) as stage:
         processor = load_processor(config)
-        check_prompts([*demonstrations, *candidates], processor, config.rollout)
+        for rows in (demonstrations, candidates):
+            report_skipped(stage, rows)
+            check_prompts(rows, processor, config.rollout)
         sampler = Sampler(start_engine(config, Path(config.model.hf_checkpoint)), processor, config)
         gc.enable()  # train.py disables it during imports and reading
         pairs = collect_pairs(sampler, demonstrations, config)

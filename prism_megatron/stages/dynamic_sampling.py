@@ -11,6 +11,7 @@ import torch
 
 from prism_megatron.advantage import informative_groups
 from prism_megatron.config import RLVRConfig
+from prism_megatron.data.lazy import positions_by_id
 from prism_megatron.data.loader import batch_indices, further_indices, shard_for_rank
 from prism_megatron.data.response import Response
 from prism_megatron.data.samples import Sample
@@ -121,7 +122,7 @@ def restore_leftovers(
     leftover_groups: Sequence[LeftoverGroup], rows: Sequence[Example], sampler: Sampler
 ) -> list[Candidate]:
     """Judge leftover groups again; their group numbers are below 0, so that the oldest are trained on first."""
-    indices = {row.id: index for index, row in enumerate(rows)} if leftover_groups else {}
+    indices = positions_by_id(rows, [row_id for row_id, _ in leftover_groups])
     candidates = []
     for group, (row_id, rollouts) in enumerate(leftover_groups, -len(leftover_groups)):
         index = indices[row_id]

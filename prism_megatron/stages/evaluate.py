@@ -18,7 +18,12 @@ from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.rollout.interface import Engine
 from prism_megatron.stages.rollouts import Sampler, push_weights, start_engine
-from prism_megatron.stages.setup import Stage, TrainableModel, mark_finished
+from prism_megatron.stages.setup import (
+    Stage,
+    TrainableModel,
+    mark_finished,
+    read_options,
+)
 
 RESULTS = "results.json"
 _Z95 = 1.959964  # two-sided 95 % normal quantile
@@ -48,7 +53,7 @@ def export_and_evaluate(
 def evaluate(sampler: Sampler) -> dict[str, Any]:
     """Return greedy accuracy and format validity with 95 % Wilson intervals, and the built-in task's own measures."""
     config = sampler.config
-    rows = read_rlvr(config.eval.data)
+    rows = read_rlvr(config.eval.data, read_options(config))
     share = shard_for_rank(
         list(range(config.eval.num_questions)), groups.data_parallel_rank(), groups.data_parallel_size()
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from prism_megatron.config import AlignConfig
 from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.lazy import positions_by_id
 from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.data.pairs import Pair, branch_pairs
 from prism_megatron.data.samples import Sample
@@ -33,7 +34,7 @@ class Replay:
     ) -> None:
         self.responses = dict(responses or {})
         self._processor, self._config = processor, config
-        self._rows = {row.id: row for row in rows} if config.replay.prompts else {}
+        self._rows = rows
 
     def pairs(self, iteration: int) -> list[Pair]:
         """Draw past responses and return this data-parallel rank's, paired with their demonstrations.
@@ -44,7 +45,8 @@ class Replay:
         count = min(self._config.replay.responses_per_iteration, len(stored))
         drawn = random.Random(f"{self._config.run.seed}/{iteration}/replay").sample(range(len(stored)), count)
         local = [stored[i] for i in shard_for_rank(drawn, groups.data_parallel_rank(), groups.data_parallel_size())]
-        rows = [self._rows[prompt_id] for prompt_id, _ in local]
+        positions = positions_by_id(self._rows, [prompt_id for prompt_id, _ in local])
+        rows = [self._rows[positions[prompt_id]] for prompt_id, _ in local]
         pairs = []
         for (_, texts), row, prompt in zip(local, rows, self._processor.encode_prompts(rows), strict=True):
             assert row.teacher_caption is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,15 @@ from prism_megatron.stages.dynamic_sampling import LeftoverGroup, RolloutBatch, 
 from prism_megatron.stages.evaluate import export_and_evaluate, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step
 from prism_megatron.stages.rollouts import Sampler, check_prompts, gallery_row, start_engine
-from prism_megatron.stages.setup import load_policy, load_processor, load_reference, log_line, open_stage
+from prism_megatron.stages.setup import (
+    load_policy,
+    load_processor,
+    load_reference,
+    log_line,
+    open_stage,
+    read_options,
+    report_skipped,
+)
 from prism_megatron.stages.sync_guard import SyncGuard
 
 
@@ -30,11 +37,12 @@ def run_rlvr(config: RLVRConfig) -> None:
 
     Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
-    rows = read_rlvr(Path(config.data))
+    rows = read_rlvr(config.data, read_options(config))
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config) as stage:
         log_line(passes)
+        report_skipped(stage, rows)
         processor = load_processor(config)
         check_prompts(rows, processor, config.rollout)
         batcher = Batcher.from_config(processor.input_spec, config)

@@ -13,8 +13,7 @@ from torch import Tensor
 from prism_megatron import config as cfg
 from prism_megatron.convert.transfer import export_manifest, export_weights
 from prism_megatron.data.chat import ChatProcessor
-from prism_megatron.data.lengths import check_lengths
-from prism_megatron.data.rows import raise_faults
+from prism_megatron.data.lengths import check_image_counts, check_lengths
 from prism_megatron.data.samples import Sample
 from prism_megatron.data.seeds import sample_seed
 from prism_megatron.method import FIXED, Judge
@@ -40,13 +39,7 @@ class PolicyWeights:
 
 def check_prompts(rows: Sequence[Example], processor: ChatProcessor, rollout: cfg.RolloutConfig) -> None:
     """Raise UserError naming the rows whose prompts the engine would reject."""
-    most = rollout.images_per_prompt
-    faults = [
-        f"{row.source}: {len(row.images)} images, rollout.images_per_prompt is {most}; raise it, or drop the row"
-        for row in rows
-        if len(row.images) > most
-    ]
-    raise_faults(faults, len(rows))
+    check_image_counts(rows, rollout.images_per_prompt)
     room = rollout.max_model_len - rollout.max_response_tokens
     check_lengths(rows, processor, room, "raise rollout.max_model_len, or drop the row")
 

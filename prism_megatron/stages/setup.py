@@ -27,6 +27,7 @@ from prism_megatron.convert.transfer import export_weights, load_weights
 from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import check_rlvr
+from prism_megatron.data.lazy import SKIPPED, ReadOptions, Rows
 from prism_megatron.data.loader import batch_indices, shard_for_rank
 from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
@@ -43,6 +44,8 @@ from prism_megatron.parallel.degrees import check_degrees, check_engine_ranks
 from prism_megatron.stages import preemption
 from prism_megatron.stages.run_folder import CHECKPOINTS, prepare
 from prism_megatron.stages.run_lock import RunLock
+
+DATA_CACHE = "data_cache"
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,8 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
     sizes = read_sizes(Path(config.model.hf_checkpoint))
     check_hidden_size(config, sizes)
     if config.eval.num_questions:
-        check_rlvr(
-            config.eval.data, config.eval.num_questions
-        )  # a missing file would be noticed after training otherwise
+        # Invalid data would be noticed after training otherwise.
+        check_rlvr(config.eval.data, config.eval.num_questions, read_options(config))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
     check_sizes(config.model, config.parallel, sizes)
@@ -250,6 +252,22 @@ def log_line(line: object) -> None:
     """Print a line on the main rank."""
     if groups.is_main_rank():
         print(line, flush=True)
+
+
+def read_options(config: cfg.StageConfig) -> ReadOptions:
+    """How this stage reads its data files."""
+    dataset = config.dataset
+    return ReadOptions(
+        cache=Path(dataset.cache or Path(config.run.dir) / DATA_CACHE),
+        skip_bad_rows=dataset.bad_rows == "skip",
+        max_bad_fraction=dataset.max_bad_fraction,
+        check_images_max_rows=dataset.check_images_max_rows,
+    )
+
+
+def report_skipped(stage: Stage, rows: Rows[Any]) -> None:
+    """List in the stage's folder which rows are skipped, now and later."""
+    rows.report_skipped(stage.dir / SKIPPED, known=groups.is_main_rank(), new=groups.is_first_of_replica())
 
 
 def local_batch[Row](rows: Sequence[Row], batch_size: int, iteration: int, seed: int) -> list[Row]:

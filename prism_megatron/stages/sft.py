@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,16 @@ from prism_megatron.parallel.collectives import sum_over_data_parallel
 from prism_megatron.stages.batcher import Batcher, workload
 from prism_megatron.stages.evaluate import export_and_evaluate
 from prism_megatron.stages.policy import sft_step
-from prism_megatron.stages.setup import TrainableModel, load_policy, load_processor, local_batch, log_line, open_stage
+from prism_megatron.stages.setup import (
+    TrainableModel,
+    load_policy,
+    load_processor,
+    local_batch,
+    log_line,
+    open_stage,
+    read_options,
+    report_skipped,
+)
 from prism_megatron.types import Example
 
 
@@ -30,11 +38,12 @@ def run_sft(config: SFTConfig) -> None:
 
     Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
-    rows = read_sft(Path(config.data))
+    rows = read_sft(config.data, read_options(config))
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config) as stage:
         log_line(passes)
+        report_skipped(stage, rows)
         processor = load_processor(config)
         remedy = "raise max_tokens_per_microbatch, or drop the row"
         check_lengths(rows, processor, config.max_tokens_per_microbatch, remedy, demonstrations=True)
@@ -78,7 +87,7 @@ def _peak() -> float | None:
     return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def demonstrations(rows: list[Example], processor: ChatProcessor) -> list[TrainingSequence]:
+def demonstrations(rows: Sequence[Example], processor: ChatProcessor) -> list[TrainingSequence]:
     """Encode the prompt and demonstration of each row; the loss is on the demonstration and its terminator."""
     sequences = []
     for row, prompt in zip(rows, processor.encode_prompts(rows), strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prism_megatron.config import WarmupConfig
 from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
@@ -20,6 +18,8 @@ from prism_megatron.stages.setup import (
     log_line,
     mark_finished,
     open_stage,
+    read_options,
+    report_skipped,
 )
 from prism_megatron.types import EncodedPrompt, PreferencePair
 
@@ -32,11 +32,12 @@ def run_warmup(config: WarmupConfig) -> None:
 
     Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
-    rows = read_pairs(Path(config.data))
+    rows = read_pairs(config.data, read_options(config))
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config, config.discriminator.num_experts) as stage:
         log_line(passes)
+        report_skipped(stage, rows)
         processor = load_processor(config)
         batcher = Batcher.from_config(processor.input_spec, config)
         discriminator = load_discriminator(config, config.optimizer)

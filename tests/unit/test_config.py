@@ -28,7 +28,7 @@ def test_dotted_override() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optimiser.lr=1"], "unknown key 'optimiser.lr': this recipe has data, eval, global_batch_size"),
+        (["optimiser.lr=1"], "unknown key 'optimiser.lr': this recipe has data, dataset, eval"),
         (["optimizer.learning_rate=1"], "unknown key 'optimizer.learning_rate': optimizer has adam_beta1"),
         (["optimizer.lr"], "override 'optimizer.lr' is not of the form key=value"),
         (["optimizer.lr=fast"], "override 'optimizer.lr=fast' is refused"),

@@ -80,7 +80,7 @@ class _Answered:
 
 def _answered(settings: Settings, config: TrainingConfig, processor: Any, count: int, samples: int) -> list[_Answered]:
     if settings.images == "shapes":
-        rows = read_alignment(Path(config.data))[:count]
+        rows = list(read_alignment(Path(config.data))[:count])
         told = [tuple(str(rows[(n + 1 + j) % count].response) for j in range(samples)) for n in range(count)]
     else:
         texts = _MadeUp(processor, settings.response_tokens)

@@ -247,10 +247,8 @@ def test_large_pictures_are_not_refused(made: Any) -> None:
 def test_a_picture_of_many_rows_is_read_and_checked_once(made: Any) -> None:
     path = made.jsonl(*[made.sft()] * 50)
     with patch("prism_megatron.data.fields.check_image", wraps=check_image) as checked:
-        rows = read_sft(path)
+        assert len(list(read_sft(path))) == 50
         assert checked.call_count == 1
-    assert len({id(row.images[0]) for row in rows}) == 1
     with patch("prism_megatron.data.fields.check_image", wraps=check_image) as checked:
-        rows = read_rlvr(made.parquet(*[made.rlvr()] * 50))
+        assert len(list(read_rlvr(made.parquet(*[made.rlvr()] * 50)))) == 50
         assert checked.call_count == 1
-    assert len({id(row.images[0]) for row in rows}) == 1
