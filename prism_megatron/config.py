@@ -46,11 +46,12 @@ class StageConfig(Section):
 
 @dataclass
 class SFTConfig(StageConfig):
-    """Supervised fine-tuning: cross-entropy on the response (spec 2)."""
+    """Supervised fine-tuning: cross-entropy on the answers (spec 2), ``every`` one of a chat or the ``last``."""
 
     stage: str = setting("sft", one_of("sft"))
     data: str = setting(MISSING, PATH)
     global_batch_size: int = setting(MISSING, at_least(1))
+    train_answers: str = setting("every", one_of("every", "last"))
 
     def check(self, at: str) -> None:
         _check_something_trains("model.freeze", self.model.freeze)

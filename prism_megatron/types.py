@@ -104,10 +104,14 @@ class Visual:
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """A prompt as the trainer sees it: a visual token for every merged patch, and ``visuals`` in the order shown."""
+    """A prompt as the trainer sees it: a visual token for every merged patch, and ``visuals`` in the order shown.
+
+    ``loss_spans`` are [start, end) of tokens that are trained on: earlier answers in a chat of several turns.
+    """
 
     token_ids: tuple[int, ...]
     visuals: tuple[Visual, ...] = ()
+    loss_spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -113,23 +113,59 @@ class ChatProcessor:
 
         The chat template's special tokens are special. Those that a message spells out are text.
         """
-        written = "".join(m.content for m in messages)
-        if not self._special_text.search(written):
+        if not self._special_text.search("".join(m.content for m in messages)):
             return tuple(self.tokenizer(self.rendered(messages), add_special_tokens=False)["input_ids"])
-        # What is spelled out passes the template as a number between marks that nobody wrote.
+        return self._marked_ids(messages, frozenset())[0]
+
+    def answered_prompt_ids(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """The same prompt, and the spans of its answers: the tokens a model generates, end of turn included.
+
+        Each answer is tokenised on its own, as a response is.
+        """
+        if all(message.role != "assistant" for message in messages):
+            return self.prompt_ids(messages), ()
+        return self._marked_ids(messages, frozenset(i for i, m in enumerate(messages) if m.role == "assistant"))
+
+    def _marked_ids(
+        self, messages: Sequence[Message], answers: frozenset[int]
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """Tokens of a prompt, and spans of the messages with the numbers ``answers``.
+
+        Answers, and special tokens that are spelled out, pass the template as numbers between marks that nobody wrote.
+        """
+        written = "".join(m.content for m in messages)
         mark = "\ue000"
         while mark in written:
             mark += "\ue000"
-        names = {f"{mark}{number}{mark}": name for name, number in self._specials.items()}
-        numbers = {name: number for number, name in names.items()}
-        hidden = [replace(m, content=self._special_text.sub(lambda f: numbers[f[0]], m.content)) for m in messages]
+        hidden = [
+            replace(
+                message,
+                content=f"{mark}a{i}{mark}"
+                if i in answers
+                else self._special_text.sub(lambda found: f"{mark}{self._specials[found[0]]}{mark}", message.content),
+            )
+            for i, message in enumerate(messages)
+        ]
+        names = {str(number): name for name, number in self._specials.items()}
         ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        open_answer: int | None = None  # where an answer starts whose end of turn is still to come
         for index, piece in enumerate(self._special_text.split(self.rendered(hidden))):
             if index % 2:
                 ids.append(self._specials[piece])
-            else:
-                ids += self.encode_text(re.sub(f"{mark}[0-9]+{mark}", lambda f: names[f[0]], piece))
-        return tuple(ids)
+                if open_answer is not None:
+                    spans.append((open_answer, len(ids)))
+                    open_answer = None
+                continue
+            parts = re.split(f"{mark}a([0-9]+){mark}", piece)
+            for place, part in enumerate(parts):
+                if place % 2:
+                    open_answer = len(ids)
+                    ids += self.encode_text(messages[int(part)].content)
+                elif part:
+                    ids += self.encode_text(re.sub(f"{mark}([0-9]+){mark}", lambda found: names[found[1]], part))
+        assert len(spans) == len(answers), "the template shows every answer and ends it"
+        return tuple(ids), tuple(spans)
 
     def rendered(self, messages: Sequence[Message]) -> str:
         """The prompt's text, special tokens spelled out."""
@@ -164,17 +200,24 @@ class ChatProcessor:
         """Whether each of them is in its text: none is special, none beyond the tokenizer's vocabulary."""
         return self._special_ids.isdisjoint(token_ids) and max(token_ids, default=0) < self._num_ids
 
-    def encode_prompts(self, rows: Sequence[Example | PreferencePair]) -> list[EncodedPrompt]:
+    def encode_prompts(
+        self, rows: Sequence[Example | PreferencePair], *, train_answers: bool = False
+    ) -> list[EncodedPrompt]:
         """Encode prompts with their images, each distinct image once; image tokens become one per merged patch.
 
-        Raises UserError where a prompt's placeholders and its images are not as many.
+        With ``train_answers`` the loss is on the answers in them, too. Raises UserError where a prompt's placeholders
+        and its images are not as many.
         """
+        rows = list(rows)  # those of a data set are read anew each time
         distinct = list(dict.fromkeys(data for row in rows for data in row.images))
         visuals = dict(zip(distinct, self._encode_images(distinct), strict=True))
         prompts = []
         for row in rows:
-            shown = tuple(visuals[data] for data in row.images)
-            prompts.append(EncodedPrompt(self._expand(self.prompt_ids(row.messages), shown, row.source), shown))
+            visuals_of_row = tuple(visuals[data] for data in row.images)
+            ids, spans = (
+                self.answered_prompt_ids(row.messages) if train_answers else (self.prompt_ids(row.messages), ())
+            )
+            prompts.append(self._expanded(ids, spans, visuals_of_row, row.source))
         return prompts
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], source: str) -> EncodedPrompt:
@@ -204,17 +247,23 @@ class ChatProcessor:
         encoded = self._processor.image_processor(images=[decode_image(data) for data in images], return_tensors="pt")
         return _visuals(encoded["pixel_values"], encoded["image_grid_thw"], is_video=False)
 
-    def _expand(self, token_ids: Sequence[int], visuals: Sequence[Visual], source: str) -> tuple[int, ...]:
+    def _expanded(
+        self, token_ids: Sequence[int], spans: Sequence[tuple[int, int]], visuals: tuple[Visual, ...], source: str
+    ) -> EncodedPrompt:
+        """The prompt with a token for every merged patch; ``spans`` are of ``token_ids``."""
         spec = self.input_spec
         found = token_ids.count(spec.image_token_id)
         if found != len(visuals):
             raise UserError(f"{source}: the chat shows {found} images, the row has {len(visuals)}; make them match")
         remaining = iter(visuals)
         expanded: list[int] = []
+        starts = []
         for token in token_ids:
+            starts.append(len(expanded))
             count = len(next(remaining).patches) // spec.merge_size**2 if token == spec.image_token_id else 1
             expanded.extend([token] * count)
-        return tuple(expanded)
+        starts.append(len(expanded))
+        return EncodedPrompt(tuple(expanded), visuals, tuple((starts[low], starts[high]) for low, high in spans))
 
 
 def _visuals(pixels: Tensor | None, grids: Tensor | None, *, is_video: bool) -> list[Visual]:

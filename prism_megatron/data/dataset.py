@@ -55,7 +55,7 @@ def read_sft(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[Example]:
     """Read demonstrations in sharegpt form (spec 1.2).
 
     A row has ``conversations`` or ``messages`` (``from``/``value`` or ``role``/``content`` turns, the last one the
-    demonstration) and optionally ``images``, ``system`` and ``id``.
+    demonstration, in any form) and optionally ``images``, ``system`` and ``id``.
     """
     return read_rows(path, _SFT, options)
 
@@ -174,7 +174,9 @@ def _sft_example(row: Row, images: Images) -> Example:
     *prompt, demonstration = messages
     if system := optional_text(fields, "system", source):
         prompt.insert(0, Message("system", system))
-    response = _parse_demonstration(demonstration.content, source)
+    if not demonstration.content.strip():
+        raise UserError(f"{source}: the last turn, the demonstration, is blank; correct or drop the row")
+    response = parse_response(demonstration.content)
     shown = images.of_row(row, in_chat)
     check_prompt(prompt, shown, source)
     data_source = optional_text(fields, "data_source", source)
@@ -184,9 +186,9 @@ def _sft_example(row: Row, images: Images) -> Example:
         images=shown,
         source=source,
         response=demonstration.content,
-        answer=response.answer.strip(),
-        teacher_caption=response.caption_block,
-        teacher_reasoning=response.reasoning_block,
+        answer=response.answer.strip() if response else None,
+        teacher_caption=response.caption_block if response else None,
+        teacher_reasoning=response.reasoning_block if response else None,
         data_source=data_source,
     )
 

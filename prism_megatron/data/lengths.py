@@ -25,14 +25,27 @@ type PromptRow = Example | PreferencePair
 
 
 def check_lengths[R: (Example, PreferencePair)](
-    rows: Sequence[R], processor: ChatProcessor, room: int, remedy: str, *, demonstrations: bool = False
+    rows: Sequence[R],
+    processor: ChatProcessor,
+    room: int,
+    remedy: str,
+    *,
+    demonstrations: bool = False,
+    train_answers: bool = False,
 ) -> None:
     """Raise UserError, naming the rows, for prompts of more than ``room`` tokens, or positions than the model has.
 
-    With ``demonstrations`` for prompts with their demonstration and its terminator. ``remedy`` ends the message. Rows
-    whose pictures are not looked at before they are used are checked then.
+    Rows whose pictures are not looked at before they are used are checked then.
+
+    Args:
+        rows: What is checked.
+        processor: Gives the lengths.
+        room: The most tokens that fit.
+        remedy: Ends the message.
+        demonstrations: Whether prompts are counted with their demonstration and its terminator.
+        train_answers: Whether the answers in a prompt are tokenised on their own, for the loss.
     """
-    lengths = _Lengths(processor, room, remedy, demonstrations)
+    lengths = _Lengths(processor, room, remedy, demonstrations, train_answers)
     if not isinstance(rows, Rows):
         raise_faults([fault for row in rows if (fault := lengths.fault(row))], len(rows))
         return
@@ -61,11 +74,13 @@ def check_image_counts[R: (Example, PreferencePair)](rows: Sequence[R], most: in
 class _Lengths:
     """Lengths of rows in tokens, bounded or exact."""
 
-    def __init__(self, processor: ChatProcessor, room: int, remedy: str, demonstrations: bool) -> None:
+    def __init__(
+        self, processor: ChatProcessor, room: int, remedy: str, demonstrations: bool, train_answers: bool
+    ) -> None:
         self._processor = processor
         self._room = room
         self._remedy = remedy
-        self._demonstrations = demonstrations
+        self._demonstrations, self._train_answers = demonstrations, train_answers
         self._limit = min(room, processor.input_spec.max_positions)
         self._templates: dict[tuple[str, ...], int] = {}
         self._image_tokens = functools.cache(processor.image_tokens)
@@ -115,8 +130,10 @@ class _Lengths:
         return sum(self._image_tokens(*image_size(image)) for image in row.images)
 
     def _exact(self, row: PromptRow, response: str | None) -> int:
-        prompt = len(self._processor.prompt_ids(row.messages)) - len(row.images)
-        return prompt + self._of_images(row) + len(self._response_ids(response))
+        ids = self._processor.prompt_ids(row.messages)
+        if self._train_answers:
+            ids, _ = self._processor.answered_prompt_ids(row.messages)
+        return len(ids) - len(row.images) + self._of_images(row) + len(self._response_ids(response))
 
     def _position_fault(self, row: PromptRow, response: str | None) -> str | None:
         """What is wrong with the positions of a row, of which it has fewer than tokens. Its pictures are decoded."""

@@ -16,7 +16,10 @@ from prism_megatron.types import EncodedPrompt, InputSpec, PackedBatch, Visual
 
 @dataclass(frozen=True, eq=False)
 class TrainingSequence:
-    """A prompt and the tokens after it, which the loss is on. ``branch`` is for the discriminator only."""
+    """A prompt and the tokens after it, which the loss is on, as on the ``loss_spans`` of the prompt.
+
+    ``branch`` is for the discriminator only.
+    """
 
     prompt: EncodedPrompt
     response_ids: tuple[int, ...]
@@ -24,6 +27,10 @@ class TrainingSequence:
 
     def __len__(self) -> int:
         return len(self.prompt.token_ids) + len(self.response_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(end - start for start, end in self.prompt.loss_spans) + len(self.response_ids)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def pack(sequences: Sequence[TrainingSequence], spec: InputSpec, padding: Paddin
         last.append(len(tokens) + len(ids) - 1)
         tokens += [*ids, *[0] * extra]
         targets += [*ids[1:], *[0] * (extra + 1)]
-        mask += ([0.0] * len(prompt.token_ids) + [1.0] * len(sequence.response_ids))[1:] + [0.0] * (extra + 1)
+        mask += (_prompt_mask(prompt) + [1.0] * len(sequence.response_ids))[1:] + [0.0] * (extra + 1)
         lengths.append(len(ids) + extra)
         positions += [prompt_positions, _response_positions(prompt_positions, sequence.response_ids, spec, extra)]
         visual += [prompt_rows, torch.full((len(sequence.response_ids) + extra,), -1)]
@@ -155,6 +162,14 @@ def split_by_tokens(
 def _prompt_of(sequence: TrainingSequence) -> tuple[int, int | None]:
     """What is the same for sequences of a branch that start from the same prompt."""
     return id(sequence.prompt), sequence.branch
+
+
+def _prompt_mask(prompt: EncodedPrompt) -> list[float]:
+    """1 for the tokens of a prompt that are trained on."""
+    mask = [0.0] * len(prompt.token_ids)
+    for start, end in prompt.loss_spans:
+        mask[start:end] = [1.0] * (end - start)
+    return mask
 
 
 class _Images:

@@ -198,7 +198,7 @@ class Batcher:
     ) -> Iterator[tuple[list[int], SequenceMicrobatch]]:
         """Yield micro-batches and the indices of their sequences, tokens weighted by their share of the global loss."""
         trained, count, tokens = sum_over_data_parallel(
-            float(sum(len(s.response_ids) for s in sequences)), len(sequences), sum(map(len, sequences))
+            float(sum(s.num_loss_tokens for s in sequences)), len(sequences), sum(map(len, sequences))
         )
         for indices in equal_over_ranks(split_by_tokens(sequences, self._max_tokens), self._parallel):
             members = [sequences[i] for i in indices]
@@ -286,7 +286,7 @@ def workload(sequences: Sequence[TrainingSequence]) -> Workload:
     """Return what one pass over ``sequences`` computes on; an image shown by several sequences counts once."""
     visuals = {id(visual): visual for sequence in sequences for visual in sequence.prompt.visuals}
     frames = [height * width for time, height, width in (v.grid for v in visuals.values()) for _ in range(time)]
-    return Workload([len(s) for s in sequences], frames, sum(len(s.response_ids) for s in sequences))
+    return Workload([len(s) for s in sequences], frames, sum(s.num_loss_tokens for s in sequences))
 
 
 def _repeat_per_token(values: Sequence[float], packed: PackedBatch) -> Tensor:

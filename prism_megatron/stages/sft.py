@@ -45,8 +45,15 @@ def run_sft(config: SFTConfig) -> None:
         log_line(passes)
         report_skipped(stage, rows)
         processor = load_processor(config)
-        remedy = "raise max_tokens_per_microbatch, or drop the row"
-        check_lengths(rows, processor, config.max_tokens_per_microbatch, remedy, demonstrations=True)
+        every = config.train_answers == "every"
+        check_lengths(
+            rows,
+            processor,
+            config.max_tokens_per_microbatch,
+            "raise max_tokens_per_microbatch, or drop the row",
+            demonstrations=True,
+            train_answers=every,
+        )
         batcher = Batcher.from_config(processor.input_spec, config)
         policy = load_policy(config)
         models = {"policy": policy}
@@ -56,7 +63,7 @@ def run_sft(config: SFTConfig) -> None:
             start_time = time.monotonic()
             with stage.timers("data"):
                 local_rows = local_batch(rows, config.global_batch_size, iteration, run.seed)
-                sequences = demonstrations(local_rows, processor)
+                sequences = demonstrations(local_rows, processor, train_answers=every)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
                 metrics = sft_step(policy, batcher.sft(sequences, [row.id for row in local_rows]), lr)
@@ -87,10 +94,16 @@ def _peak() -> float | None:
     return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def demonstrations(rows: Sequence[Example], processor: ChatProcessor) -> list[TrainingSequence]:
-    """Encode the prompt and demonstration of each row; the loss is on the demonstration and its terminator."""
+def demonstrations(
+    rows: Sequence[Example], processor: ChatProcessor, *, train_answers: bool = True
+) -> list[TrainingSequence]:
+    """Encode the prompt and demonstration of each row; the loss is on the demonstration and its terminator.
+
+    With ``train_answers`` it is on the answers in the prompt and their terminators, too.
+    """
+    rows = list(rows)  # those of a data set are read anew each time
     sequences = []
-    for row, prompt in zip(rows, processor.encode_prompts(rows), strict=True):
+    for row, prompt in zip(rows, processor.encode_prompts(rows, train_answers=train_answers), strict=True):
         assert row.response is not None, "read_sft raises for rows without a demonstration"
         sequences.append(TrainingSequence(prompt, (*processor.encode_text(row.response), processor.terminator_id)))
     return sequences

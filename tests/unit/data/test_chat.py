@@ -10,8 +10,8 @@ import pytest
 from prism_megatron.data.branches import branch_sequences
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
-from prism_megatron.data.pack import pack
-from prism_megatron.types import EncodedPrompt, Message
+from prism_megatron.data.pack import TrainingSequence, pack
+from prism_megatron.types import EncodedPrompt, Example, Message
 
 SPECIAL = ("<|image_pad|>", "<|video_pad|>", "<|im_end|>", "<|endoftext|>")
 
@@ -69,6 +69,47 @@ def test_ordinary_prompts_are_tokenised_as_hf_does(
     rendered = stock.apply_chat_template(parts, add_generation_prompt=True, tokenize=False)
     expected = stock.tokenizer(rendered, add_special_tokens=False)["input_ids"]
     assert list(processor.prompt_ids([Message(*turn) for turn in chat])) == expected
+
+
+TURNS = (
+    ("system", "Be exact."),
+    ("user", "<image>How many <|im_end|>?"),
+    ("assistant", "\n 4 <|im_end|> or </think>5\n"),
+    ("user", "And <image>red?"),
+    ("assistant", "2"),
+    ("user", "Sure?"),
+)
+
+
+def test_answers_in_a_prompt_are_what_a_model_would_have_generated(processor: ChatProcessor) -> None:
+    messages = [Message(*turn) for turn in TURNS]
+    ids, spans = processor.answered_prompt_ids(messages)
+    answers = [message.content for message in messages if message.role == "assistant"]
+    assert [ids[start:end] for start, end in spans] == [
+        (*processor.encode_text(answer), processor.terminator_id) for answer in answers
+    ]
+    for number, (start, _) in enumerate(spans):  # what stands before an answer is the prompt it answered
+        before = [i for i, message in enumerate(messages) if message.role == "assistant"][number]
+        assert ids[:start] == processor.answered_prompt_ids(messages[:before])[0]
+    assert processor.tokenizer.decode(ids) == processor.rendered(messages).replace(
+        "<image>", "<|vision_start|><|image_pad|><|vision_end|>"
+    )
+    assert processor.answered_prompt_ids(messages[:2]) == (processor.prompt_ids(messages[:2]), ())
+
+
+def test_spans_move_with_the_patches_of_images_before_them(processor: ChatProcessor, tiny_data: Path) -> None:
+    images = tuple(read_rlvr(tiny_data / "heldout.parquet")[i].images[0] for i in (0, 1))
+    row = Example("x", tuple(Message(*turn) for turn in TURNS), images, "file, row 1")
+    (prompt,), (bare,) = processor.encode_prompts([row], train_answers=True), processor.encode_prompts([row])
+    assert bare.loss_spans == ()
+    assert [prompt.token_ids[start:end] for start, end in prompt.loss_spans] == [
+        (*processor.encode_text(text), processor.terminator_id) for text in (TURNS[2][1], "2")
+    ]
+    packed = pack([TrainingSequence(prompt, (5, 6))], processor.input_spec)
+    trained = packed.targets[packed.loss_mask.bool()].tolist()
+    expected = [token for start, end in prompt.loss_spans for token in prompt.token_ids[start:end]]
+    assert trained == [*expected, 5, 6]
+    assert len(trained) == TrainingSequence(prompt, (5, 6)).num_loss_tokens
 
 
 def test_special_tokens_spelled_in_any_turn_of_a_prompt_are_text(processor: ChatProcessor) -> None:

@@ -181,8 +181,8 @@ def test_prompts_without_answers_are_not_written(tmp_path: Path):
         ({"conversations": [{"from": "robot", "value": "x"}]}, r"line 2: cannot read the turn"),
         ({"conversations": [{"from": "human", "value": "<image>x"}]}, r"line 2: the last turn must be the assistant's"),
         (
-            {"conversations": [{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "4"}]},
-            r"line 2: the demonstration breaks the response grammar.*begins '4'",
+            {"conversations": [{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": " \n"}]},
+            r"line 2: the last turn, the demonstration, is blank",
         ),
     ],
 )
@@ -239,3 +239,31 @@ def test_a_file_that_is_missing_empty_or_cut_off_is_named(tmp_path: Path):
     pq.write_table(pq.read_table(empty).slice(0, 0), empty)
     with pytest.raises(ValueError, match=r"data\.parquet: empty data set"):
         read_rlvr(empty)
+
+
+# Chats of any form ----------------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_of_any_chat(tmp_path: Path):
+    def turns(*texts: str) -> list[dict[str, str]]:
+        return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+    rows = [
+        {"conversations": turns("Say hello.", "Hello!")},
+        {
+            "conversations": turns("<image>What?", "A dot.", "And <image>?", "Two.", "Sure?", "Yes."),
+            "images": ["a.png"] * 2,
+        },
+        {"conversations": turns("<image>4?", RESPONSE), "images": ["a.png"]},
+        {"messages": [{"role": "system", "content": "Be brief."}, *sft_row()["conversations"]], "images": ["a.png"]},  # type: ignore[misc]
+    ]
+    text_only, several, grammar, system = read_sft(write_jsonl(tmp_path, *rows))
+    assert (text_only.messages, text_only.images, text_only.response) == (
+        (Message("user", "Say hello."),),
+        (),
+        "Hello!",
+    )
+    assert [m.role for m in several.messages] == ["user", "assistant"] * 2 + ["user"]
+    assert (several.response, several.answer, len(several.images)) == ("Yes.", None, 2)
+    assert (grammar.response, grammar.answer) == (RESPONSE, "4")
+    assert system.messages[0] == Message("system", "Be brief.")

@@ -63,7 +63,7 @@ RLVR = {
 }
 POLICY_OPTIMIZER = {f"optimizer.{name}" for name in OPTIMIZER}
 IDENTITY = {
-    cfg.SFTConfig: MODEL | POLICY_OPTIMIZER | {"global_batch_size"},
+    cfg.SFTConfig: MODEL | POLICY_OPTIMIZER | {"global_batch_size", "train_answers"},
     cfg.CollectConfig: MODEL | SAMPLING | {"pair_samples_per_prompt", "num_candidates", "band_low", "band_high"},
     cfg.WarmupConfig: MODEL | POLICY_OPTIMIZER | LENGTHS | PAIRS | {"global_batch_size"},
     cfg.AlignConfig: MODEL | POLICY_OPTIMIZER | SAMPLING | PAIRS | POLICY_GRADIENT | ALIGN
