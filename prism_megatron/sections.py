@@ -158,13 +158,15 @@ class DatasetConfig(Section):
     cannot be used is listed in ``skipped_rows.jsonl`` of the stage's folder with ``bad_rows`` skip, and ends the stage
     where more than ``max_bad_fraction`` of the rows cannot be used; with ``bad_rows`` error the first one ends it.
     Pictures of a data set of up to ``check_images_max_rows`` rows are decoded once when the index is built; those of a
-    larger one are checked as they are used.
+    larger one are checked as they are used. ``workers`` processes of each rank read and encode the rows of the next
+    iterations; 0: the rank does it itself, when they are due.
     """
 
     cache: str = setting("", OPTIONAL_PATH)
     bad_rows: str = setting("skip", one_of("skip", "error"))
     max_bad_fraction: float = setting(0.001, between(0, 1))
     check_images_max_rows: int = setting(20_000, at_least(0))
+    workers: int = setting(0, at_least(0))
 
 
 @dataclass

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from prism_megatron.data.hf_files import check_processor_files, loading_failed, read_json_object
 from prism_megatron.data.images import decode_image
+from prism_megatron.data.rows import Trace, no_trace
 from prism_megatron.errors import UserError
 from prism_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, Example, InputSpec, Message, PreferencePair, Visual
 
@@ -201,16 +203,28 @@ class ChatProcessor:
         return self._special_ids.isdisjoint(token_ids) and max(token_ids, default=0) < self._num_ids
 
     def encode_prompts(
-        self, rows: Sequence[Example | PreferencePair], *, train_answers: bool = False
+        self,
+        rows: Sequence[Example | PreferencePair],
+        *,
+        train_answers: bool = False,
+        trace: Trace = no_trace,
     ) -> list[EncodedPrompt]:
         """Encode prompts with their images, each distinct image once; image tokens become one per merged patch.
 
-        With ``train_answers`` the loss is on the answers in them, too. Raises UserError where a prompt's placeholders
-        and its images are not as many.
+        With ``train_answers`` the loss is on the answers in them, too. ``trace`` is told the source of each row whose
+        images are decoded. Raises UserError where a prompt's placeholders and its images are not as many.
         """
         rows = list(rows)  # those of a data set are read anew each time
+        sources = {data: row.source for row in reversed(rows) for data in row.images}
         distinct = list(dict.fromkeys(data for row in rows for data in row.images))
-        visuals = dict(zip(distinct, self._encode_images(distinct), strict=True))
+        images = []
+        for data in distinct:
+            trace(sources[data])
+            try:
+                images.append(decode_image(data))
+            except (OSError, ValueError, SyntaxError) as fault:  # the file has changed since it was checked
+                raise UserError(f"{sources[data]}: an image cannot be decoded ({fault}); replace the file") from fault
+        visuals = dict(zip(distinct, self._encode_images(images), strict=True))
         prompts = []
         for row in rows:
             visuals_of_row = tuple(visuals[data] for data in row.images)
@@ -241,10 +255,10 @@ class ChatProcessor:
         shown = tuple(next(images if kind == "image" else videos) for kind in kinds)
         return EncodedPrompt(tuple(encoded["input_ids"][0].tolist()), shown)
 
-    def _encode_images(self, images: Sequence[bytes]) -> list[Visual]:
+    def _encode_images(self, images: Sequence[Image]) -> list[Visual]:
         if not images:
             return []
-        encoded = self._processor.image_processor(images=[decode_image(data) for data in images], return_tensors="pt")
+        encoded = self._processor.image_processor(images=list(images), return_tensors="pt")
         return _visuals(encoded["pixel_values"], encoded["image_grid_thw"], is_video=False)
 
     def _expanded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -14,7 +14,7 @@ import numpy as np
 from prism_megatron.data.fields import Images
 from prism_megatron.data.index import Index, RowFormat, load_index
 from prism_megatron.data.row_files import RowFile
-from prism_megatron.data.rows import Row, raise_faults
+from prism_megatron.data.rows import Row, Trace, raise_faults
 from prism_megatron.data.sources import Data, data_files
 from prism_megatron.errors import UserError
 from prism_megatron.types import Example, PreferencePair
@@ -39,6 +39,7 @@ class SkippedRows:
         self._index = index
         self._limit = options.max_bad_fraction * len(index) if options.skip_bad_rows else 0
         self._faults = dict(index.faults)
+        self._new: dict[int, str] = {}
         self._path: Path | None = None
         self._reports_new = True
         self._check_limit()
@@ -48,13 +49,18 @@ class SkippedRows:
 
     def add(self, number: int, fault: str) -> None:
         """Skip a row from now on. Raises UserError where no more may be skipped."""
-        self._faults[number] = fault
+        self._faults[number] = self._new[number] = fault
         self._check_limit()
         if self._reports_new:
             print(f"skipped a row: {fault}", flush=True)
             if self._path is not None:
                 with self._path.open("a") as file:
                     file.write(self._line(number))
+
+    def collect(self) -> dict[int, str]:
+        """Those added since the last call, by their number; they are not reported from now on."""
+        new, self._new, self._reports_new = self._new, {}, False
+        return new
 
     def report(self, path: Path, *, known: bool, new: bool) -> None:
         """Write to ``path``, as :meth:`Rows.report_skipped` says."""
@@ -130,6 +136,16 @@ class Rows[R: (Example, PreferencePair)](Sequence[R]):
         """
         self._skipped.report(path, known=known, new=new)
 
+    def collect_skipped(self) -> dict[int, str]:
+        """Faults of rows skipped since the last call, for :meth:`skip_all` of another process, which reports them."""
+        return self._skipped.collect()
+
+    def skip_all(self, faults: Mapping[int, str]) -> None:
+        """Skip rows that another process found. Raises UserError beyond the limit."""
+        for number, fault in faults.items():
+            if number not in self._skipped:
+                self._skipped.add(number, fault)
+
     def _row(self, number: int) -> R:
         index, entry = self.row_index, self.row_index.entries[number]
         file, is_known = int(entry["file"]), bool(entry["sizes"] >= 0)
@@ -159,6 +175,13 @@ def read_rows[R: (Example, PreferencePair)](data: Data, row_format: RowFormat[R]
         index = replace(index, temporary=temporary)
     skipped = SkippedRows(index, options)
     return Rows(index, row_format, np.delete(np.arange(len(index)), list(index.faults)), skipped)
+
+
+def read_row[R: (Example, PreferencePair)](rows: Sequence[R], position: int, trace: Trace) -> R:
+    """``rows[position]``; ``trace`` is told its source before it is read."""
+    if isinstance(rows, Rows):
+        trace(rows.row_index.source(int(rows.numbers[position])))
+    return rows[position]
 
 
 def positions_by_id[R: (Example, PreferencePair)](rows: Sequence[R], ids: Collection[str]) -> dict[str, int]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prism_megatron.errors import UserError
 
+Trace = Callable[[str], None]  # is told the source of a row before it is worked on
+
 _QUOTED_FAULTS = 5
+
+
+def no_trace(source: str) -> None:
+    """The trace of one who does not want to know."""
 
 
 @dataclass(frozen=True)

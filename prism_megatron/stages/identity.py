@@ -39,7 +39,7 @@ NOT_IDENTITY = (
         "rollout.max_logprob_*",
         "rollout.images_per_prompt",
     ),
-    *("dataset.cache", "dataset.max_bad_fraction"),
+    *("dataset.cache", "dataset.max_bad_fraction", "dataset.workers"),
     *("run.train_iters", "run.num_epochs"),  # rules in changes()
 )
 # Stages whose result does not depend on packing; the discriminator's branches are truncated to fit a micro-batch.

@@ -27,8 +27,9 @@ from prism_megatron.convert.transfer import export_weights, load_weights
 from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import check_rlvr
-from prism_megatron.data.lazy import SKIPPED, ReadOptions, Rows
+from prism_megatron.data.lazy import SKIPPED, ReadOptions, Rows, read_row
 from prism_megatron.data.loader import batch_indices, shard_for_rank
+from prism_megatron.data.rows import Trace, no_trace
 from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.model.build import build_discriminator, build_policy, wrap_for_training
@@ -44,6 +45,7 @@ from prism_megatron.parallel.degrees import check_degrees, check_engine_ranks
 from prism_megatron.stages import preemption
 from prism_megatron.stages.run_folder import CHECKPOINTS, prepare
 from prism_megatron.stages.run_lock import RunLock
+from prism_megatron.types import Example, PreferencePair
 
 DATA_CACHE = "data_cache"
 
@@ -270,10 +272,13 @@ def report_skipped(stage: Stage, rows: Rows[Any]) -> None:
     rows.report_skipped(stage.dir / SKIPPED, known=groups.is_main_rank(), new=groups.is_first_of_replica())
 
 
-def local_batch[Row](rows: Sequence[Row], batch_size: int, iteration: int, seed: int) -> list[Row]:
-    """Return this data-parallel rank's rows of an iteration."""
+def local_batch[R: (Example, PreferencePair)](
+    rows: Sequence[R], batch_size: int, iteration: int, seed: int, trace: Trace = no_trace
+) -> list[R]:
+    """Return this data-parallel rank's rows of an iteration; ``trace`` is told the source of each before it is read."""
     indices = batch_indices(len(rows), batch_size, iteration, seed)
-    return [rows[i] for i in shard_for_rank(indices, groups.data_parallel_rank(), groups.data_parallel_size())]
+    local = shard_for_rank(indices, groups.data_parallel_rank(), groups.data_parallel_size())
+    return [read_row(rows, i, trace) for i in local]
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from prism_megatron.data.dataset import read_sft
 from prism_megatron.data.lengths import check_lengths
 from prism_megatron.data.loader import count_passes
 from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.data.prefetch import prefetch
+from prism_megatron.data.rows import Trace, no_trace
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.flops import peak_flops, training_flops
 from prism_megatron.parallel.collectives import sum_over_data_parallel
@@ -59,14 +61,20 @@ def run_sft(config: SFTConfig) -> None:
         models = {"policy": policy}
         stage.resume(models)
 
-        for iteration in range(stage.start, run.train_iters):
+        def prepare(iteration: int, trace: Trace) -> tuple[list[str], list[TrainingSequence]]:
+            local_rows = local_batch(rows, config.global_batch_size, iteration, run.seed, trace)
+            sequences = demonstrations(local_rows, processor, train_answers=every, trace=trace)
+            return [row.id for row in local_rows], sequences
+
+        iterations = range(stage.start, run.train_iters)
+        batches = prefetch(prepare, rows, iterations, config.dataset.workers)
+        for iteration in iterations:
             start_time = time.monotonic()
             with stage.timers("data"):
-                local_rows = local_batch(rows, config.global_batch_size, iteration, run.seed)
-                sequences = demonstrations(local_rows, processor, train_answers=every)
+                sample_ids, sequences = next(batches)
             with stage.timers("train"):
                 lr = policy.learning_rate(iteration, run.train_iters)
-                metrics = sft_step(policy, batcher.sft(sequences, [row.id for row in local_rows]), lr)
+                metrics = sft_step(policy, batcher.sft(sequences, sample_ids), lr)
             metrics |= throughput(policy, sequences, config.model.freeze, start_time)
             stage.log.log(iteration + 1, metrics | passes.measured(iteration + 1) | stage.timers.pop())
             stage.save_if_due(iteration + 1, models)
@@ -95,15 +103,16 @@ def _peak() -> float | None:
 
 
 def demonstrations(
-    rows: Sequence[Example], processor: ChatProcessor, *, train_answers: bool = True
+    rows: Sequence[Example], processor: ChatProcessor, *, train_answers: bool = True, trace: Trace = no_trace
 ) -> list[TrainingSequence]:
     """Encode the prompt and demonstration of each row; the loss is on the demonstration and its terminator.
 
     With ``train_answers`` it is on the answers in the prompt and their terminators, too.
     """
     rows = list(rows)  # those of a data set are read anew each time
+    prompts = processor.encode_prompts(rows, train_answers=train_answers, trace=trace)
     sequences = []
-    for row, prompt in zip(rows, processor.encode_prompts(rows, train_answers=train_answers), strict=True):
+    for row, prompt in zip(rows, prompts, strict=True):
         assert row.response is not None, "read_sft raises for rows without a demonstration"
         sequences.append(TrainingSequence(prompt, (*processor.encode_text(row.response), processor.terminator_id)))
     return sequences

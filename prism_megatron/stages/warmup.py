@@ -8,6 +8,8 @@ from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_pairs
 from prism_megatron.data.loader import count_passes
 from prism_megatron.data.pairs import Pair, branch_pairs
+from prism_megatron.data.prefetch import prefetch
+from prism_megatron.data.rows import Trace, no_trace
 from prism_megatron.observe import metrics as names
 from prism_megatron.stages.batcher import Batcher, total_tokens
 from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step
@@ -44,10 +46,15 @@ def run_warmup(config: WarmupConfig) -> None:
         models = {"discriminator": discriminator}
         stage.resume(models)
 
-        for iteration in range(stage.start, run.train_iters):
+        def prepare(iteration: int, trace: Trace) -> list[Pair]:
+            local_rows = local_batch(rows, config.global_batch_size, iteration, run.seed, trace)
+            return preference_pairs(local_rows, processor, config, trace)
+
+        iterations = range(stage.start, run.train_iters)
+        batches = prefetch(prepare, rows, iterations, config.dataset.workers)
+        for iteration in iterations:
             with stage.timers("data"):
-                local_rows = local_batch(rows, config.global_batch_size, iteration, run.seed)
-                pairs = preference_pairs(local_rows, processor, config)
+                pairs = next(batches)
             with stage.timers("train"):
                 lr = discriminator.learning_rate(iteration, run.train_iters)
                 batch = batcher.pairs(pairs, OBJECTIVE.branch_weights)
@@ -60,9 +67,11 @@ def run_warmup(config: WarmupConfig) -> None:
         mark_finished(stage, {})
 
 
-def preference_pairs(rows: list[PreferencePair], processor: ChatProcessor, config: WarmupConfig) -> list[Pair]:
+def preference_pairs(
+    rows: list[PreferencePair], processor: ChatProcessor, config: WarmupConfig, trace: Trace = no_trace
+) -> list[Pair]:
     """Return a perception and a reasoning pair of every row."""
-    prompts = processor.encode_prompts(rows)
+    prompts = processor.encode_prompts(rows, trace=trace)
     return [
         pair for row, prompt in zip(rows, prompts, strict=True) for pair in pairs_of_row(row, prompt, processor, config)
     ]
