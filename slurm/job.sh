@@ -3,7 +3,7 @@
 #   PRISM_STAGE_DIR        the stage's folder, <run.dir>/<run.name>
 #   PRISM_WORKDIR          where ranks run; relative paths of the recipe start there (where sbatch was called)
 #   PRISM_MAX_CRASHES      how often a job is put back into the queue after a crash or on nodes that are not healthy (2)
-#   PRISM_MAX_PREEMPTIONS  and after being told to stop, which is no fault of its own (100)
+#   PRISM_MAX_PREEMPTIONS  and after SIGTERM, which is not a failure (100)
 #   PRISM_CONSOLE          a file (or pattern of its name) to repeat the report of a failure in, beside the batch script's own output
 umask o= # logs and weights are not for all users of the machine
 PRISM_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -10,7 +10,7 @@ umask o= # as in job.sh, whose umask srun need not pass on
 log=$PRISM_LOGS/rank_$(printf %04d "$RANK").log
 
 stamp() { # the time in microseconds sorts, so that `sort -m` merges the files of all ranks
-  trap '' TERM # what a rank says after being told to stop matters most
+  trap '' TERM # the last lines of a rank after SIGTERM matter most
   local LC_ALL=C line now # C: a point before the microseconds
   while IFS= read -r line || [ -n "$line" ]; do
     now=$EPOCHREALTIME # read once: a second may end between two readings

@@ -12,9 +12,9 @@ if ! read -r what rank host gpu code 2>/dev/null <"$logs/first_end"; then
 fi
 log=$logs/rank_$(printf %04d "$rank").log
 if [ "$what" = stopped ]; then
-  did="saved; it goes on from there"
-  [ "$code" -eq 75 ] || did="had nothing to save yet; it goes on from its last checkpoint"
-  echo "prism: $stage was told to stop, and $did when it starts again; log: $logs/rank_0000.log"
+  did="saved; it continues from there"
+  [ "$code" -eq 75 ] || did="had nothing to save yet; it continues from its last checkpoint"
+  echo "prism: $stage received SIGTERM and $did when it is restarted; log: $logs/rank_0000.log"
   exit
 fi
 echo "prism: $stage failed; rank $rank on $host, GPU $gpu, was the first to end, with status $code; log: $log"

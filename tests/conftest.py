@@ -1,4 +1,4 @@
-"""What every test may use: the tiny checkpoint and its data, made once per session, and a launcher of real ranks."""
+"""Fixtures for all tests: the tiny checkpoint and its data, made once per session, and a launcher of real ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server of ``tests/ranks.py`` imports, in the order of a real rank."""
+"""Imports of the fork server of ``tests/ranks.py``, in the order of a real rank."""
 
 from __future__ import annotations
 

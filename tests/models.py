@@ -119,7 +119,7 @@ def make_variant(name: str, out: Path, seed: int = 1) -> Path:
 
 
 def sizes_of(name: str) -> dict[str, Any]:
-    """What decides of a variant's ``config.json``, without making the model."""
+    """Sizes in a variant's ``config.json``, without making the model."""
     variant = VARIANTS[name]
     text = TEXT_CONFIG | {"vocab_size": VOCAB_SIZE} | (MOE_CONFIG if variant.experts else {}) | dict(variant.text)
     config = {"tie_word_embeddings": text["tie_word_embeddings"], "text_config": text}

@@ -58,8 +58,8 @@ def run_ranks(
     }
     ranks = []
     for rank in range(number):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        settings = (list(arguments), str(output), str(cwd), environment | place, limit)
+        identity = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        settings = (list(arguments), str(output), str(cwd), environment | identity, limit)
         ranks.append(_forkserver.Process(target=_run, args=settings))
     try:
         for process in ranks:

@@ -45,9 +45,9 @@ class Asked:
         """The same rows, with other demonstrations."""
         rows = []
         for row, text in zip(self.rows, texts, strict=True):
-            shown = parse_response(text)
-            assert shown is not None
-            blocks = {"teacher_caption": shown.caption_block, "teacher_reasoning": shown.reasoning_block}
+            response = parse_response(text)
+            assert response is not None
+            blocks = {"teacher_caption": response.caption_block, "teacher_reasoning": response.reasoning_block}
             rows.append(replace(row, response=text, **blocks))
         return Asked(self.processor, rows, self.prompts)
 
@@ -75,7 +75,7 @@ def fillers(asked: Asked, draw: random.Random) -> list[str]:
 
 
 def shuffled(pairs: list[Pair], coins: random.Random) -> list[Pair]:
-    """Which side is called the teacher is decided by a coin."""
+    """Pairs whose sides are swapped when a coin says so."""
     return [Pair(p.student, p.teacher, p.sample_id) if coins.random() < 0.5 else p for p in pairs]
 
 
@@ -103,7 +103,7 @@ def accuracy_after_warmup(
 def compared(
     trained: TrainableModel, samples: list[Sample], processor: ChatProcessor, config: cfg.AlignConfig
 ) -> object:
-    """What the discriminator is shown of ``samples``, and how many pairs its step says were cut."""
+    """Token ids that the discriminator scores for ``samples``, and the number of truncated pairs of its step."""
     students, pairs = METHODS[config.compat].split(samples, processor, config)
     batch = Batcher.from_config(processor.input_spec, config).pairs(pairs, OBJECTIVE.branch_weights)
     step = discriminator_step(trained, batch, OBJECTIVE, 0.0)

@@ -163,7 +163,7 @@ def unusual(rows: list[Example]) -> list[Example]:
 def guard_findings(
     engine: Any, checkpoint: Path, processor: ChatProcessor, rows: Sequence[Example], tp: int
 ) -> dict[str, str]:
-    """What the guard says of a sync in which one thing was left out."""
+    """Error of the sync guard for each parameter or cache that a sync left out."""
     from prism_megatron.config import apply_overrides
     from prism_megatron.rollout import transfer_backend
     from prism_megatron.stages.setup import load_policy
@@ -210,28 +210,28 @@ def guard_findings(
     return found
 
 
-def reset_all_but(engine: Any, kept: str) -> None:
+def reset_all_but(engine: Any, excluded: str) -> None:
     for name, reset in engine._resets().items():
-        if name != kept:
+        if name != excluded:
             reset()
 
 
 def logprob_difference(hf: Any, prompt: EncodedPrompt, rollout: Rollout, temperature: float) -> float:
     """Largest difference between the engine's log-probabilities of a response and HF's at the same temperature."""
     ids = torch.tensor([prompt.token_ids + rollout.token_ids])
-    shown = {}
+    images = {}
     if prompt.visuals:
-        shown = {
+        images = {
             "pixel_values": torch.cat([visual.patches for visual in prompt.visuals]),
             "image_grid_thw": torch.tensor([visual.grid for visual in prompt.visuals]),
             "mm_token_type_ids": (ids == hf.config.image_token_id).int(),
         }
     with torch.no_grad():
-        logits = hf(input_ids=ids, attention_mask=torch.ones_like(ids), **shown).logits[
+        logits = hf(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[
             0, len(prompt.token_ids) - 1 : -1
         ]
-    wanted = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
-    return float((wanted - torch.tensor(rollout.logprobs)).abs().max())
+    expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+    return float((expected - torch.tensor(rollout.logprobs)).abs().max())
 
 
 def mean_logprob(answers: Sequence[Sequence[Rollout]]) -> float:

@@ -48,7 +48,7 @@ BALANCED = {
 
 
 def balance_gradient(overrides: list[str], batch: PackedBatch, factor: float = 0.0) -> Tensor:
-    """The routers' gradients of a step whose loss is ``factor`` times the scores, beside load balancing."""
+    """The routers' gradients of a step whose loss is ``factor`` times the scores, in addition to load balancing."""
     config = load("tiny_align", overrides)
     assert isinstance(config, cfg.AlignConfig)
     trained = discriminator(config)
@@ -84,7 +84,7 @@ def gradient_penalty(trained: TrainableModel, sequence: TrainingSequence, batche
 
 
 def replay(config: cfg.AlignConfig, processor: ChatProcessor, rows: list[Example]) -> dict[str, object]:
-    """What a buffer of two prompts, two responses each, holds and draws after responses to three prompts."""
+    """Content and draws of a buffer of two prompts, two responses each, after responses to three prompts."""
     config = replace(config, replay=cfg.ReplayConfig(prompts=2, responses_per_prompt=2, responses_per_iteration=3))
     buffer = Replay(rows, processor, config)
     nothing = buffer.pairs(0)
@@ -141,11 +141,11 @@ def main(checkpoint: str, data: str, out: str) -> None:
     texts = [first.response_ids, *(s.response_ids for s in sequences[2:])]
     started_alike = [replace(one, response_ids=ids) for ids in texts for one in (first, second)]
     shared = score(trained, batcher.scoring(started_alike), ["x"] * len(started_alike))
-    apart = [score(trained, batcher.scoring([s]), ["x"]) for s in started_alike]
+    separate = [score(trained, batcher.scoring([s]), ["x"]) for s in started_alike]
     measured["shared_tokens"] = sum(len(batch.tokens) for batch in batcher.scoring(started_alike))
     measured["whole_tokens"] = sum(map(len, started_alike))
     measured["shared_spread"] = float(shared.std())
-    measured["shared_differs"] = float((shared - torch.cat(apart)).abs().max())
+    measured["shared_differs"] = float((shared - torch.cat(separate)).abs().max())
 
     measured |= gradient_penalty(trained, sequences[1], batcher)
     measured |= replay(config, processor, rows)

@@ -39,10 +39,10 @@ def main(runs: str) -> None:
         dist.barrier()
         parallel_state.destroy_model_parallel()
 
-    with pytest.MonkeyPatch.context() as kept:
+    with pytest.MonkeyPatch.context() as patches:
         for stage in (align, rlvr):
-            kept.setattr(stage, "start_engine", the_engine)
-        kept.setattr(groups, "shutdown", leave_megatrons_groups)
+            patches.setattr(stage, "start_engine", the_engine)
+        patches.setattr(groups, "shutdown", leave_megatrons_groups)
         for recipe, *overrides in json.loads(Path(runs).read_text()):
             run_stage(load(recipe, overrides))
     dist.destroy_process_group()

@@ -31,11 +31,15 @@ DAMAGED = "layers.1.self_attn.v_proj.weight"
 
 def main() -> None:
     checkpoint, data, transport, engine_ranks, folder = sys.argv[1:]
-    wanted = [f"model.hf_checkpoint={checkpoint}", f"run.dir={folder}", "parallel.tensor_model_parallel_size=2"]
-    wanted += ["rollout.engine=child", f"rollout.tensor_model_parallel_size={engine_ranks}", "rollout.max_num_seqs=16"]
-    wanted += [f"rollout.transport={transport}", "rollout.sync_bucket_mib=1", "rollout.sync_checksums=true"]
-    wanted += ["rollout.temperature=0.7", "rollout.samples_per_prompt=6"]
-    config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), wanted)
+    overrides = [f"model.hf_checkpoint={checkpoint}", f"run.dir={folder}", "parallel.tensor_model_parallel_size=2"]
+    overrides += [
+        "rollout.engine=child",
+        f"rollout.tensor_model_parallel_size={engine_ranks}",
+        "rollout.max_num_seqs=16",
+    ]
+    overrides += [f"rollout.transport={transport}", "rollout.sync_bucket_mib=1", "rollout.sync_checksums=true"]
+    overrides += ["rollout.temperature=0.7", "rollout.samples_per_prompt=6"]
+    config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), overrides)
     assert isinstance(config, RLVRConfig)
     groups.initialize(config.parallel, seed=1)
     from prism_megatron.rollout.subprocess_engine import EngineDied, SubprocessEngine
@@ -94,7 +98,7 @@ def train(config: RLVRConfig, engine: Any, processor: Any, rows: Any) -> dict[st
 
 
 def said_of_corruption(config: RLVRConfig, engine: Any, policy: Any, processor: Any, rows: Any) -> list[str]:
-    """What a sync with checksums says where a bit of a tensor changes on its way, and what sampling says then."""
+    """Errors of a sync with checksums that transfers a changed bit, and of sampling afterwards."""
     from prism_megatron.rollout.interface import NoWeights
     from prism_megatron.stages.rollouts import Sampler, push_weights
 
@@ -128,7 +132,7 @@ def said_of_corruption(config: RLVRConfig, engine: Any, policy: Any, processor: 
 
 
 def said_of_damage(config: RLVRConfig, engine: Any, policy: Any, processor: Any, rows: Any) -> str:
-    """What the guard says where each update loses half of a tensor's size between the two sides.
+    """Error of the sync guard when each update halves a tensor between the two sides.
 
     While it looks for the parameter the engine is killed, with weights on their way to it.
     """
@@ -177,8 +181,8 @@ def engine_killed_at_work() -> Iterator[None]:
         return
 
     def kill(victim: psutil.Process) -> None:
-        began = victim.cpu_times().user
-        while victim.cpu_times().user < began + 0.3:
+        start = victim.cpu_times().user
+        while victim.cpu_times().user < start + 0.3:
             time.sleep(0.01)
         victim.kill()
 
@@ -189,7 +193,7 @@ def engine_killed_at_work() -> Iterator[None]:
 
 
 def processes() -> list[psutil.Process]:
-    """Of the engine that this rank owns."""
+    """Return the engine processes that this rank started."""
     return [
         child for child in psutil.Process().children() if "prism_megatron.rollout.subprocess_worker" in child.cmdline()
     ]

@@ -53,14 +53,14 @@ OTHERS = ("untied", "experts")
 def root(
     speaking_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Where every run has logged two iterations."""
+    """Folder in which every run has logged two iterations."""
     root = tmp_path_factory.mktemp("algorithms")
-    place = [f"run.dir={root}", f"model.hf_checkpoint={speaking_checkpoint}", *SMALL]
+    common = [f"run.dir={root}", f"model.hf_checkpoint={speaking_checkpoint}", *SMALL]
     data = {
         "tiny_rlvr": [f"data={tiny_data}/rlvr_candidates.parquet"],
         "tiny_align": [f"data={tiny_data}/alignment.parquet", f"discriminator.hf_checkpoint={speaking_checkpoint}"],
     }
-    runs = [[recipe, f"run.name={name}", *place, *data[recipe], *more] for name, (recipe, *more) in RUNS.items()]
+    runs = [[recipe, f"run.name={name}", *common, *data[recipe], *more] for name, (recipe, *more) in RUNS.items()]
     for kind in OTHERS:
         other = make_variant(kind, root / "models" / kind)
         sft = [f"run.dir={root}", f"model.hf_checkpoint={other}", f"data={tiny_data}/sft.jsonl", "global_batch_size=16"]
@@ -148,5 +148,5 @@ def test_alignment_as_the_paper_has_it(logged: Logged) -> None:
         # Dedicated experts: two each, both always chosen.
         assert [row[names.expert_load("perception", e)] for e in range(4)] == pytest.approx([0.5, 0.5, 0, 0])
         assert [row[names.expert_load("reasoning", e)] for e in range(4)] == pytest.approx([0, 0, 0.5, 0.5])
-    # The terminators give the classes away: after one step of training the demonstration is told from the response.
+    # The terminators identify the sides: one step of training separates demonstration and response.
     assert rows[1][names.PERCEPTION_GAP] > 0

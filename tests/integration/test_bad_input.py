@@ -59,8 +59,8 @@ def test_before_anything_is_read(arguments: list[str], message: str, capsys: pyt
     assert f"error: {message}" in capsys.readouterr().err
 
 
-def test_only_a_refusal_of_ours_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """What torch finds wrong needs its traceback."""
+def test_only_a_user_error_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """An error of torch keeps its traceback."""
     broken = patch("prism_megatron.train.run_stage", lambda config: torch.tensor([[1], [1, 2]]))
     with broken, pytest.raises(ValueError, match="expected sequence of length 1"):
         main(["tiny_sft"])

@@ -1,4 +1,4 @@
-"""The memory estimate of recipes beside what ranks really hold."""
+"""The memory estimate of recipes compared with measured memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TRIED = ("recompute", "bf16", "tensor parallel")  # all of them take minutes
 
 
 @pytest.mark.slow
-def test_estimates_are_near_what_is_held(tmp_path: Path) -> None:
+def test_estimates_are_near_measured_memory(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",

@@ -27,10 +27,10 @@ def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_one_process_and_two_pipeline_stages_beside_hf(tmp_path: Path) -> None:
+def test_one_process_and_two_pipeline_stages_compared_with_hf(tmp_path: Path) -> None:
     mock = ("--steps", "2", "--warmup", "1", "--images", "mock", "--resolutions", "64x64,96x32", *SMALL)
-    wanted = ("--vs", "hf", "--sweep", "ranks:parallel.pipeline_model_parallel_size=1:1,2:2")
-    done = run("train", "--out", str(tmp_path), *wanted, *mock)
+    sweep = ("--vs", "hf", "--sweep", "ranks:parallel.pipeline_model_parallel_size=1:1,2:2")
+    done = run("train", "--out", str(tmp_path), *sweep, *mock)
     assert done.returncode == 0, done.stderr
     one, two = json.loads((tmp_path / "table.json").read_text())["rows"]
     for result in (one["result"], two["result"]):
@@ -94,8 +94,8 @@ def test_every_stage_on_two_ranks(launch: Callable[..., str], tmp_path: Path) ->
     assert align["split"]["pipeline"] > 0
     # Each rank has a prompt, each mini-batch one of its responses: updated on once, after two passes forward.
     sizes, work = model_sizes("tiny"), Workload([32 + 4 + 60], [16], scored_tokens=60)
-    update, held = (count(sizes.text, sizes.vision, work).model for count in (training_flops, forward_flops))
-    assert results["rlvr"]["ours"]["flops_per_step"] == pytest.approx(2 * 2 * (update + 2 * held))
+    update, scoring = (count(sizes.text, sizes.vision, work).model for count in (training_flops, forward_flops))
+    assert results["rlvr"]["ours"]["flops_per_step"] == pytest.approx(2 * 2 * (update + 2 * scoring))
 
 
 def test_the_ten_largest_costs_of_a_step(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def run(
     return curate(pool, out, endpoint, endpoint, verifier, **(options | changed))
 
 
-def kept(out: Path) -> list[Answer]:
+def saved(out: Path) -> list[Answer]:
     return [Answer(**json.loads(line)) for line in (out / "responses.jsonl").read_text().splitlines()]
 
 
@@ -96,11 +96,11 @@ def test_a_pool_becomes_two_sets(
 ) -> None:
     processor = ChatProcessor(speaking_checkpoint)
     report = run(pool, tmp_path, endpoint, None)
-    answers = kept(tmp_path)
+    answers = saved(tmp_path)
     for row in pool:
-        mine = [a for a in answers if a.kind == "student" and a.row_id == row.id]
-        assert len(mine) == SAMPLES
-        assert report["pass_rates"][row.id] == pass_rate(row, mine)
+        responses = [a for a in answers if a.kind == "student" and a.row_id == row.id]
+        assert len(responses) == SAMPLES
+        assert report["pass_rates"][row.id] == pass_rate(row, responses)
     assert len({a.text for a in answers}) > len(pool), "samples differ"
 
     rates = report["pass_rates"]
@@ -129,24 +129,24 @@ def test_a_pool_becomes_two_sets(
     assert all(a.tokens_in == len(prompts[a.row_id].token_ids) for a in student), "the very prompt, image and all"
 
     # Stopped in the middle of a line, it asks for what is missing, and for nothing else.
-    place = tmp_path / "responses.jsonl"
-    lines = place.read_text().splitlines()
-    place.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:20])
+    path = tmp_path / "responses.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:20])
     again = run(pool, tmp_path, endpoint, None)
-    assert len({(a.kind, a.row_id, a.number) for a in complete(place)}) == len(lines)
+    assert len({(a.kind, a.row_id, a.number) for a in complete(path)}) == len(lines)
     assert run(pool, tmp_path, endpoint, None, client_of=nobody) == again
 
     verified = run(pool, tmp_path, endpoint, replace(endpoint, temperature=0.0))
     doubted = verified["alignment_rejects"]["verifier doubts the demonstration"]
-    yes = [a for a in complete(place) if a.kind == "verifier" and a.text.strip().lower().startswith("yes")]
+    yes = [a for a in complete(path) if a.kind == "verifier" and a.text.strip().lower().startswith("yes")]
     assert doubted == again["alignment"] - len(yes)
     assert verified["alignment"] == len(yes)
     assert (tmp_path / "alignment.parquet").exists() == bool(yes), "no set of an earlier run is left behind"
 
 
-def complete(place: Path) -> list[Answer]:
+def complete(path: Path) -> list[Answer]:
     answers = []
-    for line in place.read_text().splitlines():
+    for line in path.read_text().splitlines():
         try:
             answers.append(Answer(**json.loads(line)))
         except json.JSONDecodeError:

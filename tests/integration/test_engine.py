@@ -55,7 +55,7 @@ def test_engine_equals_hf(
 
 
 def check_guard(found: dict[str, str]) -> None:
-    """What is left out of a sync is found and named; a whole sync passes before and after."""
+    """A parameter left out of a sync is found and named; a complete sync passes before and after."""
     assert "nothing" not in found
     assert "nothing again" not in found
     assert "its prefix cache still held results of other weights" in found["prefix cache"]

@@ -26,7 +26,7 @@ PROMPTS = 20
 
 
 def test_identical_greedy_text(speaking_checkpoint: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """On what `make quickstart` trained, where it has been run; else on a checkpoint of little training."""
+    """Use the model that `make quickstart` trained if it has run, otherwise a briefly trained checkpoint."""
     trained = (QUICKSTART / "hf" / "config.json").is_file()
     checkpoint = QUICKSTART / "hf" if trained else speaking_checkpoint
     prompts = (QUICKSTART / "data" if trained else tiny_data) / "heldout.parquet"
@@ -52,7 +52,7 @@ def test_converted(kind: str, tiny_data: Path, tmp_path: Path) -> None:
 
 
 def ask(checkpoint: Path, prompts: Path, count: int, tmp_path: Path) -> dict[str, list[str]]:
-    """What transformers and vLLM answer to the first ``count`` prompts."""
+    """Responses of transformers and vLLM to the first ``count`` prompts."""
     out = tmp_path / "answers.json"
     command = [sys.executable, "-W", "ignore", str(WORKER), str(checkpoint), str(prompts), str(count), str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -18,7 +18,7 @@ WORKER = Path(__file__).with_name("stages_worker.py")
 def test_alignment_on_two_pipeline_stages(
     speaking_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path: Path
 ) -> None:
-    place = [
+    common = [
         *("tiny_align", f"run.dir={tmp_path}", f"model.hf_checkpoint={speaking_checkpoint}"),
         *(f"discriminator.hf_checkpoint={speaking_checkpoint}", f"data={tiny_data}/alignment.parquet"),
         *("run.train_iters=2", "run.save_interval=2", "eval.num_questions=0", "prompts_per_iteration=2"),
@@ -27,7 +27,7 @@ def test_alignment_on_two_pipeline_stages(
     measured: list[list[dict[str, Any]]] = []
     for stages in (1, 2):
         layout = [f"run.name=stages{stages}", f"parallel.pipeline_model_parallel_size={stages}"]
-        launch(stages, ["-m", "recipes.train", *place, *layout])
+        launch(stages, ["-m", "recipes.train", *common, *layout])
         log = tmp_path / f"stages{stages}" / "metrics.jsonl"
         measured.append([json.loads(line) for line in log.read_text().splitlines()])
     compared = (names.DISCRIMINATOR_LOSS, names.LOAD_BALANCE_LOSS, names.POLICY_LOSS, names.GRAD_NORM, names.ENTROPY)
@@ -65,9 +65,9 @@ def test_two_data_parallel_ranks(
         *("rollout.samples_per_prompt=4", "rollout.max_response_tokens=96", "optimizer.lr=1e-5"),
     ]
     for ranks in (1, 2):
-        place = [f"run.dir={tmp_path}/{ranks}", f"model.hf_checkpoint={speaking_checkpoint}", *small]
+        common = [f"run.dir={tmp_path}/{ranks}", f"model.hf_checkpoint={speaking_checkpoint}", *small]
         runs = [
-            [recipe, data[recipe], f"run.name={name}", *place, *overrides]
+            [recipe, data[recipe], f"run.name={name}", *common, *overrides]
             for name, (recipe, *overrides) in stages.items()
         ]
         (tmp_path / "runs.json").write_text(json.dumps(runs))

@@ -129,7 +129,7 @@ def test_killed_and_resumed(
 def refuses_all_but_the_same(
     command: list[str], launch: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What has ended is done again for nobody: not with other settings, and not beside a run in its folder."""
+    """A finished run is not repeated: neither with other settings nor during another run in its folder."""
     before = contents(folder(command))
     capsys.readouterr()
     assert main(command) == 0
@@ -222,7 +222,7 @@ def folder(command: list[str]) -> Path:
 
 
 def measured(command: list[str]) -> list[dict[str, Any]]:
-    """What was logged, without what depends on the clock."""
+    """Logged metrics without those that depend on the clock."""
     rows = [json.loads(line) for line in (folder(command) / "metrics.jsonl").read_text().splitlines()]
     clock = ("time", "tokens_per_second", "tflops_per_rank")
     return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds_")} for row in rows]

@@ -52,7 +52,7 @@ BUCKET = 20 << 20
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked after a sync: prompts seen under the weights before, but for the unseen image."""
+    """A prompt after a sync: all but the unseen image were cached with the previous weights."""
 
     label: str
     request: RolloutRequest
@@ -139,9 +139,9 @@ def push(engine: Any, checkpoint: Path, parallel: ParallelConfig, version: int) 
 
 
 def memory(checkpoint: Path) -> dict[str, int]:
-    """What an export takes beside a model of some 100 MB, in buckets and with all of it in one.
+    """Memory of an export in addition to a model of some 100 MB, in buckets and in a single one.
 
-    A layer's experts, if it has some, are larger than a bucket. As in vLLM, what arrived of a module is kept until it
+    A layer's experts, if it has some, are larger than a bucket. As in vLLM, the tensors of a module are stored until it
     is complete.
     """
     from megatron.core import parallel_state
@@ -173,11 +173,11 @@ def memory(checkpoint: Path) -> dict[str, int]:
     names = Counter(name.rpartition(".")[0] for name in manifest)
 
     def consume(bucket_bytes: int) -> None:
-        kept: list[Tensor] = []
+        pending: list[Tensor] = []
         for name, tensor in export_weights(model, table, bucket_bytes):
-            kept.append(tensor)
-            if len(kept) == names[name.rpartition(".")[0]]:
-                kept.clear()
+            pending.append(tensor)
+            if len(pending) == names[name.rpartition(".")[0]]:
+                pending.clear()
             give_back_freed()
             time.sleep(tensor.nbytes / 2e8)  # the engine's work, while the next part arrives
 
@@ -208,11 +208,11 @@ def make_prompts(processor: ChatProcessor, unseen: int) -> list[Prompt]:
     scenes = sample_scenes(1 + unseen, ShapesConfig())
     question = "How many objects are red?"
     texts = {"text": question, "seen image": f"<image>{question}", "seen long prefix": f"{question} " * 40}
-    shown = {"seen image": scenes[0], "unseen image": scenes[unseen]}
+    images_of = {"seen image": scenes[0], "unseen image": scenes[unseen]}
     texts["unseen image"] = texts["seen image"]
     prompts = []
     for label, text in texts.items():
-        images = (png(shown[label]),) if label in shown else ()
+        images = (png(images_of[label]),) if label in images_of else ()
         row = Example(label, (Message("user", text),), images, "test")
         request = RolloutRequest(processor.prompt_ids(row.messages), images, seed=1)
         prompts.append(Prompt(label, request, processor.encode_prompts([row])[0]))
@@ -250,10 +250,10 @@ def compare(hf: Any, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], eng
             inputs["mm_token_type_ids"] = (ids == hf.config.image_token_id).int()
         logits = hf(**inputs).logits[0, len(prompt.encoded.token_ids) - 1 : -1]
         chosen = torch.tensor(rollout.token_ids)
-        wanted = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        expected = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         allowed = logits.index_fill(1, torch.tensor(engine.banned_token_ids), -torch.inf)
         found.append(
-            (torch.equal(allowed.argmax(-1), chosen), float((wanted - torch.tensor(rollout.logprobs)).abs().max()))
+            (torch.equal(allowed.argmax(-1), chosen), float((expected - torch.tensor(rollout.logprobs)).abs().max()))
         )
     return found
 

@@ -54,9 +54,9 @@ def run(hf: str, megatron: str, part: str, degrees: dict[str, int]) -> dict[str,
         nn.init.constant_(parameter, float("nan"))
     load_megatron(model, Path(megatron), part)
     differ = [name for name, parameter in parameters.items() if not torch.equal(parameter, filled[name])]
-    held = {name: parameter.numel() for name, parameter in parameters.items()}
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     parallel_state.destroy_model_parallel()
-    return {"wrong": wrong, "differ": differ, "exported": len(exported), "held": held}
+    return {"wrong": wrong, "differ": differ, "exported": len(exported), "held": sizes}
 
 
 def build(hf: Path, part: str, parallel: ParallelConfig) -> tuple[list[Any], list[Any]]:

@@ -1,4 +1,4 @@
-"""From any training layout to any engine layout: after random changes of the weights, vLLM computes what HF does.
+"""Pushes from any training layout to any engine layout: after random weight changes vLLM equals HF.
 
 One launch per degree of the engine: its engines, one for each kind of model, live on while the training side
 is built anew in one layout after the other. HF runs on the tensors that were exported, which are those put in, bit by
@@ -41,7 +41,7 @@ Found = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def found_at(launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Found]:
-    """What the worker found with engines of some tensor-parallel size, run when first asked for."""
+    """Findings of the worker by the engine's tensor-parallel size; the worker runs at the first use of a size."""
     root = tmp_path_factory.mktemp("bridge")
     for kind in ("untied", "tied"):
         make_variant(kind, root / kind, seed=1)

@@ -53,9 +53,9 @@ def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     save_hf(root / "untied", mixed, whole, shard_bytes=200_000)
     assert len(list((root / "untied").glob("*.safetensors"))) > 3
     sizes = read_sizes(tiny_checkpoint)
-    wanted = DiscriminatorConfig("", 4, 2, "dedicated", 0.1, 0)
+    discriminator = DiscriminatorConfig("", 4, 2, "dedicated", 0.1, 0)
     with HFWeights(tiny_checkpoint) as dense:
-        upcycled = UpcycledWeights(dense, sizes, wanted, seed=5)
+        upcycled = UpcycledWeights(dense, sizes, discriminator, seed=5)
         named = ((name, upcycled[name]) for name in sorted(upcycled.names))
         save_hf(root / "discriminator", named, tiny_checkpoint, dict(upcycled_config(sizes, 4, 2, 0.01)))
     made = Checkpoints(root)
@@ -123,7 +123,7 @@ def degrees_of(line: str) -> dict[str, int]:
 def test_every_layout(
     ranks: int, names: dict[str, list[str]], checkpoints: Checkpoints, launch: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Between ranks: what was loaded comes back, and Megatron's own loading of the conversion gives the same shards."""
+    """Loaded weights are exported unchanged, and Megatron loads the same shards from the conversion."""
     cases = [
         {
             "hf": str(checkpoints.hf(name)),
@@ -151,7 +151,7 @@ def test_every_layout(
 
 
 def test_transformers_and_ours_agree_on_experts(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Both dialects of stacked experts open in transformers with the same logits; ours is the released one."""
+    """Stacked experts in either dialect open in transformers with the same logits; ours is the released one."""
     from transformers import AutoModelForImageTextToText
 
     with HFWeights(checkpoints.hf("experts")) as weights:

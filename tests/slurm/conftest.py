@@ -21,7 +21,7 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment in which SLURM's commands and NeMo-Run work; skips, aloud, where SLURM cannot be had."""
+    """Environment in which SLURM's commands and NeMo-Run work; skips with a message if SLURM is not installed."""
     path = os.environ["PATH"] + ":/usr/sbin"
     if missing := [program for program in _PROGRAMS if shutil.which(program, path=path) is None]:
         pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge")
@@ -73,8 +73,8 @@ def _free_ports(count: int) -> list[int]:
 
 def _start(root: Path, environment: dict[str, str]) -> None:
     files = {"key": "munge.key", "socket": "munge.socket", "pid": "munged.pid", "log": "munged.log", "seed": "seed"}
-    places = [f"--{name}{'' if name == 'socket' else '-file'}={root / file}" for name, file in files.items()]
-    commands = [["munged", "--force", *places], ["slurmctld", "-f", str(root / "slurm.conf")]]
+    paths = [f"--{name}{'' if name == 'socket' else '-file'}={root / file}" for name, file in files.items()]
+    commands = [["munged", "--force", *paths], ["slurmctld", "-f", str(root / "slurm.conf")]]
     for node in NODES:
         (root / "spool" / node).mkdir()
         script = (
@@ -87,12 +87,12 @@ def _start(root: Path, environment: dict[str, str]) -> None:
         pytest.fail(f"nodes never became idle:\n{(root / 'slurmctld.log').read_text()[-4000:]}")
 
 
-def _becomes(environment: dict[str, str], wanted: str, *command: str) -> bool:
-    """Whether the command prints ``wanted`` within 300 s."""
+def _becomes(environment: dict[str, str], expected: str, *command: str) -> bool:
+    """Return True if the command prints ``expected`` within 300 s."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode == 0 and done.stdout.strip() == wanted:
+        if done.returncode == 0 and done.stdout.strip() == expected:
             return True
         time.sleep(0.1)
     return False

@@ -50,10 +50,10 @@ def _launchers_end_with_their_test() -> Iterator[None]:
                 child.kill()
 
 
-def test_told_to_stop_and_put_back_into_the_queue(
+def test_preempted_and_requeued(
     slurm: dict[str, str], tiny_checkpoint: Path, tiny_data: Path, launch: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Without NeMo-Run, on two nodes with a rank each. TERM is what SLURM sends before a time limit (--signal)."""
+    """Two nodes with a rank each, without NeMo-Run. SLURM sends TERM before a time limit (--signal)."""
     small = [f"model.hf_checkpoint={tiny_checkpoint}", f"data={tiny_data}/sft.jsonl", "eval.num_questions=0"]
     run = [f"run.dir={tmp_path}", "run.train_iters=60", "run.save_interval=100"]
     arguments = ["tiny_sft", *small, *run]
@@ -62,7 +62,7 @@ def test_told_to_stop_and_put_back_into_the_queue(
     wait_for(lambda: iterations(stopped) >= 1)
     ask(slurm, "scancel", "--signal=TERM", job)
     logs = stopped / "logs" / f"job{job}"
-    wait_for(lambda: "told to stop, and saved; it goes on from there" in report(logs / "start0"))
+    wait_for(lambda: "received SIGTERM and saved; it continues from there" in report(logs / "start0"))
     assert 0 < iterations(stopped) < 60
     assert not (stopped / "finished.json").exists()
     launch(2, ["-m", "recipes.train", *arguments, "run.name=straight"], threads=1)
@@ -116,7 +116,7 @@ def test_the_whole_pipeline_preempted_in_two_of_its_stages(
         job = ask(slurm, "squeue", "-h", "-n", f"prism.{stage}", "-o", "%i").strip()
         ask(slurm, "scancel", "--signal=TERM", job)
         logs = whole / stage / "logs" / f"job{job}"
-        wait_for(lambda logs=logs: "told to stop, and saved; it goes on from there" in report(logs / "start0"))
+        wait_for(lambda logs=logs: "received SIGTERM and saved; it continues from there" in report(logs / "start0"))
     said, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, said
     assert [stage for stage in own if (whole / stage / "finished.json").exists()] == list(own)
@@ -163,12 +163,12 @@ def test_a_stage_that_crashes_too_often_cancels_those_after_it(
     assert process.returncode == 1, said
     (logs,) = (stage / "logs").glob("job*")
     assert re.search(r"rank 1 on node\d, GPU 0, was the first to end, with status 137", report(logs / "start0"))
-    told = report(logs / "start1")
-    assert re.search(r"rank 0 on node\d, GPU 0, was the first to end, with status 1;", told)
-    assert "Traceback (most recent call last)" in told
-    assert re.search(r"Error: .*runs/fails/sft/checkpoints", told.splitlines()[-1])
+    text = report(logs / "start1")
+    assert re.search(r"rank 0 on node\d, GPU 0, was the first to end, with status 1;", text)
+    assert "Traceback (most recent call last)" in text
+    assert re.search(r"Error: .*runs/fails/sft/checkpoints", text.splitlines()[-1])
     assert "sft did not finish; why is at the end of runs/fails/sft/logs/*/*/report.txt" in said
-    assert said.endswith(told), "the traceback is the last thing printed"
+    assert said.endswith(text), "the traceback is the last thing printed"
     assert not (logs / "start2").exists()
     states = ask(slurm, "squeue", "-h", "-t", "all", "-o", "%j %T", "--sort=i").splitlines()[-5:]
     after = [f"prism.{stage} CANCELLED" for stage in ("collect", "warmup", "align", "rlvr")]
@@ -347,7 +347,7 @@ def kill_rank(rank: int, argument: str) -> None:
 
 
 def measured(stage: Path) -> list[dict[str, Any]]:
-    """What was logged, without what depends on the clock."""
+    """Logged metrics without those that depend on the clock."""
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     clock = ("time", "tokens_per_second", "tflops_per_rank")
     return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds_")} for row in rows]

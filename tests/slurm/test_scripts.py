@@ -1,4 +1,4 @@
-"""The scripts beside NeMo-Run: what a rank says gets a time that sorts, and the pipeline is submitted as a chain."""
+"""The scripts without NeMo-Run: lines of a rank get a time that sorts, and the pipeline is submitted as a chain."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def test_the_pipeline_is_a_chain_of_jobs(precision: str, slurm: dict[str, str]) 
     try:
         before = "(null)"
         for (name, job, recipe), step in zip(jobs, steps, strict=True):
-            shown = subprocess.run(
+            described = subprocess.run(
                 ["scontrol", "show", "job", job], env=slurm, capture_output=True, text=True, check=True, timeout=30
             ).stdout
             nodes, _ = shape_of(recipe) or (0, 0)
             words = " ".join([f"runs/{pipeline}/{name}", recipe, *step.overrides])
-            assert f"JobName=prism.{name}\n" in shown
-            assert f" Dependency={before}\n" in shown
-            assert re.search(rf"NumNodes={nodes}(-{nodes})? ", shown)
-            assert f"/slurm/train.sbatch {words}\n" in shown
+            assert f"JobName=prism.{name}\n" in described
+            assert f" Dependency={before}\n" in described
+            assert re.search(rf"NumNodes={nodes}(-{nodes})? ", described)
+            assert f"/slurm/train.sbatch {words}\n" in described
             before = f"afterok:{job}(unfulfilled)"
     finally:
         subprocess.run(["scancel", *(job for _, job, _ in jobs)], env=slurm, check=True, timeout=30)
