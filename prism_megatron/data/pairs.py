@@ -78,8 +78,16 @@ def branch_pairs(
 ) -> list[Pair]:
     """Return a perception and a reasoning pair that each fit a micro-batch.
 
-    If either side exceeds ``discriminator.max_branch_tokens`` or the room that the prompt leaves in a micro-batch, both
-    are truncated to the same length. Raises UserError naming the sample if the prompt leaves no room.
+    Args:
+        teacher: The demonstration's perception and reasoning sequences.
+        student: The response's.
+        sample_id: Names the sample in errors.
+        config: If either side exceeds its ``discriminator.max_branch_tokens``, or the room that the prompt leaves in a
+            micro-batch, both sides are truncated to the same length.
+        is_on_policy: False for responses of the replay buffer.
+
+    Raises:
+        UserError: The prompt leaves no room in a micro-batch.
     """
     prompt = len(teacher[0].prompt.token_ids)
     limit = config.max_tokens_per_microbatch // sequences_per_pair(config) - prompt
@@ -133,9 +141,19 @@ def distinct_sequences(pairs: Sequence[Pair]) -> list[TrainingSequence]:
 
 
 def response_noise(packed: PackedBatch, pairs: Sequence[Pair], hidden_size: int, seed: int, step: int) -> Tensor:
-    """Standard normal noise [T, H] on the responses of the batch's last sequences, the teachers of ``pairs``.
+    """Draw standard normal noise for the embedded responses of some teachers.
 
-    The noise of a demonstration depends on seed, step, sample and branch only, not on its batch or rank.
+    The noise of a teacher depends on seed, step, sample and branch only, not on its batch or rank.
+
+    Args:
+        packed: A batch whose last sequences are the teachers of ``pairs``, in this order.
+        pairs: One pair of each teacher.
+        hidden_size: H.
+        seed: The run's seed.
+        step: The step of the discriminator.
+
+    Returns:
+        [T, H], zero but at the teachers' responses.
     """
     noise = torch.zeros(len(packed.tokens), hidden_size)
     ends = packed.last_tokens.tolist()

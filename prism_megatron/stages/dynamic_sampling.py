@@ -77,28 +77,22 @@ def sample_groups(
         The samples to train on and what is left over.
     """
     order = batch_indices(len(rows), config.prompts_per_iteration, iteration, config.run.seed)
-    rounds = 1
-    if config.algorithm == "dapo":
-        order = order + further_indices(len(rows), order, iteration, config.run.seed)
-        rounds = config.max_sampling_rounds
+    if config.algorithm != "dapo":
+        samples, _ = _sample_rows(sampler, rows, order, 0, iteration)
+        return RolloutBatch(samples, samples, [])
+    order = order + further_indices(len(rows), order, iteration, config.run.seed)
     candidates = restore_leftovers(leftover_groups, rows, sampler)
     generated: list[Sample] = []
     prompts: dict[int, EncodedPrompt] = {}
     tried = 0
-    for _ in range(rounds):
+    for _ in range(config.max_sampling_rounds):
         missing = config.prompts_per_iteration - len({candidate.group for candidate in candidates})
         drawn = order[tried : tried + math.ceil(max(missing, 0) * config.oversampling)]
         if not drawn:
             break
-        indices = _local(drawn)
-        samples = sampler.sample([rows[i] for i in indices], iteration)
-        first = tried + len(drawn) * ranks.data_parallel_rank() // ranks.data_parallel_size()
-        samples = [replace(sample, group=first + sample.group) for sample in samples]
-        generated += samples
+        samples, row_of_group = _sample_rows(sampler, rows, drawn, tried, iteration)
         tried += len(drawn)
-        if config.algorithm != "dapo":
-            return RolloutBatch(samples, generated, [])
-        row_of_group = dict(enumerate(indices, first))
+        generated += samples
         prompts |= {row_of_group[sample.group]: sample.prompt for sample in samples}
         found = [Candidate.from_sample(sample, row_of_group[sample.group]) for sample in _informative(samples)]
         candidates += gather_over_data_parallel(found)
@@ -116,6 +110,19 @@ def sample_groups(
         [_as_leftover([c for c in candidates if c.group == group], rows) for group in left],
         sum(group < 0 for group in trained),
     )
+
+
+def _sample_rows(
+    sampler: Sampler, rows: Sequence[Example], indices: list[int], first_group: int, iteration: int
+) -> tuple[list[Sample], dict[int, int]]:
+    """Sample this rank's part of ``indices``; groups are numbered from ``first_group`` over all ranks.
+
+    Returns the samples and the row index of each of their groups.
+    """
+    local = _local(indices)
+    first = first_group + len(indices) * ranks.data_parallel_rank() // ranks.data_parallel_size()
+    samples = sampler.sample([rows[i] for i in local], iteration)
+    return [replace(sample, group=first + sample.group) for sample in samples], dict(enumerate(local, first))
 
 
 def restore_leftovers(

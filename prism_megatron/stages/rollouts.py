@@ -123,7 +123,15 @@ def gallery_row(
     advantage: float,
     scores: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """Return a rollout's line of ``rollouts.jsonl``; ``scores`` are (perception, reasoning)."""
+    """Return a rollout's line of ``rollouts.jsonl``.
+
+    Args:
+        sample: The rollout with its prompt and verdict.
+        stage: The stage's name.
+        iteration: Counts from 1.
+        advantage: What the policy was trained with.
+        scores: The discriminator's (perception, reasoning), None without a discriminator or outside the grammar.
+    """
     response = sample.response
     perception_score, reasoning_score = scores or (None, None)
     return {

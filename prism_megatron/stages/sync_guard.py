@@ -44,6 +44,15 @@ class SyncGuard:
         rows: Sequence[Example],
         config: StageConfig,
     ) -> None:
+        """Encode the two probe prompts.
+
+        Args:
+            engine: The rollout engine to push to.
+            policy: The model whose weights are pushed.
+            processor: Encodes the probes.
+            rows: The probes are the first row with an image and text of the first row.
+            config: Gives the interval and the tolerance.
+        """
         self._engine, self._policy, self._config = engine, policy, config
         self._batcher = Batcher.from_config(processor.input_spec, config)
         self._limit = config.rollout.guard_max_logprob_diff or _TOLERANCE[config.model.precision]
