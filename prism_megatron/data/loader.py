@@ -22,7 +22,7 @@ class Passes:
     rows_per_iteration: int
     train_iters: int
 
-    def measured(self, iteration: int) -> dict[str, float | None]:
+    def metrics(self, iteration: int) -> dict[str, float | None]:
         """Rows and epochs seen after ``iteration`` iterations."""
         rows = iteration * self.rows_per_iteration
         return {names.ROWS: rows, names.EPOCHS: rows / self.num_rows}

@@ -76,7 +76,7 @@ def run_align(config: AlignConfig) -> None:
                 engine.sleep()
             step = align_step(models, batcher, samples, replay, config, iteration, stage.timers)
             step.metrics[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
-            stage.log.log(iteration + 1, step.metrics | passes.measured(iteration + 1) | stage.timers.pop())
+            stage.log.log(iteration + 1, step.metrics | passes.metrics(iteration + 1) | stage.timers.pop())
             stage.log.rollouts(iteration + 1, step.gallery(iteration + 1, run.log_rollouts_per_iteration))
             stage.save_if_due(iteration + 1, trained, replay.responses)
 

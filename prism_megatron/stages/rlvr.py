@@ -71,7 +71,7 @@ def run_rlvr(config: RLVRConfig) -> None:
                 metrics = policy_gradient_step(policy, reference, batches, config, lr)
             metrics |= sampling_metrics(batch, config)
             metrics[names.TOKENS] = total_tokens([sample.sequence() for sample in samples])
-            stage.log.log(iteration + 1, metrics | passes.measured(iteration + 1) | stage.timers.pop())
+            stage.log.log(iteration + 1, metrics | passes.metrics(iteration + 1) | stage.timers.pop())
             logged = range(min(run.log_rollouts_per_iteration, len(samples)))
             stage.log.rollouts(
                 iteration + 1, [gallery_row(samples[i], "rlvr", iteration + 1, advantages[i]) for i in logged]

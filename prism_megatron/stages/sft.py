@@ -76,7 +76,7 @@ def run_sft(config: SFTConfig) -> None:
                 lr = policy.learning_rate(iteration, run.train_iters)
                 metrics = sft_step(policy, batcher.sft(sequences, sample_ids), lr)
             metrics |= throughput(policy, sequences, config.model.freeze, start_time)
-            stage.log.log(iteration + 1, metrics | passes.measured(iteration + 1) | stage.timers.pop())
+            stage.log.log(iteration + 1, metrics | passes.metrics(iteration + 1) | stage.timers.pop())
             stage.save_if_due(iteration + 1, models)
 
         export_and_evaluate(stage, policy, processor)

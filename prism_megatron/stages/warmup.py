@@ -60,7 +60,7 @@ def run_warmup(config: WarmupConfig) -> None:
                 batch = batcher.pairs(pairs, OBJECTIVE.branch_weights)
                 metrics = discriminator_step(discriminator, batch, OBJECTIVE, lr)
             metrics[names.TOKENS] = total_tokens([side for pair in pairs for side in (pair.teacher, pair.student)])
-            stage.log.log(iteration + 1, metrics | passes.measured(iteration + 1) | stage.timers.pop())
+            stage.log.log(iteration + 1, metrics | passes.metrics(iteration + 1) | stage.timers.pop())
             stage.save_if_due(iteration + 1, models)
 
         discriminator.export(stage.dir / "hf")

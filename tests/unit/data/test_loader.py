@@ -30,8 +30,8 @@ def test_epochs_are_as_many_iterations_as_show_every_row(num_rows: int, epochs: 
     counted, passes = count_passes(configured, num_rows)
     assert (counted.run.train_iters, passes.train_iters) == (iterations, iterations)
     assert to_yaml(counted) == to_yaml(configured), "a run is known by what was asked for"
-    assert passes.measured(0) == {ROWS: 0, EPOCHS: 0}
-    assert passes.measured(iterations)[EPOCHS] == 16 * iterations / num_rows >= epochs
+    assert passes.metrics(0) == {ROWS: 0, EPOCHS: 0}
+    assert passes.metrics(iterations)[EPOCHS] == 16 * iterations / num_rows >= epochs
     shown = [row for i in range(iterations) for row in batch_indices(num_rows, 16, i, seed=1)]
     assert all(shown.count(row) >= epochs for row in range(num_rows))
 
