@@ -257,7 +257,7 @@ def log_line(line: object) -> None:
 
 
 def read_options(config: cfg.StageConfig) -> ReadOptions:
-    """How this stage reads its data files."""
+    """Return the options with which a stage reads its data files."""
     dataset = config.dataset
     return ReadOptions(
         cache=Path(dataset.cache or Path(config.run.dir) / DATA_CACHE),
@@ -268,14 +268,14 @@ def read_options(config: cfg.StageConfig) -> ReadOptions:
 
 
 def report_skipped(stage: Stage, rows: Rows[Any]) -> None:
-    """List in the stage's folder which rows are skipped, now and later."""
+    """List skipped rows in the stage's folder, those skipped so far and later ones."""
     rows.report_skipped(stage.dir / SKIPPED, known=groups.is_main_rank(), new=groups.is_first_of_replica())
 
 
 def local_batch[R: (Example, PreferencePair)](
     rows: Sequence[R], batch_size: int, iteration: int, seed: int, trace: Trace = no_trace
 ) -> list[R]:
-    """Return this data-parallel rank's rows of an iteration; ``trace`` is told the source of each before it is read."""
+    """Return this data-parallel rank's rows of an iteration; ``trace`` gets the source of each before it is read."""
     indices = batch_indices(len(rows), batch_size, iteration, seed)
     local = shard_for_rank(indices, groups.data_parallel_rank(), groups.data_parallel_size())
     return [read_row(rows, i, trace) for i in local]

@@ -48,14 +48,8 @@ def run_sft(config: SFTConfig) -> None:
         report_skipped(stage, rows)
         processor = load_processor(config)
         every = config.train_answers == "every"
-        check_lengths(
-            rows,
-            processor,
-            config.max_tokens_per_microbatch,
-            "raise max_tokens_per_microbatch, or drop the row",
-            demonstrations=True,
-            train_answers=every,
-        )
+        room, remedy = config.max_tokens_per_microbatch, "raise max_tokens_per_microbatch, or drop the row"
+        check_lengths(rows, processor, room, remedy, demonstrations=True, train_answers=every)
         batcher = Batcher.from_config(processor.input_spec, config)
         policy = load_policy(config)
         models = {"policy": policy}
@@ -107,9 +101,9 @@ def demonstrations(
 ) -> list[TrainingSequence]:
     """Encode the prompt and demonstration of each row; the loss is on the demonstration and its terminator.
 
-    With ``train_answers`` it is on the answers in the prompt and their terminators, too.
+    With ``train_answers`` the loss includes earlier answers in the prompt and their terminators.
     """
-    rows = list(rows)  # those of a data set are read anew each time
+    rows = list(rows)  # a lazy data set reads its rows on every access
     prompts = processor.encode_prompts(rows, train_answers=train_answers, trace=trace)
     sequences = []
     for row, prompt in zip(rows, prompts, strict=True):
