@@ -80,10 +80,8 @@ def run_stage(config: cfg.StageConfig) -> None:
             print(f"{config.stage}: already finished in {cfg.stage_dir(config)}", flush=True)
         return
     from prism_megatron.model.fp8 import check_hardware
-    from prism_megatron.parallel import cpu
 
     check_hardware(config.model)
-    cpu.install()  # before anything imports megatron
     if isinstance(config, cfg.SFTConfig):
         from prism_megatron.stages.sft import run_sft
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from prism_megatron.parallel import cpu
+import tensorboard.summary
+import transformers
+from vllm import LLM
 
-cpu.install()
-
-import tensorboard.summary  # noqa: E402
-import transformers  # noqa: E402
-from vllm import LLM  # noqa: E402
-
-import recipes  # noqa: E402
-from prism_megatron.rollout import engine  # noqa: E402
-from prism_megatron.stages import align, collect, rlvr, sft, warmup  # noqa: E402
+import recipes
+from prism_megatron.rollout import engine
+from prism_megatron.stages import align, collect, rlvr, sft, warmup
 
 __all__ = ["LLM", "align", "collect", "engine", "recipes", "rlvr", "sft", "tensorboard", "transformers", "warmup"]

@@ -41,9 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace, report: Report) -> Converted:
-    from prism_megatron.parallel import cpu
-
-    cpu.install()  # before anything imports megatron
     from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf
 
     if args.command == "hf-to-megatron":

@@ -50,9 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def upcycle(args: argparse.Namespace) -> None:
     """Write the discriminator's HF directory (spec 8.2), in the dtype of the dense model but for the score heads."""
-    from prism_megatron.parallel import cpu
-
-    cpu.install()  # before anything imports megatron
     from prism_megatron.convert.hf_io import HFWeights, save_hf
     from prism_megatron.convert.qwen3_vl import discriminator_table
     from prism_megatron.convert.transfer import check_source

@@ -1,8 +1,8 @@
 """The only file that knows megatron-core can run without a GPU.
 
-Megatron-core names ``torch.cuda`` directly in many places. :func:`install` gives those names a CPU meaning, in this
-process only, before the first ``megatron`` import, and does nothing at all where CUDA is available. Everything a
-configuration flag can avoid is avoided by flag (see ``model/build.py``); what is here has no flag.
+Megatron-core names ``torch.cuda`` directly in many places. :func:`install` gives those names a CPU meaning in this
+process, and does nothing where CUDA is available. ``groups.initialize`` calls it; modules may be imported before or
+after. Whatever a configuration flag can avoid is avoided by flag (``model/build.py``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -59,12 +58,10 @@ class _DefaultGenerators:
 
 
 def install() -> None:
-    """Make megatron-core importable and runnable on a CPU. Idempotent; a no-op where CUDA is available."""
+    """Make megatron-core run on a CPU. Idempotent; does nothing where CUDA is available."""
     if torch.cuda.is_available() or getattr(torch.cuda, "_prism_cpu_backend", False):
         return
     torch.cuda._prism_cpu_backend = True  # type: ignore[attr-defined]
-    # Compiling Megatron's and vLLM's small fused functions costs a CPU far more than they ever give back.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     _patch_cuda_module()
     _patch_tensor_methods()
     # `with torch.device(...)` recognises factories by identity: let it remember the originals.

@@ -9,24 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prism_megatron.parallel import cpu
-
-cpu.install()
-
-from prism_megatron import config as cfg  # noqa: E402
-from prism_megatron.data.chat import ChatProcessor  # noqa: E402
-from prism_megatron.data.dataset import read_sft  # noqa: E402
-from prism_megatron.data.pairs import Pair  # noqa: E402
-from prism_megatron.data.response import parse_response  # noqa: E402
-from prism_megatron.data.samples import Sample  # noqa: E402
-from prism_megatron.method import FIXED, METHODS  # noqa: E402
-from prism_megatron.observe import metrics as names  # noqa: E402
-from prism_megatron.parallel import groups  # noqa: E402
-from prism_megatron.stages.batcher import Batcher  # noqa: E402
-from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score  # noqa: E402
-from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor  # noqa: E402
-from prism_megatron.types import EncodedPrompt, Example, Rollout  # noqa: E402
-from recipes.train import load  # noqa: E402
+from prism_megatron import config as cfg
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.dataset import read_sft
+from prism_megatron.data.pairs import Pair
+from prism_megatron.data.response import parse_response
+from prism_megatron.data.samples import Sample
+from prism_megatron.method import FIXED, METHODS
+from prism_megatron.observe import metrics as names
+from prism_megatron.parallel import groups
+from prism_megatron.stages.batcher import Batcher
+from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score
+from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor
+from prism_megatron.types import EncodedPrompt, Example, Rollout
+from recipes.train import load
 
 TRAINED_ROWS, ROWS_PER_STEP, STEPS = 24, 8, 24
 OBJECTIVE = DiscriminatorObjective((0.5, 0.5))

@@ -10,27 +10,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prism_megatron.parallel import cpu
-
-cpu.install()
-
-from prism_megatron import config as cfg  # noqa: E402
-from prism_megatron.data.branches import branch_sequences  # noqa: E402
-from prism_megatron.data.chat import ChatProcessor  # noqa: E402
-from prism_megatron.data.dataset import read_alignment  # noqa: E402
-from prism_megatron.data.pack import TrainingSequence  # noqa: E402
-from prism_megatron.data.pairs import Pair, response_noise  # noqa: E402
-from prism_megatron.data.response import parse_response  # noqa: E402
-from prism_megatron.data.samples import Sample  # noqa: E402
-from prism_megatron.loss.discriminator import gradient_penalty as penalty_of  # noqa: E402
-from prism_megatron.optim.step import Stats, train_step  # noqa: E402
-from prism_megatron.parallel import groups  # noqa: E402
-from prism_megatron.stages.batcher import Batcher  # noqa: E402
-from prism_megatron.stages.discriminator import score  # noqa: E402
-from prism_megatron.stages.replay import Replay  # noqa: E402
-from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor  # noqa: E402
-from prism_megatron.types import Example, PackedBatch, Rollout  # noqa: E402
-from recipes.train import load  # noqa: E402
+from prism_megatron import config as cfg
+from prism_megatron.data.branches import branch_sequences
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.dataset import read_alignment
+from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.data.pairs import Pair, response_noise
+from prism_megatron.data.response import parse_response
+from prism_megatron.data.samples import Sample
+from prism_megatron.loss.discriminator import gradient_penalty as penalty_of
+from prism_megatron.optim.step import Stats, train_step
+from prism_megatron.parallel import groups
+from prism_megatron.stages.batcher import Batcher
+from prism_megatron.stages.discriminator import score
+from prism_megatron.stages.replay import Replay
+from prism_megatron.stages.setup import TrainableModel, load_discriminator, load_processor
+from prism_megatron.types import Example, PackedBatch, Rollout
+from recipes.train import load
 
 
 def discriminator(config: cfg.AlignConfig) -> TrainableModel:

@@ -11,20 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from megatron.core import parallel_state
 
-from prism_megatron.parallel import cpu
-
-cpu.install()
-
-from megatron.core import parallel_state  # noqa: E402
-
-from prism_megatron import config as cfg  # noqa: E402
-from prism_megatron.parallel import groups  # noqa: E402
-from prism_megatron.rollout.interface import Engine  # noqa: E402
-from prism_megatron.stages import align, rlvr  # noqa: E402
-from prism_megatron.stages.rollouts import start_engine  # noqa: E402
-from prism_megatron.train import run_stage  # noqa: E402
-from recipes.train import load  # noqa: E402
+from prism_megatron import config as cfg
+from prism_megatron.parallel import groups
+from prism_megatron.rollout.interface import Engine
+from prism_megatron.stages import align, rlvr
+from prism_megatron.stages.rollouts import start_engine
+from prism_megatron.train import run_stage
+from recipes.train import load
 
 
 def main(runs: str) -> None:

@@ -10,14 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from prism_megatron.parallel import cpu
-
-cpu.install()  # before anything imports megatron
-
-from prism_megatron.config import ParallelConfig  # noqa: E402
-from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf  # noqa: E402
-from prism_megatron.convert.hf_io import HFWeights, save_hf  # noqa: E402
-from tests.models import make_variant  # noqa: E402
+from prism_megatron.config import ParallelConfig
+from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf
+from prism_megatron.convert.hf_io import HFWeights, save_hf
+from tests.models import make_variant
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("hf_text_worker.py")

@@ -26,12 +26,10 @@ from torch import Tensor
 from prism_megatron.config import ModelConfig, ParallelConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.shapes import ShapesConfig, sample_scenes
-from prism_megatron.parallel import cpu, groups
+from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks
 from prism_megatron.parallel.host_memory import HostMemory
 from prism_megatron.types import EncodedPrompt, Example, Message, Rollout, RolloutRequest
-
-cpu.install()
 
 LAYOUTS = {
     "one": ParallelConfig(),

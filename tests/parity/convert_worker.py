@@ -16,9 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from prism_megatron.config import DiscriminatorConfig, ModelConfig, ParallelConfig
-from prism_megatron.parallel import cpu, groups
-
-cpu.install()
+from prism_megatron.parallel import groups
 
 
 def main() -> None:

@@ -13,17 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prism_megatron.parallel import cpu
-
-cpu.install()  # before anything imports megatron
-
-from prism_megatron.config import DiscriminatorConfig, ParallelConfig  # noqa: E402
-from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf  # noqa: E402
-from prism_megatron.convert.hf_io import HFWeights, save_hf  # noqa: E402
-from prism_megatron.convert.manifest import first_fault  # noqa: E402
-from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config  # noqa: E402
-from prism_megatron.model.sizes import read_sizes  # noqa: E402
-from tests.models import make_variant  # noqa: E402
+from prism_megatron.config import DiscriminatorConfig, ParallelConfig
+from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf
+from prism_megatron.convert.hf_io import HFWeights, save_hf
+from prism_megatron.convert.manifest import first_fault
+from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
+from prism_megatron.model.sizes import read_sizes
+from tests.models import make_variant
 
 WORKER = Path(__file__).with_name("convert_worker.py")
 

@@ -167,9 +167,6 @@ def test_d10_the_branches_weigh_in_the_loss_what_they_weigh_in_the_reward(
     compat: str, slopes: tuple[float, float]
 ) -> None:
     """One response, alpha = 0.75, gaps of 0: the slope of softplus is 1/2, times 2 alpha and 2 (1 - alpha), or 1."""
-    from prism_megatron.parallel import cpu
-
-    cpu.install()
     from prism_megatron.stages.align import discriminator_objective
     from recipes.train import load
 

@@ -86,10 +86,9 @@ def measure(
     ``extra_peak_bytes`` are a side's beyond what model and rows take. ``sizes`` are those of the dense model that is
     upcycled, as ``make_tiny_model`` takes them; ``scale`` enlarges images.
     """
-    from prism_megatron.parallel import cpu, groups
+    from prism_megatron.parallel import groups
     from recipes.tiny_model import make_tiny_model
 
-    cpu.install()
     make_tiny_model(folder / "base", seed=1, overrides=sizes)
     rows = (samples + 1) * prompts
     write_shapes_data(folder / "data", ShapesConfig(sft_rows=1, alignment_rows=rows, rlvr_rows=1, heldout_rows=1))

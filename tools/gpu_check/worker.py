@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from prism_megatron.parallel import cpu
 from tools.gpu_check import numerics, speed
 from tools.gpu_check.models import Scale
 
@@ -25,7 +24,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--dry", action="store_true")
     arguments = parser.parse_args()
-    cpu.install()
     if arguments.dry:
         torch.set_num_threads(min(torch.get_num_threads(), 2))
     run_variants(arguments.part, Scale(arguments.dry, arguments.layers, arguments.folder))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from safetensors.torch import save_file
 
 from prism_megatron.config import ParallelConfig
-from prism_megatron.parallel import cpu, groups
+from prism_megatron.parallel import groups
 from prism_megatron.parallel.rendezvous import open_rendezvous
 from prism_megatron.types import InputSpec
 from tools.parity.cases import Case
@@ -27,11 +27,6 @@ def worker(plan: Path) -> None:
 
     Ranks are forked from this process, which has imported everything: starting Python takes longer than a case.
     """
-    cpu.install()
-    import prism_megatron.optim.optimizer
-    import prism_megatron.optim.step
-    import prism_megatron.stages.discriminator  # noqa: F401
-
     settings = json.loads(plan.read_text())
     load_processor(Path(settings["checkpoint"]))
     for number, record in enumerate(settings["cases"]):

@@ -18,18 +18,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
+from prism_megatron.checkpoint.checkpointer import Checkpointer
 from prism_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from prism_megatron.parallel import cpu, groups
-
-cpu.install()
-
-import torch  # noqa: E402
-
-from prism_megatron.checkpoint.checkpointer import Checkpointer  # noqa: E402
-from prism_megatron.model.build import build_policy, wrap_for_training  # noqa: E402
-from prism_megatron.model.sizes import HFSizes  # noqa: E402
-from prism_megatron.optim.optimizer import build_optimizer  # noqa: E402
-from recipes.tiny_model import TEXT_CONFIG, VISION_CONFIG  # noqa: E402
+from prism_megatron.model.build import build_policy, wrap_for_training
+from prism_megatron.model.sizes import HFSizes
+from prism_megatron.optim.optimizer import build_optimizer
+from prism_megatron.parallel import groups
+from recipes.tiny_model import TEXT_CONFIG, VISION_CONFIG
 
 KEEP = 2
 

@@ -13,12 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from prism_megatron.parallel import cpu
-
-cpu.install()  # before anything imports megatron
-
-from prism_megatron.checkpoint.checkpointer import Checkpointer  # noqa: E402
-from prism_megatron.convert.manifest import first_fault  # noqa: E402
+from prism_megatron.checkpoint.checkpointer import Checkpointer
+from prism_megatron.convert.manifest import first_fault
 
 ROOT = Path(__file__).resolve().parents[3]
 WORKER = str(Path(__file__).with_name("saving_worker.py"))

@@ -14,11 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prism_megatron.config import ParallelConfig
-from prism_megatron.parallel import cpu
-
-cpu.install()
-
-from prism_megatron.convert.convert_checkpoint import Report, hf_to_megatron, megatron_to_hf  # noqa: E402
+from prism_megatron.convert.convert_checkpoint import Report, hf_to_megatron, megatron_to_hf
 
 SMALL = 300_000  # bytes of a file
 

@@ -12,15 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prism_megatron.parallel import cpu
-
-cpu.install()  # before anything imports megatron
-
-from prism_megatron.config import ParallelConfig  # noqa: E402
-from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf  # noqa: E402
-from prism_megatron.convert.hf_io import HFWeights, save_hf  # noqa: E402
-from prism_megatron.convert.manifest import first_fault  # noqa: E402
-from tools.convert import main  # noqa: E402
+from prism_megatron.config import ParallelConfig
+from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf
+from prism_megatron.convert.hf_io import HFWeights, save_hf
+from prism_megatron.convert.manifest import first_fault
+from tools.convert import main
 
 ROOT = Path(__file__).resolve().parents[3]
 SEED = 3

@@ -7,18 +7,14 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from prism_megatron.parallel import cpu
-
-cpu.install()
-
-from prism_megatron.config import ModelConfig, ParallelConfig, RLVRConfig  # noqa: E402
-from prism_megatron.data.pack import TrainingSequence  # noqa: E402
-from prism_megatron.data.pairs import Pair  # noqa: E402
-from prism_megatron.data.samples import Sample  # noqa: E402
-from prism_megatron.parallel import groups  # noqa: E402
-from prism_megatron.stages.batcher import Batcher  # noqa: E402
-from prism_megatron.types import PERCEPTION, REASONING, EncodedPrompt, Example, InputSpec, Rollout  # noqa: E402
-from recipes.train import load  # noqa: E402
+from prism_megatron.config import ModelConfig, ParallelConfig, RLVRConfig
+from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.data.pairs import Pair
+from prism_megatron.data.samples import Sample
+from prism_megatron.parallel import groups
+from prism_megatron.stages.batcher import Batcher
+from prism_megatron.types import PERCEPTION, REASONING, EncodedPrompt, Example, InputSpec, Rollout
+from recipes.train import load
 
 SPEC = InputSpec(image_token_id=9, video_token_id=8, merge_size=1, patch_dim=1, max_positions=1000)
 LENGTHS = (2, 3, 1, 4)  # response tokens of four samples, of two prompt groups

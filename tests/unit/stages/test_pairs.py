@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prism_megatron.parallel import cpu
-
-cpu.install()
-
-from prism_megatron import config as cfg  # noqa: E402
-from prism_megatron.data.chat import ChatProcessor  # noqa: E402
-from prism_megatron.data.pack import TrainingSequence  # noqa: E402
-from prism_megatron.data.pairs import Pair, branch_pairs, group_pairs  # noqa: E402
-from prism_megatron.stages.warmup import preference_pairs  # noqa: E402
-from prism_megatron.types import PERCEPTION, REASONING, EncodedPrompt, Message, PreferencePair  # noqa: E402
-from recipes.qwen3_vl import RECIPES  # noqa: E402
-from recipes.train import load  # noqa: E402
+from prism_megatron import config as cfg
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.pack import TrainingSequence
+from prism_megatron.data.pairs import Pair, branch_pairs, group_pairs
+from prism_megatron.stages.warmup import preference_pairs
+from prism_megatron.types import PERCEPTION, REASONING, EncodedPrompt, Message, PreferencePair
+from recipes.qwen3_vl import RECIPES
+from recipes.train import load
 
 
 def pairs_of_lengths(prompt: int, teacher: int, student: int, config: cfg.WarmupConfig | cfg.AlignConfig) -> list[Pair]:

@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from prism_megatron.parallel import cpu
-
-cpu.install()
-
-from prism_megatron.data.chat import ChatProcessor  # noqa: E402
-from prism_megatron.data.response import Response  # noqa: E402
-from prism_megatron.method import METHODS  # noqa: E402
-from prism_megatron.types import Example, Message, Rollout  # noqa: E402
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.data.response import Response
+from prism_megatron.method import METHODS
+from prism_megatron.types import Example, Message, Rollout
 
 TEXT = "<caption>c</caption><think>t</think><answer>1</answer>"
 EXAMPLE = Example("row", (Message("user", "How many?"),), (), "row 0", answer="1")

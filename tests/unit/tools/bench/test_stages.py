@@ -9,20 +9,16 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prism_megatron.parallel import cpu
-
-cpu.install()
-
-from prism_megatron.config import AlignConfig, RLVRConfig  # noqa: E402
-from prism_megatron.data.chat import ChatProcessor  # noqa: E402
-from prism_megatron.observe import metrics as names  # noqa: E402
-from prism_megatron.parallel import groups  # noqa: E402
-from prism_megatron.stages.rlvr import verified_advantages  # noqa: E402
-from recipes.tiny_model import TEXT_CONFIG  # noqa: E402
-from tools.bench.inputs import Settings, model_sizes, read_config  # noqa: E402
-from tools.bench.passes import Pass, operations  # noqa: E402
-from tools.bench.synthetic_rollouts import sampled_groups  # noqa: E402
-from tools.bench.train import prepare  # noqa: E402
+from prism_megatron.config import AlignConfig, RLVRConfig
+from prism_megatron.data.chat import ChatProcessor
+from prism_megatron.observe import metrics as names
+from prism_megatron.parallel import groups
+from prism_megatron.stages.rlvr import verified_advantages
+from recipes.tiny_model import TEXT_CONFIG
+from tools.bench.inputs import Settings, model_sizes, read_config
+from tools.bench.passes import Pass, operations
+from tools.bench.synthetic_rollouts import sampled_groups
+from tools.bench.train import prepare
 
 PROMPT, RESPONSE = 32 + 4, 60  # text, and an image of 64 x 64 pixels
 ROLLOUTS = ("prompts_per_iteration=2", "rollout.samples_per_prompt=2")
