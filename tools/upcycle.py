@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from prism_megatron.config import DiscriminatorConfig
 from prism_megatron.errors import UserError
-from prism_megatron.model.sizes import HFSizes, check_discriminator, read_sizes
+from prism_megatron.model.sizes import HFSizes, check_num_experts, read_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,8 @@ def upcycle(args: argparse.Namespace) -> None:
         upcycle_noise=args.noise_std,
         load_balance_coeff=args.load_balance_coeff,
     )
-    check_discriminator(wanted, sizes)
+    wanted.check("")
+    check_num_experts(wanted, sizes)
     if args.out.exists():
         raise UserError(f"{args.out} exists; remove it or give another --out")
     heads = 2 if args.experts == "dedicated" else 1

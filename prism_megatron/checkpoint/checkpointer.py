@@ -1,12 +1,11 @@
-"""Saving and resuming with Megatron's distributed checkpoint.
+"""Saving and loading with Megatron's distributed checkpoints.
 
-``checkpoints/iter_0000042/`` appears when it is complete, with a manifest of sizes and checksums that is checked before
-anything is loaded; ``latest_checkpointed_iteration.txt`` names the last one for other tools. Whatever happens to a run
-or to its files, the next start takes the newest checkpoint that is whole.
+``checkpoints/iter_0000042/`` appears when it is complete, with a manifest of sizes and checksums that is verified
+before anything is loaded; ``latest_checkpointed_iteration.txt`` names the last one for other tools. A start loads the
+newest checkpoint whose files are intact.
 
-What is saved is weights, optimizer state, the iteration, and what a stage carries over (past responses, where it is
-told to keep any). Learning rate, data order and sampling seeds are pure functions of (seed, iteration), and nothing
-else is random, so there is no other state.
+A checkpoint has weights, optimizer state, the iteration and a stage's extra state (such as past responses). Learning
+rate, data order and sampling seeds are pure functions of (seed, iteration), and nothing else is random.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from torch.distributed.checkpoint.api import CheckpointException
 
-from prism_megatron.checkpoint.optimizer_state import restore, saved_state, wanted_state
+from prism_megatron.checkpoint.optimizer_state import restore, saved_state, state_to_load
 from prism_megatron.checkpoint.writer import results_in, take_digests
 from prism_megatron.convert.hf_io import replace_directory
 from prism_megatron.convert.load_checkpoint import first_common_fault, load_weights_of, sharded_weights
@@ -32,17 +29,20 @@ from prism_megatron.convert.manifest import digest_file, write_manifest
 from prism_megatron.errors import SharedError, UserError
 from prism_megatron.files import fsync, write_atomic
 from prism_megatron.parallel import groups
+from prism_megatron.upstream.megatron import AsyncCallsQueue, CheckpointingException
+from prism_megatron.upstream.torch_internals import CheckpointException
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _MEGATRON_FILES = (".metadata", "metadata.json")
-_MISFITS = (RuntimeError, KeyError, CheckpointException, dist_checkpointing.core.CheckpointingException)
+_EXTRA_STATE = "carried"  # key in the checkpoint
+_LOAD_ERRORS = (RuntimeError, KeyError, CheckpointException, CheckpointingException)  # of another model's checkpoint
 
 
 class Checkpointer:
-    """Saves named (model, optimizer) pairs and the iteration; keeps the newest few.
+    """Saves named (model, optimizer) pairs and the iteration, and keeps the newest ``keep`` checkpoints.
 
-    ``about`` is plain data for each checkpoint's manifest, such as which experiment it is of. Writing goes on in the
-    background until :meth:`poll` finds it done on every rank; close the checkpointer when the last save must be whole.
+    ``about`` is plain data for each checkpoint's manifest, such as the run's identity. Files are written in the
+    background until :meth:`poll` finds that every rank has finished; :meth:`close` waits for the last save.
     """
 
     def __init__(self, directory: Path, keep: int, about: Mapping[str, Any] | None = None) -> None:
@@ -52,35 +52,33 @@ class Checkpointer:
         self._queue = AsyncCallsQueue(persistent=False)
 
     def latest(self) -> int:
-        """Newest whole iteration, 0 if nothing was ever saved; says which it passed over and why.
+        """Return the newest intact checkpoint's iteration, 0 if there are no checkpoints; warn about damaged ones.
 
-        Collective. Raises SharedError if there are checkpoints and none is whole.
+        Collective. Raises SharedError if there are checkpoints and none is intact.
         """
-        passed: list[str] = []
+        damaged: list[str] = []
         for iteration in sorted(self._iterations(), reverse=True):
             fault = first_common_fault(self._folder(iteration))
             if fault is None:
-                for reason in passed:
-                    self._say(f"passed over {reason}; going on from iteration {iteration}")
+                for reason in damaged:
+                    self._log_line(f"skipped {reason}; resuming from iteration {iteration}")
                 return iteration
-            passed.append(f"{self._folder(iteration).name} ({fault})")
-        if passed:
+            damaged.append(f"{self._folder(iteration).name} ({fault})")
+        if damaged:
             raise SharedError(
-                f"no checkpoint in {self.directory} is whole: {'; '.join(passed)}. Remove them to start over"
+                f"no checkpoint in {self.directory} is intact: {'; '.join(damaged)}. Remove them to start over"
             )
         return 0
 
-    def save(self, iteration: int, parts: Mapping[str, tuple[Any, Any]], carried: Any = None) -> None:
-        """Take a copy of the state and write ``iter_<iteration>`` from it while training goes on.
+    def save(self, iteration: int, parts: Mapping[str, tuple[Any, Any]], extra_state: Any = None) -> None:
+        """Copy the state and write ``iter_<iteration>`` in the background. Collective.
 
-        ``carried`` is plain data, the same on every rank.
-
-        Collective. Waits for the save before it, if that is still being written. Raises OSError, with the checkpoints
-        before untouched, if the disk is full; that may be found later, by :meth:`poll` or :meth:`close`.
+        Waits for an earlier save that is still being written. ``extra_state`` is plain data, the same on every rank.
+        Raises OSError, here or in :meth:`poll` or :meth:`close`, if the disk is full; earlier checkpoints stay intact.
         """
         self.close()
         final = self._folder(iteration)
-        # A writer that outlives its killed run must not write into the folder of the next one.
+        # A writer that outlives its killed run must not write to the next run's folder.
         token = [uuid.uuid4().hex[:8]]
         dist.broadcast_object_list(token, src=0)
         partial = final.with_name(f".{final.name}.{token[0]}.partial")
@@ -90,7 +88,7 @@ class Checkpointer:
         dist.barrier()
         with results_in(partial, dist.get_rank()):
             request = dist_checkpointing.save(
-                _state(parts, iteration) | {"carried": carried},
+                _state(parts, iteration) | {_EXTRA_STATE: extra_state},
                 str(partial),
                 async_sharded_save=True,
                 async_strategy="mcore",
@@ -99,7 +97,7 @@ class Checkpointer:
         self._queue.schedule_async_request(request)
 
     def poll(self) -> None:
-        """Make a finished save the latest. Collective; call it once an iteration."""
+        """Publish the save if it is finished. Collective; call it once per iteration."""
         self._finalize(blocking=False)
 
     def close(self) -> None:
@@ -107,30 +105,30 @@ class Checkpointer:
         self._finalize(blocking=True)
 
     def load(self, iteration: int, parts: Mapping[str, tuple[Any, Any]]) -> Any:
-        """Restore weights and optimizer state, at any parallel layout; returns what was carried. Collective."""
+        """Load weights and optimizer state at any parallel layout, and return the extra state. Collective."""
         folder = self._folder(iteration)
-        wanted: dict[str, Any] = {}
+        requested: dict[str, Any] = {}
         own = {}
         for name, (model, optimizer) in parts.items():
-            wanted[name] = sharded_weights(model, f"{name}.")
-            wanted[f"{name}_optimizer"], own[name] = wanted_state(optimizer, wanted[name])
+            requested[name] = sharded_weights(model, f"{name}.")
+            requested[f"{name}_optimizer"], own[name] = state_to_load(optimizer, requested[name])
         try:
-            loaded = dist_checkpointing.load(wanted, str(folder))
-        except _MISFITS as error:
+            loaded = dist_checkpointing.load(requested, str(folder))
+        except _LOAD_ERRORS as error:
             raise UserError(
-                f"{folder} does not fit this configuration ({_last_line(error)}); it is of another model, "
-                "or of another optimizer.use_distributed_optimizer. Give the run another run.name, or remove it"
+                f"{folder} does not fit this configuration ({_last_line(error)}): it has another model "
+                "or another optimizer.use_distributed_optimizer. Choose another run.name, or remove it"
             ) from error
         for name, (model, optimizer) in parts.items():
             load_weights_of(model, loaded[name])
             restore(optimizer, own[name], loaded[f"{name}_optimizer"])
-        return loaded.get("carried")
+        return loaded.get(_EXTRA_STATE)
 
     def _finalize(self, blocking: bool) -> None:
         try:
             self._queue.maybe_finalize_async_calls(blocking=blocking)
         except (CheckpointException, OSError) as error:
-            # Megatron's writer reports a fault without its cause.
+            # Megatron's writer reports an error without its cause.
             full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(self.directory).free < 1 << 16
             if groups.is_main_rank():
                 self._remove_unfinished()
@@ -139,7 +137,7 @@ class Checkpointer:
             raise
 
     def _complete(self, partial: Path, iteration: int) -> None:
-        """Every rank has written its files: describe them, then let the folder appear."""
+        """Write the manifest of the files that all ranks have written, then rename the folder."""
         dist.barrier()
         if groups.is_main_rank():
             files = take_digests(partial)
@@ -167,7 +165,7 @@ class Checkpointer:
         for folder in self.directory.glob(".iter_*"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _say(self, text: str) -> None:
+    def _log_line(self, text: str) -> None:
         if not dist.is_initialized() or groups.is_main_rank():
             print(f"checkpoint: {text}", flush=True)
 
@@ -181,5 +179,5 @@ def _state(parts: Mapping[str, tuple[Any, Any]], iteration: int) -> dict[str, An
 
 
 def _last_line(error: BaseException) -> str:
-    """What a chain of tracebacks in one message comes down to."""
+    """Return the last line of a message that contains chained tracebacks: the root cause."""
     return ["", *str(error).strip().splitlines()][-1][:300]

@@ -1,8 +1,8 @@
-"""Optimizer state that is the same however Megatron groups parameters into optimizers.
+"""Optimizer state in checkpoints, independent of the parallel layout.
 
-Megatron keeps experts that are cut over ranks in an optimizer of their own, so the number of optimizers, their
-parameter groups and the numbers of parameters in them change with the layout. What is saved is the state of each
-parameter, under its name, and the step count that all share. Hyper-parameters are those of the run that loads.
+Megatron has a separate optimizer for experts that are split over ranks, so that the number of optimizers, of parameter
+groups and of parameters in them depends on the layout. A checkpoint has the state of each parameter, under the
+parameter's name, and one step count. Hyper-parameters are those of the run that loads it.
 """
 
 from __future__ import annotations
@@ -11,30 +11,36 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
-from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
 from prism_megatron.convert.load_checkpoint import content_metadata
+from prism_megatron.upstream.megatron import (
+    LocalNonpersistentObject,
+    dict_list_map_outplace,
+    extract_sharded_base,
+    merge,
+)
 
 
 def saved_state(optimizer: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """What to write: state sharded as ``weights``, the model's sharded state dict, is; and the step count."""
+    """Return the state to save: sharded as ``weights`` (the model's sharded state dict), and the step count."""
     _allocate(optimizer)
     parameters, _ = _sharded_state(optimizer, weights, loading=False)
     return {"parameters": parameters, "step": _step_count(optimizer)}
 
 
-def wanted_state(optimizer: Any, weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What to read, as :func:`saved_state` wrote it at any layout, and what stays as this run has it."""
+def state_to_load(optimizer: Any, weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state to load from what :func:`saved_state` wrote at any layout, and this run's own state.
+
+    ``weights`` is the model's sharded state dict.
+    """
     _allocate(optimizer)
-    _set_step_count(optimizer, 1)  # Megatron takes a step of 0 for none
+    _set_step_count(optimizer, 1)  # Megatron takes 0 for a missing step
     parameters, own = _sharded_state(optimizer, weights, loading=True)
     return {"parameters": parameters}, own
 
 
 def restore(optimizer: Any, own: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Put what was read for :func:`wanted_state` into the optimizer."""
+    """Set the optimizer's state from both results of :func:`state_to_load`, the first one ``loaded``."""
     optimizer.load_state_dict(merge(own, loaded["parameters"]))
     _set_step_count(optimizer, loaded["step"])
 
@@ -55,7 +61,7 @@ def _inner(optimizer: Any) -> Iterator[Any]:
 
 
 def _allocate(optimizer: Any) -> None:
-    """Give torch's AdamW the state that it makes in its first step; Megatron does so for Transformer Engine's."""
+    """Create the state that torch's AdamW creates in its first step; Megatron does so for Transformer Engine's."""
     for inner in _inner(optimizer):
         if not isinstance(inner, torch.optim.AdamW):
             continue
@@ -74,7 +80,7 @@ def _step_count(optimizer: Any) -> int:
 
 
 def _steps(inner: Any) -> Iterator[Any]:
-    """torch's AdamW counts for each parameter, Transformer Engine's for each group that has some."""
+    """Yield step counts: torch's AdamW has one per parameter, Transformer Engine's one per parameter group."""
     if isinstance(inner, torch.optim.AdamW):
         yield from (state["step"] for state in inner.state.values())
     else:

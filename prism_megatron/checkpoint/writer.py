@@ -1,7 +1,7 @@
-"""What a rank's background writer leaves for the trainer: which items it wrote, and the checksum of each of its files.
+"""Results of a rank's background writer, in a file: the items it wrote, and the checksum of each of its files.
 
-Megatron hands results over through a manager process that it spawns on the first save and that a killed run leaves
-behind. A file in the unfinished folder does the same, and is gone with the folder.
+Megatron passes them through a manager process, which it spawns at the first save and which outlives a killed run. A
+file in the unfinished folder is removed with the folder.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.storage import WriteResult
 
 from prism_megatron.convert.manifest import FileEntry, digest_file
+from prism_megatron.upstream.megatron import set_results_queue
+from prism_megatron.upstream.torch_internals import MetadataIndex, StorageInfo, WriteResult
 
 _PREFIX = ".written_"
 
 
 @dataclass(frozen=True)
 class _Results:
-    """Megatron's results queue: the writer puts once, the trainer gets once."""
+    """Replacement of Megatron's results queue: the writer puts once, the trainer gets once."""
 
     path: Path
 
     def put(self, results: dict[int, list[WriteResult]] | Exception) -> None:
-        """Checksum the files here, in the writer, where nobody waits for it."""
+        """Write the results and the files' checksums, which are computed here, in the background."""
         if isinstance(results, Exception):
             self.path.write_text(json.dumps({"error": str(results)}))
             return
@@ -60,21 +58,21 @@ def _plain(item: WriteResult) -> list[Any]:
 def _result(item: list[Any]) -> WriteResult:
     fqn, offset, number, size, path, start, length = item
     index = MetadataIndex(fqn, None if offset is None else torch.Size(offset), number)
-    return WriteResult(index, size, _StorageInfo(path, start, length))
+    return WriteResult(index, size, StorageInfo(path, start, length))
 
 
 @contextmanager
 def results_in(folder: Path, rank: int) -> Iterator[None]:
-    """While a save is planned, make its writer leave its results in ``folder``."""
-    filesystem_async._results_queue = _Results(folder / f"{_PREFIX}{rank}")
+    """Let the writer of a save that is planned in this context write its results to ``folder``."""
+    set_results_queue(_Results(folder / f"{_PREFIX}{rank}"))
     try:
         yield
     finally:
-        filesystem_async._results_queue = None
+        set_results_queue(None)
 
 
 def take_digests(folder: Path) -> dict[str, FileEntry]:
-    """Size and checksum of every file that all ranks wrote; removes the notes they left."""
+    """Return size and checksum of every file that the ranks wrote, and remove the result files."""
     files: dict[str, FileEntry] = {}
     for path in folder.glob(f"{_PREFIX}*"):
         files |= {name: FileEntry(**entry) for name, entry in json.loads(path.read_text())["files"].items()}

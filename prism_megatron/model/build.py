@@ -1,4 +1,4 @@
-"""From the sizes of an HF ``config.json`` to a Megatron model on this rank."""
+"""Build a Megatron model on this rank from the sizes of an HF ``config.json``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from prism_megatron.config import DiscriminatorConfig, ModelConfig, ParallelConfig
-from prism_megatron.errors import UserError
 from prism_megatron.model.discriminator import Discriminator
 from prism_megatron.model.fp8 import megatron_settings
-from prism_megatron.model.qwen3_vl import ChunkPlace, Qwen3VL, TextSizes
-from prism_megatron.model.sizes import HFSizes, check_discriminator
+from prism_megatron.model.qwen3_vl import PipelinePosition, Qwen3VL, TextSizes
+from prism_megatron.model.sizes import HFSizes
 from prism_megatron.model.vision import VisionSizes
+from prism_megatron.parallel import groups
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-_MOE = {
-    "moe_router_load_balancing_type": "none",
-    "moe_grouped_gemm": torch.cuda.is_available(),
-}
 _FREEZABLE = {
     "vision": ("vision.patch_embed.", "vision.pos_embed.", "vision.layers."),
     "merger": ("vision.merger.", "vision.deepstack_mergers."),
@@ -32,7 +28,7 @@ _FREEZABLE = {
 
 
 def build_policy(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -> list[Qwen3VL]:
-    """This rank's chunks of the policy, unwrapped, with undefined weights: load them next."""
+    """Build this rank's chunks of the policy, not yet wrapped for training, with undefined weights."""
     moe = {}
     if sizes.num_experts is not None:
         moe = {
@@ -41,43 +37,57 @@ def build_policy(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -
             "moe_router_topk": sizes.text["num_experts_per_tok"],
             "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         }
-    config, vision = text_config(model, parallel, sizes, moe), vision_config(model, parallel, sizes)
-    chunks = [Qwen3VL(config, vision, _text_sizes(sizes), _vision_sizes(sizes), place) for place in _places(parallel)]
-    return [_place(chunk, model.freeze) for chunk in chunks]
+    device = groups.device()
+    text, vision = text_config(model, parallel, sizes, moe, device), vision_config(model, parallel, sizes, device)
+    chunks = [
+        Qwen3VL(text, vision, _text_sizes(sizes), _vision_sizes(sizes), position)
+        for position in _pipeline_positions(parallel)
+    ]
+    return _on_device(chunks, model.freeze, device)
 
 
 def build_discriminator(
     model: ModelConfig, parallel: ParallelConfig, discriminator: DiscriminatorConfig, sizes: HFSizes
 ) -> list[Discriminator]:
-    """This rank's chunks of the discriminator, unwrapped, with undefined weights."""
-    check_discriminator(discriminator, sizes)
+    """Build this rank's chunks of the discriminator, not yet wrapped for training, with undefined weights."""
     moe = {
         "num_moe_experts": discriminator.num_experts,
         "moe_ffn_hidden_size": sizes.text["intermediate_size"],
         "moe_router_topk": discriminator.topk,
         "moe_aux_loss_coeff": discriminator.load_balance_coeff,
     }
-    config, vision = text_config(model, parallel, sizes, moe), vision_config(model, parallel, sizes)
+    device = groups.device()
+    text, vision = text_config(model, parallel, sizes, moe, device), vision_config(model, parallel, sizes, device)
     dedicated = discriminator.experts == "dedicated"
     chunks = [
-        Discriminator(config, vision, _text_sizes(sizes), _vision_sizes(sizes), place, dedicated)
-        for place in _places(parallel)
+        Discriminator(text, vision, _text_sizes(sizes), _vision_sizes(sizes), position, dedicated)
+        for position in _pipeline_positions(parallel)
     ]
-    return [_place(chunk, discriminator.freeze) for chunk in chunks]
+    return _on_device(chunks, discriminator.freeze, device)
 
 
-def _places(parallel: ParallelConfig) -> list[ChunkPlace]:
-    """Where in the pipeline this rank's chunks stand."""
+def _pipeline_positions(parallel: ParallelConfig) -> list[PipelinePosition]:
+    """Return the positions of this rank's chunks in the pipeline."""
     rank, last = parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline_model_parallel_size - 1
     chunks = parallel.virtual_pipeline_model_parallel_size
     return [
-        ChunkPlace(rank == chunk == 0, rank == last and chunk == chunks - 1, chunk if chunks > 1 else None)
+        PipelinePosition(rank == chunk == 0, rank == last and chunk == chunks - 1, chunk if chunks > 1 else None)
         for chunk in range(chunks)
     ]
 
 
-def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, moe: dict[str, Any]) -> TransformerConfig:
-    """Megatron's configuration of the language model; ``moe`` holds its expert sizes, or nothing for a dense one."""
+def text_config(
+    model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, moe: dict[str, Any], device: torch.device
+) -> TransformerConfig:
+    """Build Megatron's configuration of the language model.
+
+    Args:
+        model: Precision, FP8 recipe and recomputation.
+        parallel: Parallel degrees.
+        sizes: Sizes from the HF ``config.json``.
+        moe: Megatron's settings for the experts, empty for a dense model.
+        device: The device that the model is built on.
+    """
     text = sizes.text
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
@@ -104,24 +114,27 @@ def text_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, mo
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage or None,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage or None,
-        # Micro-batches differ in length, and what travels between stages in width.
+        # Micro-batches differ in length, and the stages' tensors in width (DeepStack levels).
         variable_seq_lengths=pp > 1,
-        moe_token_dispatcher_type="alltoall",  # varying lengths need it, even where nothing is routed
-        # Batched, the two directions of an interleaved schedule would be mistaken for each other between two stages.
+        moe_token_dispatcher_type="alltoall",  # Megatron demands it for variable lengths, of dense models too
+        # With two stages an interleaved schedule sends and receives between the same ranks; batched, these mix up.
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
         context_parallel_size=parallel.context_parallel_size,
-        # A dense policy beside an expert-parallel discriminator has none to cut.
+        # A dense policy trains together with an expert-parallel discriminator, and has no experts to split.
         expert_model_parallel_size=parallel.expert_model_parallel_size if moe else 1,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        **_common(model, parallel),
+        **_common(model, parallel, device),
         **megatron_settings(model),
-        **(_MOE | moe if moe else {}),
+        **moe,
+        **({"moe_router_load_balancing_type": "none", "moe_grouped_gemm": device.type == "cuda"} if moe else {}),
     )
 
 
-def vision_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) -> TransformerConfig:
-    """Megatron's configuration of the vision tower: plain layers with biases, on the first pipeline stage.
+def vision_config(
+    model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, device: torch.device
+) -> TransformerConfig:
+    """Build Megatron's configuration of the vision tower: dense layers with biases, on the first pipeline stage.
 
     Patches are replicated over the tensor- and context-parallel ranks.
     """
@@ -135,13 +148,11 @@ def vision_config(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes) 
         init_method_std=vision.get("initializer_range", 0.02),
         normalization="LayerNorm",
         sequence_parallel=False,
-        **_common(model, parallel) | {"expert_model_parallel_size": 1},
+        **_common(model, parallel, device) | {"expert_model_parallel_size": 1},
     )
 
 
-def _common(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
-    if model.precision not in _PRECISIONS:
-        raise UserError(f"model.precision must be one of {', '.join(_PRECISIONS)}, got {model.precision!r}")
+def _common(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> dict[str, Any]:
     dtype = _PRECISIONS[model.precision]
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -150,11 +161,11 @@ def _common(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "bf16": dtype is torch.bfloat16,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "use_cpu_initialization": not torch.cuda.is_available(),
+        "use_cpu_initialization": device.type == "cpu",
         "perform_initialization": False,  # every weight comes from a checkpoint
         # Losses carry their own global normalisation, so gradients are summed over micro-batches and ranks.
         "calculate_per_token_loss": True,
-        # Fused kernels below need apex or CUDA; none changes the result.
+        # These fused kernels need Apex or CUDA, and do not change the result.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
@@ -179,18 +190,18 @@ def _vision_sizes(sizes: HFSizes) -> VisionSizes:
     )
 
 
-def _place(model: Any, freeze: Iterable[str]) -> Any:
-    for part in freeze:
-        if part not in _FREEZABLE:
-            raise UserError(f"freeze names {part!r}; it may hold {', '.join(_FREEZABLE)}")
-        for name, parameter in model.named_parameters():
-            if name.startswith(_FREEZABLE[part]):
+def _on_device[Model: Qwen3VL](chunks: Sequence[Model], freeze: Iterable[str], device: torch.device) -> list[Model]:
+    """Freeze the named parts of the model and move it to the GPU, if ``device`` is one."""
+    frozen = tuple(prefix for part in freeze for prefix in _FREEZABLE[part])
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.startswith(frozen):
                 parameter.requires_grad_(False)
-    return model.cuda() if torch.cuda.is_available() else model
+    return [chunk.to(device) for chunk in chunks] if device.type == "cuda" else list(chunks)
 
 
 def wrap_for_training(chunks: Sequence[Any], use_distributed_optimizer: bool) -> list[DistributedDataParallel]:
-    """Megatron's DDP round each chunk: gradients summed in float32 over the data-parallel ranks."""
+    """Wrap each chunk in Megatron's DDP, which sums gradients in float32 over the data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer, overlap_grad_reduce=False
     )

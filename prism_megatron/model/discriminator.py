@@ -1,7 +1,7 @@
 """The mixture-of-experts discriminator: Qwen3-VL with every MLP upcycled to experts, and fp32 score heads (spec 3.1).
 
-A batch holds whole sequences of two branches, perception (prompt and caption) and reasoning (prompt, think and answer).
-With dedicated experts each branch owns half of the pool and one head; a shared pool has one head.
+A batch has sequences of two branches, perception (prompt and caption) and reasoning (prompt, think and answer). With
+dedicated experts each branch has half of the experts and a score head; with shared experts both have all and one head.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from prism_megatron.model.packed import PackedContext
-from prism_megatron.model.qwen3_vl import ChunkPlace, Qwen3VL, TextSizes, to_next_stage
+from prism_megatron.model.packed import PackedContext, packed_context
+from prism_megatron.model.qwen3_vl import PipelinePosition, Qwen3VL, TextSizes, to_next_stage
+from prism_megatron.model.router_stats import RouterStats
 from prism_megatron.model.vision import VisionSizes
 from prism_megatron.parallel.context import sum_over
 from prism_megatron.types import PERCEPTION, REASONING, PackedBatch
@@ -24,7 +25,7 @@ BRANCHES = (PERCEPTION, REASONING)
 
 
 class Discriminator(Qwen3VL):
-    """Scores whole sequences: D_v for perception, D_r for reasoning (Eq. 1 and 2)."""
+    """Scores sequences: D_v for perception, D_r for reasoning (Eq. 1 and 2)."""
 
     def __init__(
         self,
@@ -32,47 +33,56 @@ class Discriminator(Qwen3VL):
         vision_config: TransformerConfig,
         text_sizes: TextSizes,
         vision_sizes: VisionSizes,
-        place: ChunkPlace,
+        position: PipelinePosition,
         dedicated_experts: bool,
     ) -> None:
-        super().__init__(config, vision_config, text_sizes, vision_sizes, place, with_output_layer=False)
+        """Build this rank's chunk; ``dedicated_experts`` splits the experts into a group per branch."""
         groups = len(BRANCHES) if dedicated_experts else 1
-        for layer in self.decoder.layers:
-            layer.mlp.router.groups, layer.mlp.router.logged = groups, True
-        # Whole sequences on this rank, nothing added behind the last layer, and no FP8 product that wants whole blocks.
+        super().__init__(
+            config, vision_config, text_sizes, vision_sizes, position, with_output_layer=False, branch_groups=groups
+        )
+        # The last layer may compute fewer tokens if this rank has whole sequences, no DeepStack level is added after
+        # that layer, and no FP8 product needs whole blocks of tokens.
         self.may_skip = not config.sequence_parallel and config.context_parallel_size == 1 and not config.fp8
         self.may_skip &= len(vision_sizes.deepstack_layers) < config.num_layers
-        if place.is_last:
-            self.decoder.layers[-1].last = True
+        if position.is_last:
             self.score_heads = ScoreHeads(config, groups)
 
-    def forward(self, batch: PackedBatch, token_share: float = 0.0) -> Tensor:  # type: ignore[override]
-        """Score of every sequence, [N] float32, read at its last token; before the last stage, what the next needs."""
-        # Load balancing, which training adds, is over all tokens of the last layer, too.
+    def forward(  # type: ignore[override]
+        self, batch: PackedBatch, token_share: float = 0.0, router_stats: RouterStats | None = None
+    ) -> Tensor:
+        """Score every sequence at its last token, [N] float32; before the last stage, return the next stage's input.
+
+        ``token_share`` is the micro-batch's fraction of the global batch's tokens. In training every router records
+        into ``router_stats``.
+        """
+        # In training the load-balancing loss is over all tokens of the last layer, too.
         skip = self.may_skip and not torch.is_grad_enabled() and len(batch.last_tokens) > 0
-        hidden, deepstack, context = self._decode(batch, token_share, batch.last_tokens if skip else None)
+        output_tokens = batch.last_tokens if skip else None
+        context = packed_context(batch, self.config, self.text_sizes.rotary, token_share, output_tokens, router_stats)
+        hidden, deepstack = self._decode(batch, context)
         if not self.post_process:
             return to_next_stage(hidden, deepstack)
         assert batch.branch_ids is not None
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        read = hidden[:, 0] if skip else _at(hidden[:, 0], batch.last_tokens, context)
-        scores: Tensor = self.score_heads(read, batch.branch_ids)
+        last = hidden[:, 0] if skip else _hidden_at(hidden[:, 0], batch.last_tokens, context)
+        scores: Tensor = self.score_heads(last, batch.branch_ids)
         if context.token_index is None:
             return scores
-        # Summed behind the heads, so that each context-parallel rank has its own part of their gradient.
+        # Summed after the heads, so that each context-parallel rank has its own part of their gradient.
         return sum_over(scores, parallel_state.get_context_parallel_group())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's language models end in an output layer and save it by name; this one is saved as it is."""
+        """Skip Megatron's rule for language models, which saves an output layer by name: there is none."""
         state: dict[str, Any] = MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
         return state
 
 
 class ScoreHeads(MegatronModule):
-    """One linear read-out per branch (or one for both), float32 whatever the model's precision. [N, H] -> [N]."""
+    """Linear score heads, one per branch or one for both, in float32 at any model precision: [N, H] -> [N]."""
 
     def __init__(self, config: TransformerConfig, heads: int) -> None:
         super().__init__(config=config)
@@ -83,8 +93,8 @@ class ScoreHeads(MegatronModule):
         return scores.gather(1, (branch_ids % len(self.weight))[:, None])[:, 0]
 
 
-def _at(hidden: Tensor, tokens: Tensor, context: PackedContext) -> Tensor:
-    """Hidden states [N, H] of some tokens of the whole batch, zero where another context-parallel rank has them."""
+def _hidden_at(hidden: Tensor, tokens: Tensor, context: PackedContext) -> Tensor:
+    """Return hidden states [N, H] of ``tokens`` of the whole batch, zero for those on other context-parallel ranks."""
     if context.token_index is None:
         return hidden[tokens]
     here = context.token_index == tokens[:, None]  # [N, T']

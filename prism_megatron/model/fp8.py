@@ -1,14 +1,14 @@
-"""FP8 training: what it needs of the GPU and of the sizes, and Megatron's settings for it.
+"""FP8 training: requirements on the GPU and on model sizes, and Megatron's settings.
 
-Only the decoder's linear layers (attention, MLP, experts) multiply in FP8. What stays in BF16, and why:
+Only the decoder's linear layers (attention, MLP, experts) multiply in FP8. These stay in BF16:
 
-    vision tower     its large form has an MLP 4304 wide, which no longer divides by 16 over two tensor-parallel ranks,
-                     and an image's patches come in fours
-    embedding        a look-up; there is no product to speed up
-    output layer     its errors are log-probability errors, which ratios and KL are made of, and it is never padded
-    router           a rounded logit sends a token to another expert
-    score heads      one column each; scores are compared, and float32 keeps ties apart
-    attention        rounding queries and keys costs more accuracy than the product saves time
+    vision tower     the largest has an MLP of width 4304, which two tensor-parallel ranks do not divide into multiples
+                     of 16, and the number of patches of an image is a multiple of 4 only
+    embedding        a look-up, without a product to speed up
+    output layer     its rounding errors are errors of log-probabilities, ratios and KL; its tokens are not padded
+    router           a rounded logit may send a token to another expert
+    score heads      one column each; they are in float32, since scores are compared
+    attention        rounding queries and keys loses more accuracy than the product saves time
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mx
 
 
 def check_hardware(model: ModelConfig) -> None:
-    """Refuse FP8 where it cannot run, and a GPU without its blocks, before anything is read. Raises UserError."""
+    """Raise UserError if FP8 cannot run on this machine, or if a GPU has no Transformer Engine."""
     import torch
 
     on_gpu = torch.cuda.is_available()
     if on_gpu and importlib.util.find_spec("transformer_engine") is None:
-        raise UserError("on a GPU layers are made of Transformer Engine, which is not installed; run make setup-gpu")
+        raise UserError("layers on a GPU need Transformer Engine, which is not installed; run make setup-gpu")
     if model.precision != "fp8":
         return
     if not on_gpu:
@@ -43,7 +43,7 @@ def check_hardware(model: ModelConfig) -> None:
 
 
 def check_sizes(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, upcycled: bool = False) -> None:
-    """Refuse a decoder whose FP8 layers do not divide on each rank. Raises UserError naming layer, size and remedy.
+    """Raise UserError, naming layer, size and remedy, if a rank's FP8 layers are not multiples of the block size.
 
     ``upcycled`` is for a dense model that becomes the discriminator: its experts are as wide as its MLP.
     """
@@ -69,8 +69,8 @@ def check_sizes(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, up
                 f"{name} ({size}, over {degree} tensor-parallel ranks) must be a multiple of {multiple} on each for "
                 f"FP8 ({model.fp8.recipe}); lower the degree or use model.precision=bf16"
             )
-    kept, per_stage = model.fp8, text["num_hidden_layers"] // parallel.pipeline_model_parallel_size
-    for name, count in (("first", kept.first_layers_bf16), ("last", kept.last_layers_bf16)):
+    fp8, per_stage = model.fp8, text["num_hidden_layers"] // parallel.pipeline_model_parallel_size
+    for name, count in (("first", fp8.first_layers_bf16), ("last", fp8.last_layers_bf16)):
         if count > per_stage:
             raise UserError(
                 f"model.fp8.{name}_layers_bf16 ({count}) must be at most the {per_stage} layers of a pipeline stage"
@@ -78,23 +78,23 @@ def check_sizes(model: ModelConfig, parallel: ParallelConfig, sizes: HFSizes, up
 
 
 def token_alignment(model: ModelConfig) -> int:
-    """Of what the tokens of each rank must be a multiple: FP8 products take whole blocks of them."""
+    """Return what each rank's number of tokens must be a multiple of: FP8 products take whole blocks."""
     if model.precision != "fp8":
         return 1
     return 32 if model.fp8.recipe == "mxfp8" else 16
 
 
 def megatron_settings(model: ModelConfig) -> dict[str, Any]:
-    """The fields of Megatron's TransformerConfig that switch the decoder to FP8."""
+    """Return the fields of Megatron's TransformerConfig that switch the decoder to FP8."""
     if model.precision != "fp8":
         return {}
-    kept = model.fp8
-    # Blocks have a scale each, which is range enough for gradients too; one scale for a tensor is not.
-    per_block = kept.recipe in ("blockwise", "mxfp8")
+    fp8 = model.fp8
+    # With a scale per block E4M3 has range enough for gradients, too; with one scale per tensor it has not.
+    per_block = fp8.recipe in ("blockwise", "mxfp8")
     return {
         "fp8": "e4m3" if per_block else "hybrid",
-        "fp8_recipe": kept.recipe,
-        "first_last_layers_bf16": bool(kept.first_layers_bf16 or kept.last_layers_bf16),
-        "num_layers_at_start_in_bf16": kept.first_layers_bf16,
-        "num_layers_at_end_in_bf16": kept.last_layers_bf16,
+        "fp8_recipe": fp8.recipe,
+        "first_last_layers_bf16": bool(fp8.first_layers_bf16 or fp8.last_layers_bf16),
+        "num_layers_at_start_in_bf16": fp8.first_layers_bf16,
+        "num_layers_at_end_in_bf16": fp8.last_layers_bf16,
     }

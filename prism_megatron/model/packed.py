@@ -1,8 +1,8 @@
-"""What travels beside the hidden states: the lengths, angles and branches of a packed batch."""
+"""Per-batch input of every layer besides the hidden states: sequence lengths, rotary angles, branches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from prism_megatron.model.rotary import mrope_cos_sin
+from prism_megatron.model.router_stats import RouterStats
 from prism_megatron.model.sizes import Rotary
 from prism_megatron.parallel.context import context_tokens
 from prism_megatron.types import PackedBatch
@@ -18,20 +19,19 @@ from prism_megatron.types import PackedBatch
 
 @dataclass
 class PackedContext(PackedSeqParams):
-    """What every layer needs to know about a packed batch, beside its hidden states.
+    """Megatron's description of a packed batch, with what the layers of this model need in addition.
 
-    The T' tokens are this rank's: all of the batch's, or its part under context parallelism. The sequence lengths are
-    always those of the whole batch.
+    The T' tokens are this rank's: the whole batch, or this rank's part under context parallelism. The sequence lengths
+    are always those of the whole batch.
 
-    rope_cos, rope_sin  [T', 1, head_dim], the angles of each token
-    token_index         [T'] int64 or None: where each token stands in the whole batch (context parallelism only)
-    token_order         [T] int64 or None: where each token of the batch is among all ranks' parts laid end to end
-    token_branch        [T'] int64: 0 perception (and everything of a policy), 1 reasoning, -1 padding
-    prefix              [N] int64 or None: the sequence that each one goes on from, -1 for none
-    read                [N] int64 or None: the only tokens whose hidden states the last layer need give
-    token_share         this micro-batch's part of the global batch's tokens (weight of its load-balancing loss)
-    load_balance        what each router's load-balancing loss was, detached, for the log
-    routing             and [2, E + 2] of each branch: tokens sent to each expert, summed entropy, number of tokens
+    rope_cos, rope_sin  [T', 1, head_dim], rotary angles of each token
+    token_index         [T'] int64 or None: index of each token in the whole batch (context parallelism only)
+    token_order         [T] int64 or None: index of each token of the batch in the concatenation of all ranks' parts
+    token_branch        [T'] int64: 0 perception (and all tokens of a policy), 1 reasoning, -1 padding
+    prefix              [N] int64 or None: the sequence that each sequence continues, -1 for none
+    output_tokens       [N] int64 or None: the only tokens whose hidden states the last layer must compute
+    token_share         the micro-batch's fraction of the global batch's tokens, weight of its load-balancing loss
+    router_stats        collects the routers' statistics in a training step, or None
     """
 
     rope_cos: Tensor | None = None
@@ -40,10 +40,9 @@ class PackedContext(PackedSeqParams):
     token_order: Tensor | None = None
     token_branch: Tensor | None = None
     prefix: Tensor | None = None
-    read: Tensor | None = None
+    output_tokens: Tensor | None = None
     token_share: float = 0.0
-    load_balance: list[Tensor] = field(default_factory=list)
-    routing: list[Tensor] = field(default_factory=list)
+    router_stats: RouterStats | None = None
 
 
 def packed_context(
@@ -51,13 +50,24 @@ def packed_context(
     config: TransformerConfig,
     rotary: Rotary,
     token_share: float,
+    output_tokens: Tensor | None = None,
+    router_stats: RouterStats | None = None,
 ) -> PackedContext:
-    """The context of this rank's part of ``batch``; ``token_share`` is the micro-batch's part of the global batch."""
+    """Build the context of this rank's part of ``batch``.
+
+    Args:
+        batch: The whole packed batch.
+        config: Gives the context-parallel size and the head dimension.
+        rotary: Rotary settings of the language model.
+        token_share: The micro-batch's fraction of the global batch's tokens.
+        output_tokens: The only tokens whose hidden states the last layer must compute, [N].
+        router_stats: Collects the routers' statistics in a training step.
+    """
     branches = batch.branch_ids if batch.branch_ids is not None else torch.zeros_like(batch.last_tokens)
-    with_padding = torch.cat((branches, branches.new_full((1,), -1)))
+    branch_of_sequence = torch.cat((branches, branches.new_full((1,), -1)))
     ends = torch.cat((batch.last_tokens, batch.last_tokens.new_full((1,), -1)))
-    behind = torch.arange(len(batch.tokens), device=ends.device) > ends[batch.sequence_ids]
-    token_branch = with_padding[batch.sequence_ids].masked_fill(behind, -1)
+    is_padding = torch.arange(len(batch.tokens), device=ends.device) > ends[batch.sequence_ids]
+    token_branch = branch_of_sequence[batch.sequence_ids].masked_fill(is_padding, -1)
     position_ids = batch.position_ids
     index = order = None
     if (size := config.context_parallel_size) > 1:
@@ -79,5 +89,7 @@ def packed_context(
         token_order=order,
         token_branch=token_branch,
         prefix=batch.prefix,
+        output_tokens=output_tokens,
         token_share=token_share,
+        router_stats=router_stats,
     )

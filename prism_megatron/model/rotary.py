@@ -13,11 +13,11 @@ from prism_megatron.model.sizes import Rotary
 
 
 def mrope_cos_sin(position_ids: Tensor, head_dim: int, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles, each [T, 1, head_dim] float32.
+    """Compute cosine and sine of every token's angles, each [T, 1, head_dim] float32.
 
     ``position_ids`` is [3, T] (time, height, width). Qwen3-VL interleaves the three axes over the frequencies
-    (T H W T H W ... T T): frequency ``i`` turns with height when ``i % 3 == 1`` and with width when ``i % 3 == 2``,
-    up to three times the axis's section, and with time elsewhere.
+    (T H W T H W ... T T): frequency ``i`` belongs to height if ``i % 3 == 1`` and to width if ``i % 3 == 2``, for ``i``
+    below three times the axis's section, otherwise to time.
     """
     axis = torch.zeros(head_dim // 2, dtype=torch.long, device=position_ids.device)
     for which in (1, 2):
@@ -30,12 +30,12 @@ def mrope_cos_sin(position_ids: Tensor, head_dim: int, rotary: Rotary) -> tuple[
 
 @functools.cache
 def _frequencies(rotary: Rotary, head_dim: int) -> Tensor:
-    """Radians per position, [head_dim / 2] float32 on the CPU."""
+    """Compute the frequencies in radians per position, [head_dim / 2] float32 on the CPU."""
     half = head_dim // 2
     frequencies = rotary.theta ** (-torch.arange(half, dtype=torch.float32) / half)
     if (yarn := rotary.yarn) is None:
         return frequencies
-    # The frequency (as an index that need not be whole) which turns so many times within the original length.
+    # Fractional index of the frequency with this many turns within the original length.
     first, last = (
         half * math.log(yarn.original_positions / (turns * 2 * math.pi)) / math.log(rotary.theta)
         for turns in (yarn.beta_fast, yarn.beta_slow)
@@ -48,7 +48,7 @@ def _frequencies(rotary: Rotary, head_dim: int) -> Tensor:
 
 
 def vision_cos_sin(rows: Tensor, columns: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Axial rotary of the vision tower, each [P, 1, head_dim] float32, from patch ``rows`` and ``columns`` [P]."""
+    """Compute cosine and sine for patches at ``rows`` and ``columns`` [P], each [P, 1, head_dim] float32."""
     quarter = head_dim // 4
     inv_freq = theta ** (-torch.arange(quarter, device=rows.device, dtype=torch.float32) / quarter)
     angles = torch.cat((rows.float()[:, None] * inv_freq, columns.float()[:, None] * inv_freq), dim=-1)
@@ -57,26 +57,26 @@ def vision_cos_sin(rows: Tensor, columns: Tensor, head_dim: int, theta: float) -
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x`` [T, heads, head_dim] by the given angles, in float32, back in ``x``'s dtype."""
-    turned: Tensor = _Rotation.apply(x, cos, sin)
-    return turned
+    """Rotate ``x`` [T, heads, head_dim] by the given angles, computed in float32, returned in ``x``'s dtype."""
+    rotated: Tensor = _Rotation.apply(x, cos, sin)
+    return rotated
 
 
 class _Rotation(torch.autograd.Function):
-    """Its gradient is turned back by the same angles; put together from operators, both take twice as many passes."""
+    """Rotation whose gradient is rotated back; autograd of the single operators would take twice as many passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turned(gradient, cos, -sin), None, None
+        return _rotated(gradient, cos, -sin), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     values = x.float()
     first, second = values.split(half, dim=-1)

@@ -1,4 +1,4 @@
-"""The sizes of a model, read from an HF ``config.json``, never listed. Imports neither torch nor Megatron."""
+"""Model sizes, read from an HF ``config.json``. Imports neither torch nor Megatron."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _VISION_KEYS = (
     "out_hidden_size",
     "num_position_embeddings",
 )
-# What transformers fills in where config.json leaves it out.
+# Defaults of transformers for keys that config.json leaves out.
 _NORM_EPS = 1e-6
 _DENSE_HEAD_DIM = 128
 _ROPE_THETA, _MROPE_SECTION = 500_000.0, (24, 20, 20)
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0
-# What no Qwen3-VL changes, and the model's code has in it.
+# Settings that the model's code has fixed, as all Qwen3-VL have them.
 _FIXED: dict[str, dict[str, Any]] = {
     "text_config": {"hidden_act": "silu", "attention_bias": False},
     "vision_config": {"hidden_act": "gelu_pytorch_tanh"},
@@ -49,10 +49,10 @@ _FIXED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN, by which a model reads longer texts than it was first trained on (arXiv 2309.00071).
+    """YaRN settings, for texts longer than those of pre-training (arXiv 2309.00071).
 
-    Frequencies that turn more than ``beta_fast`` times within ``original_positions`` stay, those that turn less than
-    ``beta_slow`` times are divided by ``factor``, and cosine and sine are multiplied by ``attention_factor``.
+    Frequencies with more than ``beta_fast`` turns within ``original_positions`` do not change, those with less than
+    ``beta_slow`` turns are divided by ``factor``. Cosine and sine are multiplied by ``attention_factor``.
     """
 
     factor: float
@@ -72,7 +72,7 @@ class Rotary:
     yarn: Yarn | None = None
 
     def rope_parameters(self) -> dict[str, Any]:
-        """Every setting in transformers' words, nothing left to a reader's defaults."""
+        """Return all settings under transformers' names, so that no reader needs its defaults."""
         written: dict[str, Any] = {
             "rope_type": "default",
             "rope_theta": self.theta,
@@ -94,7 +94,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class HFSizes:
-    """The two halves of an HF Qwen3-VL ``config.json``."""
+    """``text_config`` and ``vision_config`` of an HF Qwen3-VL ``config.json``."""
 
     text: dict[str, Any]
     vision: dict[str, Any]
@@ -115,7 +115,7 @@ class HFSizes:
             num_query_groups=self.text["num_key_value_heads"],
             vision_heads=self.vision["num_heads"],
             num_moe_experts=num_moe_experts or self.num_experts,
-            # A dense model that is about to be upcycled has experts of its own width.
+            # The experts of an upcycled dense model are as wide as its MLP.
             moe_ffn_hidden_size=self.text.get("moe_intermediate_size", self.text["intermediate_size"]),
         )
 
@@ -210,13 +210,13 @@ def _num_experts(text: Mapping[str, Any]) -> Any:
 
 
 def _ties(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-    """Whether the output layer is the embedding. transformers 5 writes it for the whole model only."""
+    """Return whether the output layer is tied to the embedding; transformers 5 writes it at the top level only."""
     ties = config.get("tie_word_embeddings")
     return bool(text.get("tie_word_embeddings", False) if ties is None else ties)
 
 
 def _rotary(text: Mapping[str, Any]) -> Rotary:
-    """Rotary settings as transformers 5 writes them (rope_parameters) or 4 (rope_scaling and rope_theta)."""
+    """Read rotary settings of transformers 5 (rope_parameters) or 4 (rope_scaling and rope_theta)."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
@@ -225,7 +225,7 @@ def _rotary(text: Mapping[str, Any]) -> Rotary:
             "use 'default' or 'yarn'"
         )
     if rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1)) not in (1, None):
-        raise UserError("partial_rotary_factor must be 1; Qwen3-VL turns whole heads")
+        raise UserError("partial_rotary_factor must be 1; Qwen3-VL rotates all dimensions of a head")
     theta = _number("rope_theta", rope.get("rope_theta", text.get("rope_theta", _ROPE_THETA)))
     section = tuple(rope.get("mrope_section", _MROPE_SECTION))
     if len(section) != 3 or not all(type(n) is int and n > 0 for n in section):
@@ -262,20 +262,10 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_discriminator(discriminator: DiscriminatorConfig, sizes: HFSizes) -> None:
-    """Raises UserError for an expert layout that cannot be built."""
-    experts, topk = discriminator.num_experts, discriminator.topk
-    if sizes.num_experts is not None and sizes.num_experts != experts:
+def check_num_experts(discriminator: DiscriminatorConfig, sizes: HFSizes) -> None:
+    """Raise UserError if the discriminator's checkpoint has experts and the configuration has another number."""
+    if sizes.num_experts not in (None, discriminator.num_experts):
         raise UserError(
-            f"discriminator.hf_checkpoint has {sizes.num_experts} experts but discriminator.num_experts is {experts}"
-        )
-    if discriminator.experts not in ("dedicated", "shared"):
-        raise UserError(f"discriminator.experts must be dedicated or shared, got {discriminator.experts!r}")
-    pool = experts // 2 if discriminator.experts == "dedicated" else experts
-    if discriminator.experts == "dedicated" and experts % 2:
-        raise UserError(f"discriminator.num_experts ({experts}) must be even for dedicated experts")
-    if topk > pool:
-        raise UserError(
-            f"discriminator.topk ({topk}) is more than the {pool} experts a token may use; "
-            "raise discriminator.num_experts"
+            f"discriminator.hf_checkpoint has {sizes.num_experts} experts but discriminator.num_experts is "
+            f"{discriminator.num_experts}; set discriminator.num_experts={sizes.num_experts}"
         )

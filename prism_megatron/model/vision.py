@@ -1,7 +1,7 @@
-"""Qwen3-VL's vision tower, tensor-parallel: patches in, merged visual tokens and DeepStack features out.
+"""Qwen3-VL's vision tower: image patches to merged visual tokens and DeepStack features.
 
-Heads and MLP columns are split over the tensor-parallel ranks; patches are replicated on them. Images are packed end to
-end and each attends only to itself.
+Attention heads and MLP columns are split over the tensor-parallel ranks, patches are replicated. Images are packed, and
+each attends only to itself.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
-from prism_megatron.model.layer_spec import backend
+from prism_megatron.model.layer_spec import spec_provider
 from prism_megatron.model.rotary import rotate, vision_cos_sin
 
-_NORM_EPS = 1e-6  # fixed by the architecture, not in its config
-_ROTARY_BASE = 10000.0  # likewise
+_NORM_EPS = 1e-6  # fixed by the architecture, not in config.json
+_ROTARY_BASE = 10000.0  # fixed, too
 
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """The vision part of an HF ``config.json``, in our names."""
+    """Sizes of the vision tower that are not in Megatron's TransformerConfig."""
 
     depth: int
     patch_dim: int
@@ -38,9 +38,9 @@ class VisionSizes:
 
 
 class ShardedModules(nn.ModuleList):
-    """A list whose modules are checkpointed as what they are.
+    """A module list that Megatron checkpoints shard by shard.
 
-    Megatron takes the parameters of a plain list as the same on every rank: of all shards it would save the first.
+    Megatron takes the parameters of a plain list for replicated ones, and would save the first rank's shard only.
     """
 
     def sharded_state_dict(
@@ -53,7 +53,7 @@ class ShardedModules(nn.ModuleList):
 
 
 class VisionTower(MegatronModule):
-    """Patches [P, patch_dim] of images with ``grid_thw`` [images, 3] to merged tokens [V, H], DeepStack [D, V, H]."""
+    """Vision transformer with a merger, and a DeepStack merger at some of its layers."""
 
     def __init__(self, config: TransformerConfig, sizes: VisionSizes) -> None:
         super().__init__(config=config)
@@ -68,6 +68,11 @@ class VisionTower(MegatronModule):
         )
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode patches [P, patch_dim] of images with sizes ``grid_thw`` [images, 3], in patches.
+
+        Returns:
+            Merged visual tokens [V, H] and the DeepStack levels [D, V, H].
+        """
         rows, columns = patch_coordinates(grid_thw, self.sizes.merge_size)
         hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         hidden = hidden + self._position_embedding(grid_thw, rows, columns)
@@ -90,7 +95,7 @@ class VisionTower(MegatronModule):
         return self.merger(hidden), torch.stack(deepstack)
 
     def _position_embedding(self, grid_thw: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """The learned square grid of positions, resampled bilinearly to each image's grid. [P, hidden]."""
+        """Resample the learned square grid of position embeddings bilinearly to each image's grid, [P, hidden]."""
         side = int(self.sizes.num_position_embeddings**0.5)
         patches = grid_thw.prod(1)
         indices: list[Tensor] = []
@@ -107,7 +112,7 @@ class VisionTower(MegatronModule):
 
 
 class VisionLayer(MegatronModule):
-    """Pre-norm attention and MLP, residual around each. [P, hidden] -> [P, hidden]."""
+    """Pre-norm attention and MLP with residual connections: [P, hidden] -> [P, hidden]."""
 
     def __init__(self, config: TransformerConfig, layer_number: int) -> None:
         super().__init__(config=config)
@@ -125,17 +130,17 @@ class VisionLayer(MegatronModule):
 
 
 class VisionAttention(MegatronModule):
-    """Full attention inside each image, heads split over the tensor-parallel ranks.
+    """Full attention within each image, heads split over the tensor-parallel ranks.
 
-    ``linear_qkv`` is laid out by head (q, k, v of head 0, then of head 1, ...) so that a contiguous split is a split by
-    head.
+    The rows of ``linear_qkv`` are ordered by head (q, k, v of head 0, then of head 1, ...), so that tensor-parallel
+    ranks split it by head.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int) -> None:
         super().__init__(config=config)
         self.head_dim = config.kv_channels
         self.linear_qkv = _column_parallel(config, config.hidden_size, 3 * config.hidden_size)
-        self.core_attention = backend().core_attention()(
+        self.core_attention = spec_provider(config).core_attention()(
             config, layer_number=layer_number, attn_mask_type=AttnMaskType.padding, attention_type="self"
         )
         self.linear_proj = _row_parallel(config, config.hidden_size, config.hidden_size)
@@ -152,7 +157,7 @@ class VisionAttention(MegatronModule):
 
 
 class PatchMerger(MegatronModule):
-    """Fold each merge_size x merge_size block of patches into one token of the language model. [P, .] to [V, H]."""
+    """Merges each block of merge_size x merge_size patches into one visual token: [P, hidden] -> [V, H]."""
 
     def __init__(self, config: TransformerConfig, sizes: VisionSizes, normalise_merged: bool) -> None:
         super().__init__(config=config)
@@ -173,7 +178,7 @@ class PatchMerger(MegatronModule):
 
 
 def patch_coordinates(grid_thw: Tensor, merge_size: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every patch, [P] each, in the order patches come: by frame, then by merge block."""
+    """Return row and column of every patch, [P] each; patches are ordered by frame, then by merge block."""
     rows, columns = [], []
     for t, h, w in grid_thw.tolist():
         blocks = (h // merge_size, merge_size, w // merge_size, merge_size)
@@ -185,7 +190,7 @@ def patch_coordinates(grid_thw: Tensor, merge_size: int) -> tuple[Tensor, Tensor
 
 
 def _column_parallel(config: TransformerConfig, in_size: int, out_size: int) -> Any:
-    return backend().column_parallel_linear()(
+    return spec_provider(config).column_parallel_linear()(
         in_size,
         out_size,
         config=config,
@@ -198,7 +203,7 @@ def _column_parallel(config: TransformerConfig, in_size: int, out_size: int) -> 
 
 
 def _row_parallel(config: TransformerConfig, in_size: int, out_size: int) -> Any:
-    return backend().row_parallel_linear()(
+    return spec_provider(config).row_parallel_linear()(
         in_size,
         out_size,
         config=config,

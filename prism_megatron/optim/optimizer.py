@@ -14,7 +14,7 @@ from prism_megatron.config import OptimizerConfig
 
 
 def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
-    """AdamW with decoupled weight decay and gradient-norm clipping over all parallel ranks."""
+    """Build AdamW with decoupled weight decay and gradient-norm clipping over all parallel ranks."""
     dtype = chunks[0].config.params_dtype
     return get_megatron_optimizer(
         MegatronOptimizerConfig(

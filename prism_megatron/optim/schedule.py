@@ -1,4 +1,4 @@
-"""The learning rate, a pure function of the iteration."""
+"""Learning-rate schedule: a pure function of the iteration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prism_megatron.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, iteration: int, train_iters: int) -> float:
-    """Learning rate of iteration ``iteration`` (from 0): linear warm-up, then the decay down to ``min_lr``."""
+    """Return the learning rate of iteration ``iteration`` (from 0): linear warm-up, then decay to ``min_lr``."""
     warmup = round(config.warmup_fraction * train_iters)
     if iteration < warmup:
         return config.lr * (iteration + 1) / warmup

@@ -1,4 +1,4 @@
-"""One optimizer step over micro-batches, and passes without gradient, through Megatron's schedule."""
+"""Optimizer steps and evaluation over micro-batches, with Megatron's pipeline schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prism_megatron.parallel.collectives import from_last_stage, max_over_data_p
 
 @dataclass(frozen=True)
 class Stats:
-    """Detached scalars of a micro-batch to log: some are added over the global batch, of some the largest counts."""
+    """Detached scalars of a micro-batch to log: ``sums`` and ``maxima`` over the global batch."""
 
     sums: dict[str, Tensor]
     maxima: dict[str, Tensor] = field(default_factory=dict)
@@ -31,12 +31,22 @@ def train_step[Microbatch, Output](
     loss: Callable[[Microbatch, Output], tuple[Tensor, Stats]],
     lr: float,
 ) -> tuple[dict[str, float], float]:
-    """Sum the losses and gradients of all micro-batches over the data-parallel ranks, clip, step.
+    """Sum the gradients of all micro-batches over the data-parallel ranks, clip them and update the parameters.
 
-    ``forward`` runs a chunk; ``loss`` takes what the last one gives and returns a scalar whose normalisation is global
-    already (see ``loss/reduce.py``). All data-parallel ranks have equally many micro-batches. Returns the global sums
-    and maxima of what ``loss`` logs, and the gradient norm before clipping, on every rank. A gradient that is not
-    finite raises FloatingPointError, before anything of this step is saved.
+    Args:
+        chunks: This rank's model chunks.
+        optimizer: Their optimizer.
+        microbatches: This rank's micro-batches; every data-parallel rank has the same number.
+        forward: Runs a chunk on a micro-batch.
+        loss: Takes the last chunk's output and returns the loss, normalised over the global batch (``loss/reduce.py``),
+            and its statistics.
+        lr: The learning rate.
+
+    Returns:
+        The sums and maxima over the global batch and the gradient norm before clipping, on every rank.
+
+    Raises:
+        FloatingPointError: A gradient is not finite. The parameters are not updated.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
@@ -58,7 +68,7 @@ def train_step[Microbatch, Output](
 
 
 def _first_not_finite(chunks: Sequence[DistributedDataParallel]) -> str:
-    """The name of a parameter of this rank whose gradient is not finite."""
+    """Return the name of a parameter of this rank whose gradient is not finite."""
     for chunk in chunks:
         for name, parameter in chunk.module.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter.main_grad).all()):
@@ -72,14 +82,14 @@ def evaluate_step[Microbatch](
     microbatches: Sequence[Microbatch],
     forward: Callable[[Any, Microbatch], Tensor],
 ) -> list[Tensor]:
-    """What the last chunk gives for every micro-batch, on every pipeline stage, without gradient and dropout."""
+    """Return the last chunk's output for every micro-batch, on every pipeline stage, without gradient and dropout."""
     for chunk in chunks:
         chunk.eval()
 
-    def keep(_: Microbatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def return_output(_: Microbatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return output.new_zeros(()), torch.ones((), dtype=torch.int, device=output.device), output
 
-    outputs: list[Tensor] = _run(chunks, microbatches, forward, keep, forward_only=True)
+    outputs: list[Tensor] = _run(chunks, microbatches, forward, return_output, forward_only=True)
     return from_last_stage(outputs)
 
 
@@ -91,7 +101,18 @@ def _run[Microbatch](
     *,
     forward_only: bool,
 ) -> list[Any]:
-    """All micro-batches through this rank's chunks; what ``finish`` kept of each, on the last pipeline stage only."""
+    """Run Megatron's schedule over all micro-batches.
+
+    Args:
+        chunks: This rank's model chunks.
+        microbatches: This rank's micro-batches.
+        forward: Runs a chunk on a micro-batch.
+        finish: Takes a micro-batch and the last chunk's output; returns the loss, a token count and anything else.
+        forward_only: Compute no gradients.
+
+    Returns:
+        The third value of ``finish`` for every micro-batch; on other than the last pipeline stage an empty list.
+    """
 
     def forward_step(iterator: Any, chunk: Any) -> tuple[Any, Callable[[Any], Any]]:
         microbatch = next(iterator)
@@ -103,7 +124,7 @@ def _run[Microbatch](
         data_iterator=[iter(microbatches) for _ in chunks] if several else iter(microbatches),
         model=list(chunks) if several else chunks[0],
         num_microbatches=len(microbatches),
-        seq_length=1,  # sizes vary, and the stages tell each other
+        seq_length=1,  # not used: with variable lengths the stages send each tensor's shape
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -111,7 +132,7 @@ def _run[Microbatch](
 
 
 def _reduced(collected: Sequence[Stats]) -> dict[str, float]:
-    """What the last stage logged, over its micro-batches and the data-parallel ranks, on every rank."""
+    """Reduce the last stage's statistics over its micro-batches and the data-parallel ranks, for every rank."""
     sums: dict[str, float] = {}
     maxima: dict[str, float] = {}
     for stats in collected:
@@ -130,7 +151,7 @@ def _with_token_count[Microbatch, Output](
     loss: Callable[[Microbatch, Output], tuple[Tensor, Stats]], microbatch: Microbatch, output: Output
 ) -> tuple[Tensor, Tensor, Stats]:
     value, stats = loss(microbatch, output)
-    # Megatron wants a token count to divide by; ours is 1, since the normalisation is in the weights.
+    # Megatron divides by the token count; it is 1, since the loss weights contain the normalisation.
     return value, torch.ones((), dtype=torch.int, device=value.device), stats
 
 

@@ -1,4 +1,4 @@
-"""The few collectives the stages need: over the data-parallel group, down the pipeline, over everybody."""
+"""Collectives over the data-parallel group, over the pipeline stages and over all ranks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ def _data_parallel_group() -> Any:
 
 
 def sum_over_data_parallel(*values: float) -> list[float]:
-    """Sum of each value over the data-parallel ranks, in float64."""
+    """Sum each value over the data-parallel ranks, in float64."""
     total = torch.tensor(values, dtype=torch.float64, device=groups.device())
     dist.all_reduce(total, group=_data_parallel_group())
     return [float(v) for v in total]
 
 
 def max_over_data_parallel(value: float) -> float:
+    """Return the largest value of the data-parallel ranks."""
     total = torch.tensor(value, dtype=torch.float64, device=groups.device())
     dist.all_reduce(total, op=dist.ReduceOp.MAX, group=_data_parallel_group())
     return float(total)
 
 
 def max_over_ranks(value: float) -> float:
-    """Over all ranks, whatever their part in the model."""
+    """Return the largest value of all ranks."""
     total = torch.tensor(value, dtype=torch.float64, device=groups.device())
     dist.all_reduce(total, op=dist.ReduceOp.MAX)
     return float(total)
 
 
 def gather_over_data_parallel[Item](items: list[Item]) -> list[Item]:
-    """Every rank's list, concatenated in rank order, on every rank."""
+    """Concatenate the lists of the data-parallel ranks, in rank order, on every rank."""
     if groups.data_parallel_size() == 1:
         return items
     parts: list[list[Item] | None] = [None] * groups.data_parallel_size()
@@ -48,7 +49,7 @@ def gather_over_data_parallel[Item](items: list[Item]) -> list[Item]:
 
 
 def gather_over_ranks[Item](item: Item) -> list[Item]:
-    """Every rank's item, in rank order, on every rank."""
+    """Return every rank's item, in rank order, on every rank."""
     items = [item] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
@@ -72,7 +73,7 @@ def on_main_rank[Result](action: Callable[[], Result]) -> Result | None:
 
 
 def from_last_stage[Value](value: Value) -> Value:
-    """What the last pipeline stage holds, on every stage. Other stages' own ``value`` is dropped."""
+    """Return the last pipeline stage's ``value`` on every stage."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -83,10 +84,10 @@ def from_last_stage[Value](value: Value) -> Value:
     return box[0]
 
 
-def sum_over_pipeline(value: float) -> float:
-    """Sum over the pipeline stages, in float64."""
+def sum_over_pipeline(*values: float) -> list[float]:
+    """Sum each value over the pipeline stages, in float64."""
     from megatron.core import parallel_state
 
-    total = torch.tensor(value, dtype=torch.float64, device=groups.device())
+    total = torch.tensor(values, dtype=torch.float64, device=groups.device())
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return float(total)
+    return [float(v) for v in total]

@@ -1,4 +1,4 @@
-"""Context parallelism: which tokens of a packed batch a rank works on, and sums over the ranks that share a batch."""
+"""Context parallelism: the tokens of a packed batch on each rank, and collectives over the ranks of a batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def context_tokens(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
-    """Indices of a rank's tokens, [T / size] int64, in the order it holds them.
+    """Return the indices of a rank's tokens, [T / size] int64, in the rank's order.
 
-    Every sequence is cut into 2 x ``size`` equal chunks, of which a rank takes the ``rank``-th from the front and the
-    ``rank``-th from the back: under a causal mask all ranks then do the same work. Sequence lengths must be multiples
+    Every sequence is split into 2 x ``size`` equal chunks. A rank has the ``rank``-th chunk from the front and the
+    ``rank``-th from the back, so that a causal mask gives all ranks the same work. Sequence lengths must be multiples
     of 2 x ``size``.
     """
     pieces = []
@@ -26,16 +26,16 @@ def context_tokens(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
 
 
 def sum_over(values: Tensor, group: Any) -> Tensor:
-    """Sum of ``values`` over ``group``. Each rank keeps its own part of the gradient.
+    """Sum ``values`` over ``group``; the gradient is passed through.
 
-    For sums that every rank goes on to use in the same way: the gradient of that use is on every rank already.
+    For sums that every rank uses in the same way, so that every rank computes the whole gradient of the sum.
     """
     summed: Tensor = _Sum.apply(values, group)
     return summed
 
 
 def gather_sequence(values: Tensor, group: Any) -> Tensor:
-    """[T', ...] of every rank of ``group``, one after the other. The gradient is summed back to each rank's part."""
+    """Concatenate [T', ...] of the ranks of ``group``; the gradient is summed over the ranks and scattered."""
     gathered: Tensor = _Gather.apply(values, group)
     return gathered
 
@@ -62,6 +62,6 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        mine = gradient.new_empty(len(gradient) // ctx.group.size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(mine, gradient.contiguous(), group=ctx.group)
-        return mine, None
+        local = gradient.new_empty(len(gradient) // ctx.group.size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(local, gradient.contiguous(), group=ctx.group)
+        return local, None

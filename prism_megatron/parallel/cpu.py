@@ -1,8 +1,8 @@
 """The only file that knows megatron-core can run without a GPU.
 
-Megatron-core names ``torch.cuda`` directly in many places. :func:`install` gives those names a CPU meaning in this
-process, and does nothing where CUDA is available. ``groups.initialize`` calls it; modules may be imported before or
-after. Whatever a configuration flag can avoid is avoided by flag (``model/build.py``).
+Megatron-core calls ``torch.cuda`` directly in many places. :func:`install` replaces these functions by CPU ones in this
+process; with CUDA it does nothing. ``groups.initialize`` calls it; modules may be imported before or after. Only what
+no configuration flag can avoid is replaced (``model/build.py`` sets the flags).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._device import _device_constructors
+
+from prism_megatron.upstream.torch_internals import device_constructors
 
 _CPU = torch.device("cpu")
 # A TorchFunctionMode would be tidier, but it is not active inside autograd.Function.backward, where recompute runs.
@@ -25,7 +26,7 @@ _FACTORIES = (
 
 
 class _NoStream:
-    """Stands in for a CUDA stream or event: on a CPU everything has already happened."""
+    """Replacement of a CUDA stream or event: on a CPU all work is done when a function returns."""
 
     cuda_stream = 0
 
@@ -51,7 +52,7 @@ class _NoStream:
 
 
 class _DefaultGenerators:
-    """``torch.cuda.default_generators[i]``: the one CPU generator, whichever device is asked for."""
+    """Replacement of ``torch.cuda.default_generators``: the CPU generator for every device."""
 
     def __getitem__(self, index: int) -> torch.Generator:
         return torch.default_generator
@@ -59,20 +60,20 @@ class _DefaultGenerators:
 
 def install() -> None:
     """Make megatron-core run on a CPU. Idempotent; does nothing where CUDA is available."""
-    if torch.cuda.is_available() or getattr(torch.cuda, "_prism_cpu_backend", False):
+    if torch.cuda.is_available() or getattr(torch.cuda, "prism_cpu_backend", False):
         return
-    torch.cuda._prism_cpu_backend = True  # type: ignore[attr-defined]
+    torch.cuda.prism_cpu_backend = True  # type: ignore[attr-defined]
     _patch_cuda_module()
     _patch_tensor_methods()
-    # `with torch.device(...)` recognises factories by identity: let it remember the originals.
-    _device_constructors()
+    # `with torch.device(...)` recognises factories by identity: let it cache the original functions.
+    device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _patch_megatron()
 
 
 def _nothing() -> Callable[..., None]:
-    """A fresh function that does nothing: torch._dynamo refuses one object under two names of torch's."""
+    """Return a new function that does nothing: torch._dynamo refuses one function under two names of torch."""
     return lambda *args, **kwargs: None
 
 
@@ -103,7 +104,7 @@ def _patch_tensor_methods() -> None:
     tensor_type = torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # Megatron tells dtypes apart by comparing with names such as "torch.cuda.FloatTensor".
+        # Megatron distinguishes dtypes by names such as "torch.cuda.FloatTensor".
         result = tensor_type(self, dtype, *args, **kwargs) if dtype is not None else tensor_type(self)
         return result.replace("torch.", "torch.cuda.", 1) if dtype is None and ".cuda." not in result else result
 
@@ -125,40 +126,36 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_megatron() -> None:
-    import megatron.core.tensor_parallel.mappings as mappings
-    import megatron.core.tensor_parallel.random as tp_random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from prism_megatron.upstream import megatron
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # Upstream converts split sizes to host integers only when the tensor is on a GPU.
+        # Megatron converts split sizes to host integers only when the tensor is on a GPU.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    mappings._gather_along_first_dim = _uneven(mappings._gather_along_first_dim, _gather_parts)
-    mappings._reduce_scatter_along_first_dim = _uneven(mappings._reduce_scatter_along_first_dim, _reduce_scatter_parts)
-    _keep_steps(DistributedOptimizer)
-    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
-    tp_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
-    tp_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
-    # With one generator for everything, Megatron's check that the CPU state did not change always fires.
+    megatron.wrap_first_dim_collectives(
+        lambda gather: _uneven(gather, _gather_parts), lambda scatter: _uneven(scatter, _reduce_scatter_parts)
+    )
+    megatron.wrap_set_optimizer_states(_with_step)
+    megatron.replace_cuda_functions(
+        to_host, lambda *a, **k: torch.get_rng_state(), lambda state, *a, **k: torch.set_rng_state(state)
+    )
+    # There is one generator, so that Megatron's check that the CPU's random state did not change always warns.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
 
-def _keep_steps(optimizer: Any) -> None:
-    """Let the distributed optimizer restore torch's AdamW, whose step of each parameter is not among what it saves."""
-    set_states = optimizer._set_main_param_and_optimizer_states
+def _with_step(set_states: Callable[..., None]) -> Callable[..., None]:
+    """Let the distributed optimizer restore torch's AdamW, whose step per parameter it does not save."""
 
     def set_states_but_step(self: Any, parameter: Any, states: dict[str, Any]) -> None:
         set_states(self, parameter, {"step": None, **states})
 
-    optimizer._set_main_param_and_optimizer_states = set_states_but_step
+    return set_states_but_step
 
 
 def _uneven(even: Callable[..., Any], uneven: Callable[..., Any]) -> Callable[..., Any]:
-    """Gloo gathers and scatters equal parts only; experts cut over tensor-parallel ranks exchange unequal ones."""
+    """Use ``uneven`` for unequal parts, which experts split over tensor-parallel ranks exchange: gloo has none."""
 
     def mapped(input_: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
         sizes = kwargs.pop("output_split_sizes", kwargs.pop("input_split_sizes", sizes))
@@ -174,10 +171,10 @@ def _gather_parts(part: torch.Tensor, group: Any, sizes: list[int]) -> torch.Ten
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in sizes]
     torch.distributed.all_gather(parts, padded, group=group)
-    return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+    return torch.cat([gathered[:size] for gathered, size in zip(parts, sizes, strict=True)])
 
 
-def _reduce_scatter_parts(whole: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
-    summed = whole.contiguous().clone()
+def _reduce_scatter_parts(values: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
+    summed = values.contiguous().clone()
     torch.distributed.all_reduce(summed, group=group)
     return summed.split(sizes)[group.rank()]

@@ -1,4 +1,4 @@
-"""Checks of parallel degrees against a model's sizes. Imports neither torch nor Megatron."""
+"""Checks of parallel degrees against model sizes. Imports neither torch nor Megatron."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prism_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class ModelDegrees:
-    """The sizes of a model that parallel degrees must divide."""
+    """Model sizes that parallel degrees must divide."""
 
     num_layers: int
     num_attention_heads: int
@@ -22,7 +22,7 @@ class ModelDegrees:
 
 
 def check_degrees(parallel: ParallelConfig, world_size: int, model: ModelDegrees) -> None:
-    """Refuse degrees that cannot work, before anything is built. Raises UserError."""
+    """Raise UserError for degrees that do not divide the world size or the model's sizes."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
     for name, size in vars(parallel).items():
@@ -55,7 +55,7 @@ def check_degrees(parallel: ParallelConfig, world_size: int, model: ModelDegrees
 
 
 def _check_layer_split(parallel: ParallelConfig, num_layers: int) -> None:
-    """Refuse a split of the decoder that leaves a stage without layers or cannot be even."""
+    """Raise UserError for a split of the layers that is uneven or leaves a pipeline stage without layers."""
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     if pp == 1 and (vpp > 1 or first or last):
@@ -89,10 +89,10 @@ def _check_divides(name: str, count: int, degree_name: str, degree: int) -> None
 
 
 def check_engine_ranks(data_parallel_ranks: Sequence[int], engine_size: int) -> None:
-    """Refuse a tensor-parallel engine that cannot lie over the training ranks. Raises UserError.
+    """Raise UserError if the ranks of a tensor-parallel engine do not have the same rows.
 
-    The engine is cut over ``engine_size`` neighbouring ranks, which make the same requests: those of one data-parallel
-    rank, given here for every rank in order.
+    An engine is split over ``engine_size`` consecutive ranks, which must be of one data-parallel rank.
+    ``data_parallel_ranks`` has the data-parallel rank of every rank.
     """
     world_size = len(data_parallel_ranks)
     if world_size % engine_size:
@@ -104,7 +104,7 @@ def check_engine_ranks(data_parallel_ranks: Sequence[int], engine_size: int) -> 
         found = sorted(set(data_parallel_ranks[first : first + engine_size]))
         if len(found) > 1:
             raise UserError(
-                f"rollout.tensor_model_parallel_size ({engine_size}) would cut one engine over ranks {first} to "
+                f"rollout.tensor_model_parallel_size ({engine_size}) would split one engine over ranks {first} to "
                 f"{first + engine_size - 1}, which have different rows (data-parallel ranks {found}); use "
                 "parallel.tensor_model_parallel_size or a divisor of it"
             )

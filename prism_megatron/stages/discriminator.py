@@ -13,9 +13,9 @@ from torch import Tensor
 from prism_megatron.data.pairs import response_noise
 from prism_megatron.loss.discriminator import PairLoss, PairLossConfig, PairScores, gradient_penalty, pair_loss
 from prism_megatron.loss.reduce import require_finite
+from prism_megatron.model.router_stats import RouterStats
 from prism_megatron.observe import metrics as names
 from prism_megatron.optim.step import Stats, evaluate_step, train_step
-from prism_megatron.parallel.collectives import sum_over_data_parallel, sum_over_pipeline
 from prism_megatron.stages.batcher import PairBatch, PairMicrobatch
 from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.types import BRANCH_NAMES, PERCEPTION, REASONING, PackedBatch
@@ -74,18 +74,15 @@ def discriminator_step(
         return {}
     hidden_size = discriminator.sizes.text["hidden_size"]
     microbatches = [_with_noise(part, objective, hidden_size, step) for part in batch.microbatches]
-    contexts: list[Any] = []
+    router_stats = RouterStats()
 
     def forward(chunk: Any, microbatch: PairMicrobatch) -> Tensor:
-        scores: Tensor = chunk(microbatch.packed, microbatch.token_share)
-        contexts.append(chunk.module.last_context)
+        scores: Tensor = chunk(microbatch.packed, microbatch.token_share, router_stats)
         return scores
 
     loss = partial(discriminator_loss, objective, batch.rows)
     total, grad_norm = train_step(discriminator.chunks, discriminator.optimizer, microbatches, forward, loss, lr)
-    # Every pipeline stage has its own routers; with recomputation they record their statistics in the backward pass.
-    balance = sum(float(value) for context in contexts for value in context.load_balance)
-    (balance,) = sum_over_data_parallel(sum_over_pipeline(balance))
+    load_balance, routing = router_stats.over_all_ranks()
 
     def mean(key: str, branch: int) -> float | None:
         count = batch.on_policy[branch]
@@ -93,7 +90,7 @@ def discriminator_step(
 
     return {
         names.DISCRIMINATOR_LOSS: total["loss"],
-        names.LOAD_BALANCE_LOSS: balance,
+        names.LOAD_BALANCE_LOSS: load_balance,
         names.DISCRIMINATOR_GRAD_NORM: grad_norm,
         names.DISCRIMINATOR_LEARNING_RATE: lr,
         names.PERCEPTION_GAP: mean("gap", PERCEPTION),
@@ -107,7 +104,7 @@ def discriminator_step(
         names.REPLAYED_PAIRS: sum(batch.valid) - sum(batch.on_policy),
         names.CUT_PAIRS: batch.cut,
         names.GRADIENT_PENALTY: total.get("penalty"),
-        **_routing_metrics(contexts),
+        **_routing_metrics(routing),
     }
 
 
@@ -141,16 +138,14 @@ def discriminator_loss(
     return value, Stats(stats)
 
 
-def _routing_metrics(contexts: Sequence[Any]) -> dict[str, float | None]:
-    """Return expert loads and router entropy of each branch, over all layers, pipeline stages and ranks. Collective."""
-    stats = [stats for context in contexts for stats in context.routing]
-    if not stats:
-        return {}
-    local = torch.stack(stats).sum(0).double().cpu()
-    flat = sum_over_data_parallel(*(sum_over_pipeline(value) for value in local.flatten().tolist()))
+def _routing_metrics(routing: Tensor) -> dict[str, float | None]:
+    """Return the share of tokens at each expert and the mean routing entropy of each branch.
+
+    ``routing`` [2, E + 2] are the counts that :meth:`RouterStats.over_all_ranks` returns.
+    """
     metrics: dict[str, float | None] = {}
     for branch, name in ((PERCEPTION, names.PERCEPTION_ROUTER_ENTROPY), (REASONING, names.REASONING_ROUTER_ENTROPY)):
-        *loads, entropy, tokens = torch.tensor(flat).view(local.shape)[branch].tolist()
+        *loads, entropy, tokens = routing[branch].tolist()
         metrics[name] = entropy / tokens if tokens else None
         for expert, load in enumerate(loads):
             metrics[names.expert_load(BRANCH_NAMES[branch], expert)] = load / sum(loads) if tokens else None

@@ -34,7 +34,7 @@ from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.model.build import build_discriminator, build_policy, wrap_for_training
 from prism_megatron.model.fp8 import check_sizes
-from prism_megatron.model.sizes import HFSizes, check_discriminator, read_sizes
+from prism_megatron.model.sizes import HFSizes, check_num_experts, read_sizes
 from prism_megatron.observe.logger import MetricsLog
 from prism_megatron.observe.timers import Timers
 from prism_megatron.optim.optimizer import build_optimizer
@@ -227,7 +227,7 @@ def load_discriminator(config: cfg.WarmupConfig | cfg.AlignConfig, optimizer: cf
     settings = config.discriminator
     source = Path(settings.hf_checkpoint)
     sizes = read_sizes(source)
-    check_discriminator(settings, sizes)
+    check_num_experts(settings, sizes)
     table = discriminator_table(sizes, settings.num_experts, 2 if settings.experts == "dedicated" else 1)
     chunks = build_discriminator(config.model, config.parallel, settings, sizes)
     if sizes.num_experts is None:

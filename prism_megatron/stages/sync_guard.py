@@ -102,7 +102,7 @@ class SyncGuard:
             TrainingSequence(prompt, answer.token_ids) for prompt, answer in zip(self._encoded, answers, strict=True)
         ]
         batches = self._batcher.one_per_sequence(sequences)
-        logits = evaluate_step(self._policy.chunks, batches, lambda chunk, batch: chunk(batch, whole_logits=True))
+        logits = evaluate_step(self._policy.chunks, batches, lambda chunk, batch: chunk(batch, return_logits=True))
         found = [
             self._differences(prompt, answer, values)
             for prompt, answer, values in zip(self._encoded, answers, logits, strict=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import filesystem, metadata, storage, utils
+from torch.distributed.checkpoint import api, filesystem, metadata, storage, utils
 from torch.multiprocessing import reductions
 from torch.utils import _device
 
@@ -27,6 +27,7 @@ ChunkStorageMetadata = metadata.ChunkStorageMetadata
 TensorStorageMetadata = metadata.TensorStorageMetadata
 StorageInfo = filesystem._StorageInfo  # file, offset and length of an item; pickled into `.metadata`, too
 create_file_view = utils._create_file_view  # one item of a .distcp file; else torch.load reads the file to its end
+CheckpointException = api.CheckpointException  # what a save or load on several ranks raises for a rank's failure
 WriteResult = storage.WriteResult  # what a background save reports for an item; Megatron finishes the save from it
 
 # The factories that `with torch.device(...)` recognises, cached at the first call: parallel/cpu.py calls it before it

@@ -191,7 +191,7 @@ class Training:
         from prism_megatron.stages.batcher import Batcher
 
         batch = Batcher.from_config(self.processor.input_spec, config).pack(self.held_out)
-        (logits,) = evaluate_step(policy.chunks, [batch], lambda chunk, packed: chunk(packed, whole_logits=True))
+        (logits,) = evaluate_step(policy.chunks, [batch], lambda chunk, packed: chunk(packed, return_logits=True))
         return logits[batch.loss_mask.bool().to(logits.device)].log_softmax(-1)
 
 

@@ -48,7 +48,7 @@ def policy_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputS
     sequences = [training_sequence(row, spec) for row in rows]
     groups_of_rows, batches = _batches(sequences, spec, case)
 
-    logits = evaluate_step(wrapped, batches, lambda chunk, batch: chunk(batch, whole_logits=True))
+    logits = evaluate_step(wrapped, batches, lambda chunk, batch: chunk(batch, return_logits=True))
     mine = {}
     for members, batch, values in zip(groups_of_rows, batches, logits, strict=True):
         for row, start in zip(members, batch.cu_seqlens.tolist(), strict=False):

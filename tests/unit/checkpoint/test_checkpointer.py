@@ -76,8 +76,8 @@ def test_a_damaged_file_is_never_loaded(
             assert first_fault(directory / newer.name) is not None, (name, trial)
             assert Checkpointer(directory, keep=2).latest() == int(older.name[5:])
             said = capsys.readouterr().out
-            assert f"passed over {newer.name} (" in said
-            assert f"going on from iteration {int(older.name[5:])}" in said
+            assert f"skipped {newer.name} (" in said
+            assert f"resuming from iteration {int(older.name[5:])}" in said
             assert name in said
 
 
@@ -108,7 +108,7 @@ def test_nothing_whole_is_an_error(killed: tuple[Path, list[dict]], tmp_path: Pa
     for path in tmp_path.glob("iter_*/.metadata"):
         path.unlink()
     with pytest.raises(
-        ValueError, match=r"is whole: iter_\d+ \(\.metadata is missing\); iter_\d+ \(\.meta.*Remove them"
+        ValueError, match=r"is intact: iter_\d+ \(\.metadata is missing\); iter_\d+ \(\.meta.*Remove them"
     ):
         Checkpointer(tmp_path, keep=2).latest()
 

@@ -71,11 +71,11 @@ def test_megatron_takes_the_settings_for_the_decoder_only(recipe: str) -> None:
     from prism_megatron.model.build import text_config, vision_config
 
     model = fp8(recipe, 0 if recipe == "delayed" else 2, 0)
-    config = text_config(model, ParallelConfig(), sizes(), {})
+    config = text_config(model, ParallelConfig(), sizes(), {}, torch.device("cpu"))
     assert (config.fp8_recipe, config.params_dtype) == (recipe, torch.bfloat16)
     assert config.fp8 == ("e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid")
     assert config.first_last_layers_bf16 == (recipe != "delayed")
-    vision = vision_config(model, ParallelConfig(), sizes())
+    vision = vision_config(model, ParallelConfig(), sizes(), torch.device("cpu"))
     assert vision.fp8 is None
     assert vision.params_dtype == torch.bfloat16
     assert megatron_settings(ModelConfig("", precision="bf16")) == {}
