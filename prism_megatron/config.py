@@ -251,13 +251,10 @@ class AlignConfig(PolicyGradientConfig):
                 f"gradient_penalty ({self.gradient_penalty:g}) needs a gradient_penalty_std above 0, got 0; "
                 "give one, or gradient_penalty=0"
             )
-        knobs = (self.label_smoothing, self.gradient_penalty, self.replay.prompts, self.discriminator.max_branch_tokens)
-        if self.compat == "reference" and any((*knobs, self.score_std_floor)):
-            raise UserError(
-                "compat=reference is the paper's code, which has no label_smoothing, gradient_penalty, replay, "
-                "score_std_floor or discriminator.max_branch_tokens; turn them off, or use compat=fixed"
-            )
-        _check_pairs_fit(self)
+        if self.compat == "reference":
+            _check_reference(self)
+        else:
+            _check_pairs_fit(self)
 
 
 @dataclass
@@ -312,19 +309,36 @@ def sequences_per_pair(config: WarmupConfig | AlignConfig) -> int:
 
 
 def _check_pairs_fit(config: WarmupConfig | AlignConfig) -> None:
-    """Refuse micro-batches that could not take a pair of the longest prompt and branches at their limit."""
-    rollout, room, limit = config.rollout, config.max_tokens_per_microbatch, config.discriminator.max_branch_tokens
-    prompt = rollout.max_model_len - rollout.max_response_tokens
-    needed = sequences_per_pair(config) * (prompt + (limit or MIN_BRANCH_TOKENS))
-    remedy = "discriminator.max_branch_tokens"
-    if isinstance(config, AlignConfig) and config.compat == "reference":
-        needed = 2 * prompt + REFERENCE_TEACHER_TOKENS + rollout.max_response_tokens
-        remedy = "rollout.max_response_tokens and max_model_len"
+    """Refuse micro-batches without room for a pair of the longest prompt and branches at their limit."""
+    limit = config.discriminator.max_branch_tokens
+    needed = sequences_per_pair(config) * (_longest_prompt(config) + (limit or MIN_BRANCH_TOKENS))
+    _check_room_for_pairs(config, needed, "discriminator.max_branch_tokens")
+
+
+def _check_reference(config: AlignConfig) -> None:
+    """Refuse settings that the paper's code does not have, and micro-batches without room for its longest pair."""
+    settings = (config.label_smoothing, config.gradient_penalty, config.replay.prompts, config.score_std_floor)
+    if any((*settings, config.discriminator.max_branch_tokens)):
+        raise UserError(
+            "compat=reference is the paper's code, which has no label_smoothing, gradient_penalty, replay, "
+            "score_std_floor or discriminator.max_branch_tokens; turn them off, or use compat=fixed"
+        )
+    needed = 2 * _longest_prompt(config) + REFERENCE_TEACHER_TOKENS + config.rollout.max_response_tokens
+    _check_room_for_pairs(config, needed, "rollout.max_response_tokens and max_model_len")
+
+
+def _longest_prompt(config: StageConfig) -> int:
+    return config.rollout.max_model_len - config.rollout.max_response_tokens
+
+
+def _check_room_for_pairs(config: WarmupConfig | AlignConfig, needed: int, remedy: str) -> None:
+    room = config.max_tokens_per_microbatch
     if needed > room:
         raise UserError(
-            f"max_tokens_per_microbatch ({room}) must hold a demonstration beside a response, {needed} tokens with "
-            f"prompts of up to {prompt} (rollout.max_model_len - max_response_tokens) and "
-            f"discriminator.max_branch_tokens {limit}; raise it to {needed}, or lower {remedy}"
+            f"max_tokens_per_microbatch ({room}) must hold a demonstration and a response, {needed} tokens with "
+            f"prompts of up to {_longest_prompt(config)} (rollout.max_model_len - max_response_tokens) and "
+            f"discriminator.max_branch_tokens {config.discriminator.max_branch_tokens}; raise it to {needed}, "
+            f"or lower {remedy}"
         )
 
 

@@ -166,7 +166,7 @@ def test_a_list_may_be_a_single_word(text: str) -> None:
     ("override", "message"),
     [
         ("optimizer.lr=fast", "optimizer.lr takes a number, got 'fast'; for example optimizer.lr=0.002"),
-        ("run.train_iters=1.5", "run.train_iters takes a whole number, got '1.5'; for example run.train_iters=1200"),
+        ("run.train_iters=1.5", "run.train_iters takes a whole number, got '1.5'; for example run.train_iters=800"),
         ("run.save_interval=", "run.save_interval takes a whole number, got ''; for example run.save_interval=200"),
         (
             "model.recompute=maybe",
