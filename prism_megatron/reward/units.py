@@ -7,6 +7,7 @@ each scale of temperature is a dimension of its own.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -25,161 +26,78 @@ class Unit:
 
 
 _SI_PREFIXES = {"n": -9, "µ": -6, "u": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9}
-_SCALED = (
-    {"m": "metre", "g": "gram", "s": "second", "l": "litre", "L": "litre", "N": "newton", "J": "joule"}
-    | {
-        "W": "watt",
-        "Pa": "pascal",
-        "V": "volt",
-        "A": "ampere",
-        "Hz": "hertz",
-        "Ω": "ohm",
-        "mol": "mole",
-        "K": "kelvin",
-        "eV": "electronvolt",
-        "cal": "calorie",
-        "Nm": "newton metre",
-        "metre": "metre",
-        "meter": "metre",
-        "gram": "gram",
-        "liter": "litre",
-        "litre": "litre",
-        "newton": "newton",
-        "joule": "joule",
-        "watt": "watt",
-        "volt": "volt",
-        "ohm": "ohm",
-    }
-    | {
-        "米": "metre",
-        "克": "gram",
-        "秒": "second",
-        "升": "litre",
-        "牛": "newton",
-        "牛顿": "newton",
-        "焦": "joule",
-        "焦耳": "joule",
-        "瓦": "watt",
-        "瓦特": "watt",
-        "帕": "pascal",
-        "帕斯卡": "pascal",
-        "伏": "volt",
-        "伏特": "volt",
-        "安": "ampere",
-        "安培": "ampere",
-        "赫": "hertz",
-        "赫兹": "hertz",
-        "欧": "ohm",
-        "欧姆": "ohm",
-        "摩尔": "mole",
-    }
-)
-_NAMED = {
-    "inch": ("metre", "0.0254"),
-    "in": ("metre", "0.0254"),
-    "inches": ("metre", "0.0254"),
-    "ft": ("metre", "0.3048"),
-    "foot": ("metre", "0.3048"),
-    "feet": ("metre", "0.3048"),
-    "yd": ("metre", "0.9144"),
-    "yard": ("metre", "0.9144"),
-    "mi": ("metre", "1609.344"),
-    "mile": ("metre", "1609.344"),
-    "micron": ("metre", "0.000001"),
-    "lb": ("gram", "453.59237"),
-    "pound": ("gram", "453.59237"),
-    "oz": ("gram", "28.349523125"),
-    "ounce": ("gram", "28.349523125"),
-    "t": ("gram", "1000000"),
-    "tonne": ("gram", "1000000"),
-    "sec": ("second", "1"),
-    "second": ("second", "1"),
-    "min": ("second", "60"),
-    "minute": ("second", "60"),
-    "h": ("second", "3600"),
-    "hr": ("second", "3600"),
-    "hour": ("second", "3600"),
-    "day": ("second", "86400"),
-    "week": ("second", "604800"),
-    "month": ("year", "1/12"),
-    "year": ("year", "1"),
-    "yr": ("year", "1"),
-    "deg": ("degree", "1"),
-    "degree": ("degree", "1"),
-    "°": ("degree", "1"),
-    "rad": ("radian", "1"),
-    "radian": ("radian", "1"),
-    "°C": ("celsius", "1"),
-    "°F": ("fahrenheit", "1"),
-    "%": ("percent", "1"),
-    "percent": ("percent", "1"),
-    "$": ("dollar", "1"),
-    "dollar": ("dollar", "1"),
-    "USD": ("dollar", "1"),
-    "cent": ("dollar", "0.01"),
-    "¢": ("dollar", "0.01"),
-    "€": ("euro", "1"),
-    "euro": ("euro", "1"),
-    "EUR": ("euro", "1"),
-    "£": ("sterling", "1"),
-    "GBP": ("sterling", "1"),
-    "yuan": ("yuan", "1"),
-    "RMB": ("yuan", "1"),
-    "CNY": ("yuan", "1"),
-    "yen": ("yen", "1"),
-    "JPY": ("yen", "1"),
-    "₹": ("rupee", "1"),
-    "rupee": ("rupee", "1"),
-    "INR": ("rupee", "1"),
-    "mph": ("mph", "1"),
-    "Wh": ("joule", "3600"),
-    "kWh": ("joule", "3600000"),
-    "ha": ("hectare", "1"),
-    "hectare": ("hectare", "1"),
-} | {
-    "公里": ("metre", "1000"),
-    "公分": ("metre", "0.01"),
-    "英寸": ("metre", "0.0254"),
-    "英尺": ("metre", "0.3048"),
-    "码": ("metre", "0.9144"),
-    "英里": ("metre", "1609.344"),
-    "公斤": ("gram", "1000"),
-    "斤": ("gram", "500"),
-    "吨": ("gram", "1000000"),
-    "磅": ("gram", "453.59237"),
-    "盎司": ("gram", "28.349523125"),
-    "秒钟": ("second", "1"),
-    "分钟": ("second", "60"),
-    "时": ("second", "3600"),
-    "小时": ("second", "3600"),
-    "钟头": ("second", "3600"),
-    "天": ("second", "86400"),
-    "日": ("second", "86400"),
-    "周": ("second", "604800"),
-    "星期": ("second", "604800"),
-    "月": ("year", "1/12"),
-    "年": ("year", "1"),
-    "岁": ("year", "1"),
-    "弧度": ("radian", "1"),
-    "摄氏度": ("celsius", "1"),
-    "华氏度": ("fahrenheit", "1"),
-    "开尔文": ("kelvin", "1"),
-    "千瓦时": ("joule", "3600000"),
-    "公顷": ("hectare", "1"),
-    "元": ("yuan", "1"),
-    "元钱": ("yuan", "1"),
-    "块钱": ("yuan", "1"),
-    "人民币": ("yuan", "1"),
-    "角钱": ("yuan", "0.1"),
-    "分钱": ("yuan", "0.01"),
-    "美元": ("dollar", "1"),
-    "美金": ("dollar", "1"),
-    "美分": ("dollar", "0.01"),
-    "欧元": ("euro", "1"),
-    "英镑": ("sterling", "1"),
-    "日元": ("yen", "1"),
-    "卢比": ("rupee", "1"),
-}
+# Dimension: symbols and names that take SI prefixes.
+_PREFIXED = """
+metre: m metre meter 米
+gram: g gram 克
+second: s 秒
+litre: l L liter litre 升
+newton: N newton 牛 牛顿
+joule: J joule 焦 焦耳
+watt: W watt 瓦 瓦特
+pascal: Pa 帕 帕斯卡
+volt: V volt 伏 伏特
+ampere: A 安 安培
+hertz: Hz 赫 赫兹
+ohm: Ω ohm 欧 欧姆
+mole: mol 摩尔
+kelvin: K
+electronvolt: eV
+calorie: cal
+newton_metre: Nm
+"""
+# Factor and dimension: symbols and names without prefixes.
+_PLAIN = """
+0.0254 metre: inch in inches 英寸
+0.3048 metre: ft foot feet 英尺
+0.9144 metre: yd yard 码
+1609.344 metre: mi mile 英里
+0.000001 metre: micron
+1000 metre: 公里
+0.01 metre: 公分
+453.59237 gram: lb pound 磅
+28.349523125 gram: oz ounce 盎司
+1000000 gram: t tonne 吨
+1000 gram: 公斤
+500 gram: 斤
+1 second: sec second 秒钟
+60 second: min minute 分钟
+3600 second: h hr hour 时 小时 钟头
+86400 second: day 天 日
+604800 second: week 周 星期
+1/12 year: month 月
+1 year: year yr 年 岁
+1 degree: deg degree °
+1 radian: rad radian 弧度
+1 celsius: °C 摄氏度
+1 fahrenheit: °F 华氏度
+1 kelvin: 开尔文
+1 percent: % percent
+1 dollar: $ dollar USD 美元 美金
+0.01 dollar: cent ¢ 美分
+1 euro: € euro EUR 欧元
+1 sterling: £ GBP 英镑
+1 yuan: yuan RMB CNY 元 元钱 块钱 人民币
+0.1 yuan: 角钱
+0.01 yuan: 分钱
+1 yen: yen JPY 日元
+1 rupee: ₹ rupee INR 卢比
+1 mph: mph
+3600 joule: Wh
+3600000 joule: kWh 千瓦时
+1 hectare: ha hectare 公顷
+"""
+
+
+def _rows(table: str) -> Iterator[tuple[list[str], str]]:
+    """Yield the definition and each name of the lines of ``table``."""
+    for line in table.strip().splitlines():
+        definition, names = line.split(": ")
+        yield from ((definition.split(), name) for name in names.split())
+
+
+_SCALED = {name: dimension for (dimension,), name in _rows(_PREFIXED)}
+_NAMED = {name: (dimension, Fraction(factor)) for (factor, dimension), name in _rows(_PLAIN)}
 # Names with several readings; an answer is right if one reading is.
 _READINGS = (
     dict.fromkeys(("°", "deg", "degree", "degrees", "度"), ("°", "°C", "°F"))
@@ -188,7 +106,7 @@ _READINGS = (
 )
 _DERIVED = {
     "litre": Unit(Fraction(1, 1000), (("metre", 3),)),  # a cubic decimetre, so that 1 ml is 1 cm^3
-    "newton metre": Unit(Fraction(1), (("metre", 1), ("newton", 1))),
+    "newton_metre": Unit(Fraction(1), (("metre", 1), ("newton", 1))),
     "hectare": Unit(Fraction(10_000), (("metre", 2),)),
 }
 _SI_PREFIX_WORDS = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9} | {
@@ -297,7 +215,7 @@ def _simple(name: str) -> Unit | None:
     for spelled in (name, name.removesuffix("s") if len(name) > 2 else name):
         if spelled in _NAMED:
             dimension, factor = _NAMED[spelled]
-            return _unit(dimension, Fraction(factor))
+            return _unit(dimension, factor)
         if spelled in _SCALED:
             return _unit(_SCALED[spelled], Fraction(1))
         if spelled[:1] in _SI_PREFIXES and spelled[1:] in _SCALED and len(spelled) < 5:
