@@ -1,4 +1,4 @@
-"""Trains tiny discriminators on pairs of known content, and measures what test_discriminator_controls.py asserts."""
+"""Trains tiny discriminators on pairs of known content, for test_discriminator_controls.py."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ SHORT_BRANCH = 20
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Rows and their prompts, and how to make samples of them."""
+class Prompts:
+    """Rows and their encoded prompts."""
 
     processor: ChatProcessor
     rows: Sequence[Example]
     prompts: Sequence[EncodedPrompt]
 
-    def demonstrating(self, texts: Sequence[str]) -> Asked:
-        """The same rows, with other demonstrations."""
+    def with_demonstrations(self, texts: Sequence[str]) -> Prompts:
+        """Return the same rows with other demonstrations."""
         rows = []
         for row, text in zip(self.rows, texts, strict=True):
             response = parse_response(text)
             assert response is not None
             blocks = {"teacher_caption": response.caption_block, "teacher_reasoning": response.reasoning_block}
             rows.append(replace(row, response=text, **blocks))
-        return Asked(self.processor, rows, self.prompts)
+        return Prompts(self.processor, rows, self.prompts)
 
-    def answered(self, texts: Sequence[str], *, by_character: bool = False) -> list[Sample]:
-        """A response to each row, sampled as it would be tokenised, or in as many tokens as can be."""
+    def samples(self, texts: Sequence[str], *, by_character: bool = False) -> list[Sample]:
+        """Return a response to each row in its usual tokens, or in those of its characters."""
         samples = []
         for group, (row, prompt, text) in enumerate(zip(self.rows, self.prompts, texts, strict=True)):
             parts = list(text) if by_character else [text]
@@ -59,14 +59,14 @@ class Asked:
         return samples
 
 
-def fillers(asked: Asked, draw: random.Random) -> list[str]:
-    """A text to each row that says nothing, each block as long as that of some row."""
-    real = [parse_response(row.response or "") for row in asked.rows]
+def fillers(prompts: Prompts, draw: random.Random) -> list[str]:
+    """Return a text without content for each row, each block as long as that of some row."""
+    real = [parse_response(row.response or "") for row in prompts.rows]
     lengths = [
-        [len(asked.processor.encode_text(block)) for r in real if r is not None for block in (getattr(r, name),)]
+        [len(prompts.processor.encode_text(block)) for r in real if r is not None for block in (getattr(r, name),)]
         for name in ("caption", "think")
     ]
-    blocks = [["x " * draw.choice(of_rows) for of_rows in lengths] for _ in asked.rows]
+    blocks = [["x " * draw.choice(of_rows) for of_rows in lengths] for _ in prompts.rows]
     return [f"<caption>{c}</caption>\n<think>{t}</think>\n<answer>x</answer>" for c, t in blocks]
 
 
@@ -78,7 +78,7 @@ def shuffled(pairs: list[Pair], coins: random.Random) -> list[Pair]:
 def accuracy_after_warmup(
     samples: list[Sample], processor: ChatProcessor, config: cfg.AlignConfig, coins: random.Random | None = None
 ) -> dict[str, float]:
-    """Accuracy on the samples not trained on, a tie being half a win."""
+    """Return the accuracy on the samples not trained on; a tie counts half."""
     trained = load_discriminator(config, config.discriminator_optimizer)
     batcher = Batcher.from_config(processor.input_spec, config)
     pairs = METHODS[config.compat].split(samples, processor, config)[1]  # two of each sample
@@ -88,12 +88,12 @@ def accuracy_after_warmup(
         start = step * ROWS_PER_STEP % TRAINED_ROWS
         batch = batcher.pairs(pairs[2 * start : 2 * (start + ROWS_PER_STEP)], OBJECTIVE.branch_weights)
         discriminator_step(trained, batch, OBJECTIVE, 1e-3)
-    held_out = pairs[2 * TRAINED_ROWS :]
-    sample_ids = ["row"] * len(held_out)
-    gap = score(trained, batcher.scoring([p.teacher for p in held_out]), sample_ids)
-    gap -= score(trained, batcher.scoring([p.student for p in held_out]), sample_ids)
+    test_pairs = pairs[2 * TRAINED_ROWS :]
+    sample_ids = ["row"] * len(test_pairs)
+    gap = score(trained, batcher.scoring([p.teacher for p in test_pairs]), sample_ids)
+    gap -= score(trained, batcher.scoring([p.student for p in test_pairs]), sample_ids)
     wins = float((gap > 0).sum() + 0.5 * (gap == 0).sum())
-    return {"wins": wins, "pairs": len(held_out)}
+    return {"wins": wins, "pairs": len(test_pairs)}
 
 
 def compared(
@@ -124,28 +124,28 @@ def main(checkpoint: str, data: str, out: str) -> None:
     groups.initialize(config.parallel, 1)
     processor = load_processor(config)
     rows = read_sft(Path(data))
-    asked = Asked(processor, rows, processor.encode_prompts(rows))
+    prompts = Prompts(processor, rows, processor.encode_prompts(rows))
     texts = [row.response or "" for row in rows]
     draw = random.Random(0)
 
     # The student writes as the teacher does, but for one character, which every block has.
-    true = asked.answered([text.replace(":", ";") for text in texts])
-    empty = asked.demonstrating(fillers(asked, draw)).answered(fillers(asked, draw))
-    measured: dict[str, object] = {
+    true = prompts.samples([text.replace(":", ";") for text in texts])
+    empty = prompts.with_demonstrations(fillers(prompts, draw)).samples(fillers(prompts, draw))
+    metrics: dict[str, object] = {
         "true": accuracy_after_warmup(true, processor, config),
         "shuffled": accuracy_after_warmup(true, processor, config, draw),
         "filler": accuracy_after_warmup(empty, processor, config),
         "filler_reference": accuracy_after_warmup(empty, processor, reference),
     }
 
-    few = Asked(processor, rows[:2], asked.prompts[:2])
+    few = Prompts(processor, rows[:2], prompts.prompts[:2])
     long = [text.replace("<think>", "<think>" + 300 * "so ") for text in texts[:2]]
-    same = few.demonstrating(long).answered(long, by_character=True)
+    same = few.with_demonstrations(long).samples(long, by_character=True)
     trained = load_discriminator(config, config.discriminator_optimizer)
-    measured["same"] = compared(trained, same, processor, config)
-    measured["same_short"] = compared(trained, same, processor, short)
-    measured["longer"] = compared(trained, few.demonstrating(long).answered(texts[:2]), processor, short)
-    Path(out).write_text(json.dumps(measured))
+    metrics["same"] = compared(trained, same, processor, config)
+    metrics["same_short"] = compared(trained, same, processor, short)
+    metrics["longer"] = compared(trained, few.with_demonstrations(long).samples(texts[:2]), processor, short)
+    Path(out).write_text(json.dumps(metrics))
     groups.shutdown()
 
 

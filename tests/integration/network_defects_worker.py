@@ -1,4 +1,4 @@
-"""Measures on a tiny discriminator what test_network_defects.py asserts."""
+"""Runs a tiny discriminator, for test_network_defects.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from recipes.train import load
 
 def discriminator(config: cfg.AlignConfig) -> TrainableModel:
     trained = load_discriminator(config, config.discriminator_optimizer)
-    with torch.no_grad():  # heads start at zero, and would give every sequence the same score
+    with torch.no_grad():  # heads start at zero: all scores would be equal
         head = trained.chunks[-1].module.score_heads.weight
         head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
     return trained
@@ -44,7 +44,7 @@ BALANCED = {
 
 
 def balance_gradient(overrides: list[str], batch: PackedBatch, factor: float = 0.0) -> Tensor:
-    """The routers' gradients of a step whose loss is ``factor`` times the scores, in addition to load balancing."""
+    """Return the routers' gradients of a step on load balancing plus ``factor`` times the scores."""
     config = load("tiny_align", overrides)
     assert isinstance(config, cfg.AlignConfig)
     trained = discriminator(config)
@@ -61,7 +61,7 @@ def balance_gradient(overrides: list[str], batch: PackedBatch, factor: float = 0
 
 
 def gradient_penalty(trained: TrainableModel, sequence: TrainingSequence, batcher: Batcher) -> dict[str, float]:
-    """R1 of a sequence's embedded response by differentiation, and by the mean of many estimates."""
+    """Return R1 of a sequence's embedded response by differentiation, and the mean of many estimates."""
     module, std, draws = trained.chunks[0].module.eval(), 1e-3, 512
     width = trained.sizes.text["hidden_size"]
     plain = batcher.pack([sequence])
@@ -80,22 +80,22 @@ def gradient_penalty(trained: TrainableModel, sequence: TrainingSequence, batche
 
 
 def replay(config: cfg.AlignConfig, processor: ChatProcessor, rows: list[Example]) -> dict[str, object]:
-    """Content and draws of a buffer of two prompts, two responses each, after responses to three prompts."""
+    """Return content and draws of a buffer of two prompts, two responses each, after responses to three prompts."""
     config = replace(config, replay=cfg.ReplayConfig(prompts=2, responses_per_prompt=2, responses_per_iteration=3))
     buffer = Replay(rows, processor, config)
     nothing = buffer.pairs(0)
     for number in (0, 1, 0, 2, 0):
         row = rows[number]
         assert row.response is not None
-        said = Rollout((1,), (0.0,), row.response, finished=True, policy_version=None)
+        rollout = Rollout((1,), (0.0,), row.response, finished=True, policy_version=None)
         response = parse_response(row.response)
-        buffer.add([Sample(row, processor.encode_prompts([row])[0], said, response, False, 0)] * 2)
-        buffer.add([Sample(row, processor.encode_prompts([row])[0], said, None, False, 0)])
+        buffer.add([Sample(row, processor.encode_prompts([row])[0], rollout, response, False, 0)] * 2)
+        buffer.add([Sample(row, processor.encode_prompts([row])[0], rollout, None, False, 0)])
     short = replace(config, discriminator=replace(config.discriminator, max_branch_tokens=10))
     cut = Replay(rows, processor, short, buffer.responses).pairs(7)
     drawn, again = (b.pairs(7) for b in (buffer, Replay(rows, processor, config, buffer.responses)))
     return {
-        "replay_kept": {number: len(buffer.responses.get(rows[number].id, [])) for number in range(3)},
+        "replay_size": {number: len(buffer.responses.get(rows[number].id, [])) for number in range(3)},
         "replay_nothing": len(nothing),
         "replay_drawn": [(pair.sample_id, pair.branch, pair.is_on_policy) for pair in drawn],
         "replay_again": [pair.student.response_ids for pair in drawn] == [pair.student.response_ids for pair in again],
@@ -120,31 +120,31 @@ def main(checkpoint: str, data: str, out: str) -> None:
         )
     sample_ids = [str(i) for i in range(len(sequences))]
     batcher = Batcher.from_config(processor.input_spec, config)
-    measured: dict[str, object] = {}
+    metrics: dict[str, object] = {}
 
     trained = discriminator(config)
     together = score(trained, batcher.scoring(sequences), sample_ids)
     alone = [score(trained, batcher.scoring([s]), ["x"]) for s in sequences]
-    measured["spread"] = float(together.std())
-    measured["alone_differs"] = float((together - torch.cat(alone)).abs().max())
+    metrics["spread"] = float(together.std())
+    metrics["alone_differs"] = float((together - torch.cat(alone)).abs().max())
 
     packed, module = batcher.pack(sequences), trained.chunks[0].module
     with torch.no_grad():
         in_training, in_evaluation = module.train()(packed), module.eval()(packed)
-    measured["dropout_differs"] = float((in_training - in_evaluation).abs().max())
+    metrics["dropout_differs"] = float((in_training - in_evaluation).abs().max())
 
     first, second = sequences[:2]
     texts = [first.response_ids, *(s.response_ids for s in sequences[2:])]
-    started_alike = [replace(one, response_ids=ids) for ids in texts for one in (first, second)]
-    shared = score(trained, batcher.scoring(started_alike), ["x"] * len(started_alike))
-    separate = [score(trained, batcher.scoring([s]), ["x"]) for s in started_alike]
-    measured["shared_tokens"] = sum(len(batch.tokens) for batch in batcher.scoring(started_alike))
-    measured["whole_tokens"] = sum(map(len, started_alike))
-    measured["shared_spread"] = float(shared.std())
-    measured["shared_differs"] = float((shared - torch.cat(separate)).abs().max())
+    same_prompt = [replace(one, response_ids=ids) for ids in texts for one in (first, second)]
+    shared = score(trained, batcher.scoring(same_prompt), ["x"] * len(same_prompt))
+    separate = [score(trained, batcher.scoring([s]), ["x"]) for s in same_prompt]
+    metrics["shared_tokens"] = sum(len(batch.tokens) for batch in batcher.scoring(same_prompt))
+    metrics["total_tokens"] = sum(map(len, same_prompt))
+    metrics["shared_spread"] = float(shared.std())
+    metrics["shared_differs"] = float((shared - torch.cat(separate)).abs().max())
 
-    measured |= gradient_penalty(trained, sequences[1], batcher)
-    measured |= replay(config, processor, rows)
+    metrics |= gradient_penalty(trained, sequences[1], batcher)
+    metrics |= replay(config, processor, rows)
 
     batch = batcher.pack(sequences)
     for name, setting in BALANCED.items():
@@ -152,27 +152,27 @@ def main(checkpoint: str, data: str, out: str) -> None:
             balance_gradient([*overrides, *setting, f"model.recompute={recompute}"], batch)
             for recompute in ("false", "true")
         )
-        measured[f"{name}_gradient"] = float(plain.abs().max())
-        measured[f"{name}_recompute_differs"] = float((plain - recomputed).abs().max())
+        metrics[f"{name}_gradient"] = float(plain.abs().max())
+        metrics[f"{name}_recompute_differs"] = float((plain - recomputed).abs().max())
 
     half = load("tiny_align", [*overrides, "model.precision=bf16"])
     assert isinstance(half, cfg.AlignConfig)
     coarse = discriminator(half)
-    measured["head_dtype"] = str(coarse.chunks[-1].module.score_heads.weight.dtype)
+    metrics["head_dtype"] = str(coarse.chunks[-1].module.score_heads.weight.dtype)
     scores = score(coarse, Batcher.from_config(processor.input_spec, half).scoring(sequences), sample_ids)
-    measured["score_dtype"] = str(scores.dtype)
-    measured["rounded"] = bool((scores == scores.bfloat16().float()).all())
+    metrics["score_dtype"] = str(scores.dtype)
+    metrics["rounded"] = bool((scores == scores.bfloat16().float()).all())
     try:
         with torch.no_grad():
             trained.chunks[-1].module.score_heads.weight[0, 0] = float("nan")
         score(trained, batcher.scoring(sequences), sample_ids)
     except FloatingPointError as error:
-        measured["refused"] = str(error)
+        metrics["refused"] = str(error)
     try:
         balance_gradient(overrides, batch, factor=float("nan"))
     except FloatingPointError as error:
-        measured["gradient_refused"] = str(error)
-    Path(out).write_text(json.dumps(measured))
+        metrics["gradient_refused"] = str(error)
+    Path(out).write_text(json.dumps(metrics))
     groups.shutdown()
 
 
