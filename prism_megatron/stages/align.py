@@ -66,7 +66,7 @@ def run_align(config: AlignConfig) -> None:
 
         engine = start_engine(config, models.policy.source)
         sampler = Sampler(engine, processor, config, models.method.judge)
-        guard = SyncGuard(engine, models.policy, processor, rows, config)
+        guard = SyncGuard(sampler, models.policy, rows)
         for iteration in range(stage.start, run.train_iters):
             local_rows = local_batch(rows, config.prompts_per_iteration, iteration, run.seed)
             with stage.timers("sync"):

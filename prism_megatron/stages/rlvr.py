@@ -53,7 +53,7 @@ def run_rlvr(config: RLVRConfig) -> None:
 
         engine = start_engine(config, policy.source)
         sampler = Sampler(engine, processor, config, METHODS[config.compat].judge)
-        guard = SyncGuard(engine, policy, processor, rows, config)
+        guard = SyncGuard(sampler, policy, rows)
         for iteration in range(stage.start, run.train_iters):
             with stage.timers("sync"):
                 guard.push(iteration)

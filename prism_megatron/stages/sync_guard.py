@@ -8,17 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from prism_megatron.config import StageConfig
 from prism_megatron.convert.transfer import export_manifest, export_plan, export_weights
-from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.optim.step import evaluate_step
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks, max_over_ranks
-from prism_megatron.rollout.interface import CACHES, Engine, Sampling
+from prism_megatron.rollout.interface import CACHES, Sampling
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.batcher import Batcher
-from prism_megatron.stages.rollouts import PolicyWeights, push_weights
+from prism_megatron.stages.rollouts import PolicyWeights, Sampler, push_weights
 from prism_megatron.stages.setup import TrainableModel
 from prism_megatron.types import EncodedPrompt, Example, Message, Rollout, RolloutRequest
 
@@ -36,29 +34,15 @@ class SyncGuard:
     a large difference, however small the training steps are.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        policy: TrainableModel,
-        processor: ChatProcessor,
-        rows: Sequence[Example],
-        config: StageConfig,
-    ) -> None:
-        """Encode the two probe prompts.
-
-        Args:
-            engine: The rollout engine to push to.
-            policy: The model whose weights are pushed.
-            processor: Encodes the probes.
-            rows: The probes are the first row with an image and text of the first row.
-            config: Gives the interval and the tolerance.
-        """
+    def __init__(self, sampler: Sampler, policy: TrainableModel, rows: Sequence[Example]) -> None:
+        """Guard the sampler's engine; the two prompts are the first of ``rows`` with an image, and repeated text."""
+        engine, processor, config = sampler.engine, sampler.processor, sampler.config
         self._engine, self._policy, self._config = engine, policy, config
         self._batcher = Batcher.from_config(processor.input_spec, config)
         self._limit = config.rollout.guard_max_logprob_diff or _TOLERANCE[config.model.precision]
-        self._syncs = 0
+        self._pushes = 0
         if config.rollout.guard_interval:
-            probes = [_with_image(rows), _longer_than(engine.cache_block_tokens, rows, processor, config)]
+            probes = [_with_image(rows), _longer_than(engine.cache_block_tokens, rows, sampler)]
             self._encoded = processor.encode_prompts(probes)
             self._requests = [RolloutRequest(processor.prompt_ids(p.messages), p.images, seed=0) for p in probes]
 
@@ -68,12 +52,12 @@ class SyncGuard:
         Raises RuntimeError if engine and trainer disagree, naming the first parameter that differs or the stale cache.
         """
         rollout = self._config.rollout
-        due = rollout.guard_interval and self._syncs % rollout.guard_interval == 0
-        if not self._syncs:
+        due = rollout.guard_interval and self._pushes % rollout.guard_interval == 0
+        if not self._pushes:
             plan = export_plan(self._policy.chunks, self._policy.table, rollout.sync_bucket_mib << 20)
             if groups.is_main_rank():
                 print(plan, flush=True)
-        self._syncs += 1
+        self._pushes += 1
         if due:
             with _halved(self._policy):
                 push_weights(self._engine, self._policy, version, rollout)
@@ -87,7 +71,7 @@ class SyncGuard:
     def _check(self, version: int) -> None:
         if not (difference := self._difference()) <= self._limit:  # also raises for NaN
             raise RuntimeError(
-                f"sync {version}: engine and trainer differ by {difference:.2g} nats on a greedy token, more than "
+                f"push {version}: engine and trainer differ by {difference:.2g} nats on a greedy token, more than "
                 f"{self._limit:g}: {self._diagnosis(version)}"
             )
 
@@ -154,9 +138,9 @@ def _with_image(rows: Sequence[Example]) -> Example:
     return next((row for row in rows if row.images), rows[0])
 
 
-def _longer_than(tokens: int, rows: Sequence[Example], processor: ChatProcessor, config: StageConfig) -> Example:
+def _longer_than(tokens: int, rows: Sequence[Example], sampler: Sampler) -> Example:
     """Make a text prompt of more than ``tokens`` tokens, or the longest the engine accepts."""
-    room = config.rollout.max_model_len - _TOKENS
+    processor, room = sampler.processor, sampler.config.rollout.max_model_len - _TOKENS
     text = rows[0].messages[-1].content.replace("<image>", "").strip()
 
     def repeated(times: int) -> Example:

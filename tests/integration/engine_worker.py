@@ -166,6 +166,7 @@ def guard_findings(
     """Error of the sync guard for each parameter or cache that a sync left out."""
     from prism_megatron.config import apply_overrides
     from prism_megatron.rollout import transfer_backend
+    from prism_megatron.stages.rollouts import Sampler
     from prism_megatron.stages.setup import load_policy
     from prism_megatron.stages.sync_guard import SyncGuard
     from recipes import STAGE_RECIPES
@@ -174,7 +175,7 @@ def guard_findings(
     config = apply_overrides(
         STAGE_RECIPES["tiny_rlvr"](), [f"model.hf_checkpoint={checkpoint}", degree, "rollout.guard_interval=1"]
     )
-    guard = SyncGuard(engine, load_policy(config), processor, rows, config)
+    guard = SyncGuard(Sampler(engine, processor, config), load_policy(config), rows)
     found = {}
 
     def push(label: str) -> None:

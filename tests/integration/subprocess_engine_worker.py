@@ -136,10 +136,11 @@ def said_of_damage(config: RLVRConfig, engine: Any, policy: Any, processor: Any,
 
     While it looks for the parameter the engine is killed, with weights on their way to it.
     """
+    from prism_megatron.stages.rollouts import Sampler
     from prism_megatron.stages.sync_guard import SyncGuard
 
     rollout = replace(config.rollout, guard_interval=1, sync_checksums=False)
-    guard = SyncGuard(engine, policy, processor, rows, replace(config, rollout=rollout))
+    guard = SyncGuard(Sampler(engine, processor, replace(config, rollout=rollout)), policy, rows)
     guard.push(3)
     if engine._processes is not None:
         send, transport = engine._processes.send, engine._processes._transport
