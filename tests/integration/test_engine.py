@@ -62,7 +62,7 @@ def check_guard(found: dict[str, str]) -> None:
     assert "its encoder cache still has results of earlier weights" in found["encoder cache"]
     # It holds prepared pixels, no result of a weight: left in place it changes no answer.
     assert "multimodal cache" not in found
-    assert "first model.language_model.embed_tokens.weight" in found["tied output"]
+    assert "the first is model.language_model.embed_tokens.weight" in found["tied output"]
     assert "weight_loader" in found["layerwise reload"], "vLLM cannot load into what it has packed"
     for lost in ("layers.1.self_attn.v_proj.weight", "blocks.1.norm1.weight", "embed_tokens.weight"):
         assert re.search(rf"1 of the engine's parameters .* the first is \S*{re.escape(lost)}$", found[lost])
