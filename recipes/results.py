@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prism_megatron import config as cfg
-from prism_megatron.files import write_atomic
+from prism_megatron.files import directory_written_atomically, write_atomic
 from recipes.pipeline import BASELINE, Step
 
 
@@ -26,11 +25,8 @@ def collect_results(run_dir: Path, steps: Sequence[Step]) -> None:
             last = last if step.name == BASELINE else stage / "hf"
     write_atomic(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if last is not None:
-        partial = run_dir / ".hf.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(last, partial)
-        shutil.rmtree(run_dir / "hf", ignore_errors=True)
-        os.replace(partial, run_dir / "hf")
+        with directory_written_atomically(run_dir / "hf") as partial:
+            shutil.copytree(last, partial, dirs_exist_ok=True)
 
 
 def write_study(study_dir: Path, run_dirs: Sequence[Path]) -> str:

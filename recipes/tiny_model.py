@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prism_megatron.data.response import SYSTEM_PROMPT
 from prism_megatron.data.shapes import sample_texts
 from prism_megatron.errors import UserError
+from prism_megatron.files import directory_written_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer, Qwen3VLProcessor
@@ -137,13 +136,10 @@ def make_tiny_model(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     disable_progress_bar()
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(temporary, out)
+    with directory_written_atomically(out) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
     return out
 
 

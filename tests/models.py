@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from prism_megatron.convert.hf_io import save_hf
 from recipes.tiny_model import MOE_CONFIG, TEXT_CONFIG, VISION_CONFIG, VOCAB_SIZE, make_tiny_model
 
 SUITES = (
@@ -147,3 +150,9 @@ def _as_transformers_4(config: dict[str, Any]) -> None:
             part["torch_dtype"] = part.pop("dtype")
     if "num_local_experts" in text:
         text["num_experts"] = text.pop("num_local_experts")
+
+
+def save_tensors(directory: Path, tensors: Mapping[str, Tensor], template: Path, **options: Any) -> None:
+    """Write a checkpoint directory of tensors in memory; ``options`` are those of :func:`save_hf`."""
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    save_hf(directory, shapes, tensors.items(), template, **options)

@@ -13,13 +13,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.convert.rules import PARTS
+from prism_megatron.observe.progress import ProgressBar
 
 if TYPE_CHECKING:
     from prism_megatron.convert.convert_checkpoint import Converted, Report
@@ -29,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command. A user's mistake or a broken checkpoint is one line on stderr and exit status 2."""
     args = _parser().parse_args(arguments)
     try:
-        with _progress(args.command) as report:
-            done = _convert(args, report)
+        with ProgressBar(args.command, is_bytes=True) as bar:
+            done = _convert(args, bar.update)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,16 +50,6 @@ def _convert(args: argparse.Namespace, report: Report) -> Converted:
         )
         return hf_to_megatron(args.hf, args.out, parallel, report=report)
     return megatron_to_hf(args.megatron, args.out, args.template, args.part, args.verify, report=report)
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Report]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +22,6 @@ from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import HFSizes, check_num_experts, read_sizes
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from prism_megatron.convert.hf_io import HFWeights
     from prism_megatron.convert.transfer import TensorSource
 
@@ -50,8 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def upcycle(args: argparse.Namespace) -> None:
     """Write the discriminator's HF directory (spec 8.2), in the dtype of the dense model but for the score heads."""
+    import torch
+
     from prism_megatron.convert.hf_io import HFWeights, save_hf
     from prism_megatron.convert.qwen3_vl import discriminator_table
+    from prism_megatron.convert.rules import SCORE_HEAD
     from prism_megatron.convert.transfer import check_source
 
     sizes = read_sizes(args.hf)
@@ -74,7 +73,10 @@ def upcycle(args: argparse.Namespace) -> None:
         check_source(table, source)
         dtype = weights.lazy("model.language_model.norm.weight").dtype
         names = list(dict.fromkeys(name for rule in table for name in rule.hf))
-        save_hf(args.out, _named(source, names, dtype), args.hf, changes)
+        dtypes = dict.fromkeys(names, dtype) | {SCORE_HEAD: torch.float32}
+        shapes = {name: (tuple(source.lazy(name).shape), dtypes[name]) for name in names}
+        tensors = ((name, source[name].to(dtypes[name])) for name in names)
+        save_hf(args.out, shapes, tensors, args.hf, changes)
 
 
 def _source(
@@ -90,15 +92,6 @@ def _source(
     if not args.init_score_head:
         raise UserError(f"{args.hf} has experts already; --init-score-head gives it the score heads it may lack")
     return WithScoreHead(weights, heads, sizes.text["hidden_size"], args.seed), {}
-
-
-def _named(source: TensorSource, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    import torch
-
-    from prism_megatron.convert.rules import SCORE_HEAD
-
-    for name in names:
-        yield name, source[name].to(torch.float32 if name == SCORE_HEAD else dtype)
 
 
 def language_model_loss(directory: Path, text: str) -> float:

@@ -23,11 +23,10 @@ from megatron.core import dist_checkpointing
 
 from prism_megatron.checkpoint.optimizer_state import restore, saved_state, state_to_load
 from prism_megatron.checkpoint.writer import results_in, take_digests
-from prism_megatron.convert.hf_io import replace_directory
 from prism_megatron.convert.load_checkpoint import first_common_fault, load_weights_of, sharded_weights
 from prism_megatron.convert.manifest import digest_file, write_manifest
 from prism_megatron.errors import SharedError, UserError
-from prism_megatron.files import fsync, write_atomic
+from prism_megatron.files import fsync, replace_directory, write_atomic
 from prism_megatron.parallel import groups
 from prism_megatron.upstream.megatron import AsyncCallsQueue, CheckpointingException
 from prism_megatron.upstream.torch_internals import CheckpointException

@@ -1,15 +1,14 @@
-"""Whole checkpoints from HF to Megatron and back, tensor by tensor, with neither a model nor ranks.
+"""Conversion of checkpoints between HF and Megatron, one tensor at a time, without a model or ranks.
 
-Both directions check every tensor's name, shape and values, leave a manifest with checksums, go on where an interrupted
-run stopped and let the directory appear under its name only when it is complete. A converted Megatron directory keeps
-the HF directory's other files, so training starts from it as from the HF one.
+Both directions verify every tensor's name, shape and values, write a manifest with checksums, continue after an
+interruption, and rename the directory to its name when it is complete. Every file is hashed once: the output while it
+is written. A converted Megatron directory contains the other files of the HF directory, so training starts from either.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.convert.export_plan import units
-from prism_megatron.convert.hf_io import HFWeights, StoredTensor, check_finite, copy_side_files, replace_directory
+from prism_megatron.convert.hf_io import HFWeights, StoredTensor, check_finite, copy_side_files
 from prism_megatron.convert.manifest import (
     JOURNAL,
     TensorEntry,
@@ -34,20 +33,21 @@ from prism_megatron.convert.manifest import (
 )
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import EMBEDDING, OUTPUT, PARTS, SCORE_HEAD, Rule
-from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, ShardWriter
-from prism_megatron.convert.torch_dist import TorchDistReader, TorchDistWriter, place, whole_shapes
+from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, ShardWriter, TensorSpec
+from prism_megatron.convert.torch_dist import TorchDistReader, TorchDistWriter, sharded_key, whole_shapes
 from prism_megatron.convert.transfer import check_source, check_tied
 from prism_megatron.errors import UserError
-from prism_megatron.files import fsync, write_atomic
+from prism_megatron.files import directory_written_atomically, write_atomic
 from prism_megatron.model.sizes import HFSizes, read_sizes
 
-_INPUTS = "inputs.json"  # what an unfinished directory is made from
-Report = Callable[[int, int], object]  # called with bytes done and bytes in all
+_INPUTS = "inputs.json"  # inputs of a conversion that is not finished
+_FORMAT = 2  # of its journal
+Report = Callable[[int, int], object]  # called with converted bytes and all bytes
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished directory and what is in it."""
+    """A finished directory and its HF tensors."""
 
     directory: Path
     tensors: list[TensorEntry]
@@ -64,11 +64,20 @@ def hf_to_megatron(
     file_bytes: int = 1 << 30,
     report: Report = lambda done, total: None,
 ) -> Converted:
-    """Write ``out`` as a distributed checkpoint that loads at any layout and needs no resharding at ``parallel``'s.
+    """Write ``out`` as a distributed checkpoint that loads at any layout, without resharding at ``parallel``.
 
-    Parameters are stored in the blocks that tensor-parallel ranks hold, and a pipeline stage begins a file; layers and
-    experts are blocks of their own at any degree. Raises UserError at tensors that are missing, extra, of another
-    shape or not finite, and where ``parallel`` does not fit the model.
+    Parameters are stored in the blocks of tensor-parallel ranks, and each pipeline stage begins a file. Layers and
+    experts are separate blocks at any degree.
+
+    Args:
+        hf: HF checkpoint directory.
+        out: directory to write; must not exist.
+        parallel: layout whose shards are stored.
+        file_bytes: size at which a file is ended.
+        report: called after each tensor.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of another shape or not finite, or ``parallel`` does not fit the model.
     """
     sizes = read_sizes(hf)
     with HFWeights(hf) as weights:
@@ -82,7 +91,7 @@ def hf_to_megatron(
         }
         if about["stores_tied_output"]:
             check_tied(weights[EMBEDDING], weights[OUTPUT])
-        with _unfinished(out, {"hf": _fingerprint(hf), "parallel": asdict(parallel)}) as partial:
+        with _resumable(out, {"hf": _fingerprint(hf), "parallel": asdict(parallel)}) as partial:
             writer = TorchDistWriter(partial, f"{part}.", parallel.tensor_model_parallel_size, file_bytes)
             names = {name for rule in table for name in rule.hf}
             total = sum(_bytes(weights.lazy(name)) for name in names)
@@ -115,37 +124,51 @@ def megatron_to_hf(
     shard_bytes: int = 5 << 30,
     report: Report = lambda done, total: None,
 ) -> Converted:
-    """Write ``out`` as an HF checkpoint from a converted directory or from one iteration of a training run.
+    """Write ``out`` as an HF checkpoint.
 
-    ``template`` gives config, tokenizer and processor to the latter; ``part`` tells policy and discriminator apart.
-    With ``verify`` every tensor must be, bit by bit, that of another HF directory. Raises UserError as
-    :func:`hf_to_megatron`, and for files that do not have their checksums.
+    Args:
+        megatron: converted directory, or one iteration of a training run.
+        out: directory to write; must not exist.
+        template: HF directory with config, tokenizer and processor; by default ``megatron``.
+        part: policy or discriminator, if the checkpoint contains both.
+        verify: HF directory that every tensor must equal bit by bit.
+        shard_bytes: largest size of a file.
+        report: called after each tensor.
+
+    Raises:
+        UserError: as in :func:`hf_to_megatron`, or a file does not have its checksum.
     """
     if fault := first_fault(megatron):
         raise UserError(f"{megatron}: {fault}; convert or save it again")
     template = template or megatron
     sizes = read_sizes(template)
-    about = read_manifest(megatron)  # whole, as was just checked
+    about = read_manifest(megatron)
     with TorchDistReader(megatron) as reader:
         stored = reader.tensors()
         prefix = f"{part or about.get('part') or _only_part(megatron, stored)}."
         table = _stored_table(sizes, stored, prefix)
         _check_stored(table, stored, prefix)
         swapped = bool(about.get("experts_swapped"))
-        with _unfinished(out, {"megatron": _fingerprint(megatron), "template": _fingerprint(template)}) as partial:
-            writer = ShardWriter(partial, shard_bytes)
-            outputs = list(_outputs(table, _LastRead(reader, prefix), stored, swapped))
-            if about.get("stores_tied_output"):
-                outputs += [replace(output, name=OUTPUT) for output in outputs if output.name == EMBEDDING]
-            total = sum(output.bytes for output in outputs)
+        outputs = list(_outputs(table, _LastRead(reader, prefix), stored, swapped))
+        if about.get("stores_tied_output"):
+            outputs += [
+                replace(output, spec=output.spec._replace(name=OUTPUT))
+                for output in outputs
+                if output.spec.name == EMBEDDING
+            ]
+        specs = [output.spec for output in outputs]
+        inputs = {"megatron": _fingerprint(megatron), "template": _fingerprint(template), "shard_bytes": shard_bytes}
+        with _resumable(out, inputs) as partial:
+            writer = ShardWriter(partial, specs, shard_bytes)
+            total = sum(spec.bytes for spec in specs)
             done = {entry.name for entry in writer.entries}
             count = sum(entry.bytes for entry in writer.entries)
             for output in outputs:
-                if output.name not in done:
-                    count += writer.add(output.name, output.dtype, output.shape, output.parts()).bytes
+                if output.spec.name not in done:
+                    count += writer.add(output.spec.name, output.parts()).bytes
                     report(count, total)
-            files = digest_files(partial, [*writer.finish(), *copy_side_files(template, partial, {})])
-            _check_complete({output.name for output in outputs}, writer.entries)
+            files = writer.finish() | digest_files(partial, copy_side_files(template, partial, {}))
+            _check_complete({spec.name for spec in specs}, writer.entries)
             _check_unchanged(about["tensors"], writer.entries)
             if verify is not None:
                 verify_against(verify, writer.entries)
@@ -155,21 +178,15 @@ def megatron_to_hf(
 
 @dataclass(frozen=True)
 class _Output:
-    """An HF tensor to be, and its values part by part."""
+    """An HF tensor to write; ``parts`` reads its values in consecutive parts."""
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    spec: TensorSpec
     parts: Callable[[], Iterator[Tensor]]
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass
 class _LastRead:
-    """Reads parameters and keeps the last one, which several HF tensors may be made of."""
+    """Reader of parameters that caches the last one, which several HF tensors may consist of."""
 
     reader: TorchDistReader
     prefix: str
@@ -178,8 +195,8 @@ class _LastRead:
 
     def __call__(self, rule: Rule) -> Tensor:
         if self.parameter is None or self.name != rule.megatron:
-            self.parameter = None  # before the next takes its memory
-            self.parameter = rule.layout.trimmed(self.reader.read(place(rule), self.prefix))
+            self.parameter = None  # frees its memory first
+            self.parameter = rule.layout.trimmed(self.reader.read(sharded_key(rule), self.prefix))
             check_finite(rule.megatron, self.parameter)
             self.name = rule.megatron
         return self.parameter
@@ -192,7 +209,7 @@ def _outputs(
     swapped: bool,
 ) -> Iterator[_Output]:
     for unit in units(table):
-        dtype = stored[read.prefix + place(unit[0]).key][1]
+        dtype = stored[read.prefix + sharded_key(unit[0]).key][1]
         for position, (name, shape) in enumerate(zip(unit[0].hf, unit[0].shapes, strict=True)):
             if unit[0].expert is not None and swapped:
                 shape = (shape[0], shape[2], shape[1])
@@ -202,11 +219,11 @@ def _outputs(
                     tensor = rule.layout.split(read(rule))[position]
                     yield tensor.T if rule.expert is not None and swapped else tensor
 
-            yield _Output(name, dtype, shape, parts)
+            yield _Output(TensorSpec(name, shape, dtype), parts)
 
 
 def _store(unit: list[Rule], weights: HFWeights, writer: TorchDistWriter) -> list[TensorEntry]:
-    """Write the parameters of one unit; returns what their HF tensors were, as they are stored."""
+    """Write the parameters of one unit; returns the entries of their HF tensors."""
     tensors = [weights.lazy(name) for name in unit[0].hf]
     digests = [hashlib.sha256() for _ in tensors]
     swapped = unit[0].expert is not None and weights.experts_swapped
@@ -215,7 +232,7 @@ def _store(unit: list[Rule], weights: HFWeights, writer: TorchDistWriter) -> lis
             parts = [source[:] for source in rule.sources(tensors)]
             for part in parts:
                 check_finite(", ".join(rule.hf), part)
-            # While the writer takes the file's checksum of the same values, laid out otherwise.
+            # Meanwhile the writer hashes the same values in Megatron's order, for the file's checksum.
             hashed = [hashing.submit(_hash, *pair, swapped) for pair in zip(digests, parts, strict=True)]
             writer.add(rule, rule.layout.join(parts))
             for one in hashed:
@@ -227,12 +244,12 @@ def _store(unit: list[Rule], weights: HFWeights, writer: TorchDistWriter) -> lis
 
 
 def _hash(digest: Any, tensor: Tensor, swapped: bool) -> None:
-    """Append a tensor's values as they are stored."""
+    """Update a digest with a tensor's values as they are stored."""
     digest.update((tensor.T if swapped else tensor).contiguous().flatten().view(torch.uint8).numpy())
 
 
 def verify_against(hf: Path, entries: Sequence[TensorEntry]) -> None:
-    """Raises UserError unless an HF directory holds exactly these tensors, bit by bit."""
+    """Raise UserError unless an HF directory contains exactly these tensors, bit by bit."""
     with HFWeights(hf) as weights:
         _check_complete(weights.names, entries)
         for entry in entries:
@@ -273,21 +290,21 @@ def _stored_table(sizes: HFSizes, stored: dict[str, tuple[tuple[int, ...], torch
 
 
 def _only_part(directory: Path, stored: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
-    held = [part for part in PARTS if any(key.startswith(f"{part}.") for key in stored)]
-    if len(held) != 1:
-        raise UserError(f"{directory} holds {' and '.join(held) or 'no model'}; say which with --part")
-    return held[0]
+    parts = [part for part in PARTS if any(key.startswith(f"{part}.") for key in stored)]
+    if len(parts) != 1:
+        raise UserError(f"{directory} holds {' and '.join(parts) or 'no model'}; say which with --part")
+    return parts[0]
 
 
 def _check_stored(table: Sequence[Rule], stored: dict[str, tuple[tuple[int, ...], torch.dtype]], prefix: str) -> None:
     expected = {prefix + key: shape for key, shape in whole_shapes(table).items()}
-    filled_up = {prefix + place(rule).key for rule in table if rule.layout.rows is not None}
-    held = {key: shape for key, (shape, _) in stored.items() if key.startswith(prefix)}
-    _compare("the checkpoint", expected.keys(), held.keys())
+    padded = {prefix + sharded_key(rule).key for rule in table if rule.layout.rows is not None}
+    found = {key: shape for key, (shape, _) in stored.items() if key.startswith(prefix)}
+    _compare("the checkpoint", expected.keys(), found.keys())
     for key, shape in expected.items():
-        fits = held[key] == shape or (key in filled_up and held[key][0] > shape[0] and held[key][1:] == shape[1:])
+        fits = found[key] == shape or (key in padded and found[key][0] > shape[0] and found[key][1:] == shape[1:])
         if not fits:
-            raise UserError(f"{key} has shape {held[key]}, not {shape}; config.json is of another model")
+            raise UserError(f"{key} has shape {found[key]}, not {shape}; config.json is of another model")
 
 
 def _check_complete(names: set[str], entries: Sequence[TensorEntry]) -> None:
@@ -295,15 +312,15 @@ def _check_complete(names: set[str], entries: Sequence[TensorEntry]) -> None:
     assert len(entries) == len(names), "a tensor was written twice"
 
 
-def _compare(what: str, expected: Collection[str], held: Collection[str]) -> None:
-    if missing := sorted(set(expected) - set(held)):
+def _compare(what: str, expected: Collection[str], found: Collection[str]) -> None:
+    if missing := sorted(set(expected) - set(found)):
         raise UserError(f"{what} lacks {len(missing)} tensors of this model: {', '.join(missing[:3])}")
-    if extra := sorted(set(held) - set(expected)):
-        raise UserError(f"{what} holds {len(extra)} tensors this model has no place for: {', '.join(extra[:3])}")
+    if extra := sorted(set(found) - set(expected)):
+        raise UserError(f"{what} has {len(extra)} tensors that this model does not have: {', '.join(extra[:3])}")
 
 
 def _check_unchanged(before: Sequence[TensorEntry], after: Sequence[TensorEntry]) -> None:
-    """What was converted once must come back as it was; a training checkpoint has no before."""
+    """Raise UserError if a tensor differs from the one that was converted; a training checkpoint lists none."""
     known = {entry.name: entry for entry in before}
     for entry in after:
         if known and entry.name in known and known[entry.name] != entry:
@@ -328,32 +345,30 @@ def _check_layout(parallel: ParallelConfig, sizes: HFSizes) -> None:
 
 
 def _stage(rule: Rule, sizes: HFSizes, parallel: ParallelConfig) -> int:
-    """Pipeline stage of a parameter, for the choice of its file."""
+    """Return the pipeline stage of a parameter, for the choice of its file."""
     if not rule.megatron.startswith("decoder.layers."):
         return parallel.pipeline_model_parallel_size - 1 if rule.megatron.startswith(("decoder.", "output_")) else 0
     per_stage = -(-sizes.text["num_hidden_layers"] // parallel.pipeline_model_parallel_size)
-    return int(place(rule).lead[0] // per_stage)
+    return int(sharded_key(rule).lead[0] // per_stage)
 
 
 def _fingerprint(directory: Path) -> list[list[Any]]:
-    """What tells whether an interrupted run had the same input."""
+    """Return paths, sizes and times of the input files, to recognise an interrupted conversion of the same input."""
     files = [path for path in sorted(directory.resolve().iterdir()) if path.is_file()]
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 @contextmanager
-def _unfinished(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
-    """A directory beside ``out`` that becomes ``out`` at the end; that of an interrupted run is taken up again."""
+def _resumable(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
+    """Yield a directory that becomes ``out`` at the end, resuming an interrupted conversion of the same inputs."""
     if out.exists():
         raise UserError(f"{out} exists; remove it or give another --out")
-    partial = out.with_name(f".{out.name}.partial")
-    note, text = partial / _INPUTS, json.dumps(inputs)
-    if not note.is_file() or note.read_text() != text:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_atomic(note, text)
-    yield partial
-    for name in (JOURNAL, _INPUTS):
-        (partial / name).unlink(missing_ok=True)
-    fsync(partial)
-    replace_directory(partial, out)
+    text = json.dumps({"format": _FORMAT, **inputs})
+    note = out.with_name(f".{out.name}.partial") / _INPUTS
+    resume = note.is_file() and note.read_text() == text
+    with directory_written_atomically(out, resume) as partial:
+        if not resume:
+            write_atomic(partial / _INPUTS, text)
+        yield partial
+        for name in (JOURNAL, _INPUTS):
+            (partial / name).unlink()

@@ -1,16 +1,16 @@
-"""HF checkpoint directories: reading tensors by the names of the table, writing a complete directory at once.
+"""Reading and writing of HF checkpoint directories, by the tensor names of the released checkpoints.
 
-Every writer's dialect is read. Names and shapes are those of the released checkpoints, which both transformers and vLLM
-open: experts stacked input-first, [E, H, gate | up] and [E, I, H]. ``save_pretrained`` writes them output-first.
+The reader accepts the formats of all known writers. Names and shapes are those of the released checkpoints, which
+transformers and vLLM load: experts stacked input-first, [E, H, gate | up] and [E, I, H]. ``save_pretrained`` of
+transformers 5 writes them output-first.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,23 @@ from torch import Tensor
 
 from prism_megatron.convert.manifest import JOURNAL, digest_files, write_manifest
 from prism_megatron.convert.rules import SCORE_HEAD
-from prism_megatron.convert.safetensors_writer import DTYPES, ShardWriter
+from prism_megatron.convert.safetensors_writer import DTYPES, INDEX, ShardWriter, TensorSpec
 from prism_megatron.errors import UserError
-from prism_megatron.files import fsync
+from prism_megatron.files import directory_written_atomically, fsync
 
-INDEX = "model.safetensors.index.json"
 _UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".distcp")
 _NOT_SIDE_FILES = ("config.json", "metadata.json", "manifest.json")
 _VALUE_HEAD_NAMES = (SCORE_HEAD, "v_head.summary.weight")
 _CHECKED_AT_ONCE = 1 << 22  # elements
-_MAPPED_BYTES = 64 << 20  # pages of read files stay in memory until the file is opened again
+_MAPPED_BYTES = 64 << 20  # read pages stay in memory until the file is closed
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, of which only what is indexed is read.
+    """A tensor in a safetensors file. Indexing it reads that part of the file.
 
-    ``swapped``: the file holds the last two axes the other way round.
+    ``swapped``: in the file, the last two axes are transposed.
     """
 
     files: OpenFiles
@@ -53,20 +52,20 @@ class StoredTensor:
         stored = self.files.read(self.file, self.name)
         if not self.swapped:
             return stored[index]
-        given = index if isinstance(index, tuple) else (index,)
-        first, rows, columns = given + (slice(None),) * (3 - len(given))
+        axes = index if isinstance(index, tuple) else (index,)
+        first, rows, columns = axes + (slice(None),) * (3 - len(axes))
         return stored[first, columns, rows].transpose(-1, -2)
 
 
 class OpenFiles:
-    """Memory-mapped safetensors files, opened again now and then so that mapped pages do not add up."""
+    """Memory-mapped safetensors files, closed now and then so that mapped pages do not accumulate."""
 
     def __init__(self) -> None:
         self._open: dict[Path, Any] = {}
         self._mapped = 0
 
     def header(self, path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor. Raises UserError if the file is damaged or holds another kind of number."""
+        """Return shape and dtype of every tensor. Raises UserError for a damaged file or an unsupported dtype."""
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -107,10 +106,10 @@ class _Counted:
 
 
 class HFWeights:
-    """The tensors of an HF checkpoint directory, read piece by piece (close it when done).
+    """Tensors of an HF checkpoint directory, read in parts. A context manager.
 
-    ``experts_swapped`` tells the dialect its experts are stored in. Raises UserError, naming the file, when the
-    directory has no weights, a file is damaged or missing, or the index and the files disagree.
+    ``experts_swapped``: the experts are stored output-first. Raises UserError, naming the file, if the directory has no
+    weights, a file is damaged or missing, or the index and the files disagree.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -119,7 +118,7 @@ class HFWeights:
         stored: dict[str, StoredTensor] = {}
         for path in _weight_files(directory):
             for name, (shape, dtype) in self._files.header(path).items():
-                canonical = name.removeprefix("base_model.")  # how the released trainer's wrapper saves a backbone
+                canonical = name.removeprefix("base_model.")  # the released trainer saves a backbone with this prefix
                 if canonical in stored:
                     raise UserError(f"{directory}: {canonical} is in {stored[canonical].file.name} and in {path.name}")
                 stored[canonical] = StoredTensor(self._files, path, name, shape, dtype)
@@ -145,7 +144,7 @@ class HFWeights:
         return set(self._tensors)
 
     def lazy(self, name: str) -> StoredTensor | Tensor:
-        """Shape, dtype and, when indexed, values of one tensor."""
+        """Return a tensor with its shape and dtype; indexing it reads its values."""
         if name not in self._tensors:
             raise UserError(f"{self.directory} has no tensor {name}; is it a checkpoint of another model?")
         return self._tensors[name]
@@ -154,22 +153,22 @@ class HFWeights:
         return self.lazy(name)[:]
 
     def _add_value_head(self) -> None:
-        """The score head may lie beside the shards, under trl's name (spec 8.2)."""
+        """Add a score head that is stored in a file of its own, with trl's name (spec 8.2)."""
         for path in (self.directory / "value_head.safetensors", self.directory / "value_head.pt"):
             if not path.is_file():
                 continue
             try:
-                # weights_only: a pickle from elsewhere may hold tensors and nothing that runs.
-                held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+                # weights_only: unpickling must not execute code.
+                stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
             except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"{path} is damaged or truncated ({reason}); copy it again") from error
-            names = [n for n in _VALUE_HEAD_NAMES if n in held]
+            names = [n for n in _VALUE_HEAD_NAMES if n in stored]
             if len(names) != 1:
-                raise UserError(f"{path} holds {sorted(held)}; it must hold one of {', '.join(_VALUE_HEAD_NAMES)}")
-            known = self._tensors.setdefault(SCORE_HEAD, held[names[0]])
-            if not torch.equal(known[:].float(), held[names[0]].float()):
-                raise UserError(f"{path} and {SCORE_HEAD} of {self.directory} differ; remove the one that is not meant")
+                raise UserError(f"{path} holds {sorted(stored)}; it must hold one of {', '.join(_VALUE_HEAD_NAMES)}")
+            known = self._tensors.setdefault(SCORE_HEAD, stored[names[0]])
+            if not torch.equal(known[:].float(), stored[names[0]].float()):
+                raise UserError(f"{path} and {SCORE_HEAD} of {self.directory} differ; remove one of them")
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -191,9 +190,9 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _experts_swapped(directory: Path, shapes: dict[str, Sequence[int]]) -> bool:
-    """Whether stacked experts are output-first ([E, 2I, H] and [E, H, I]), told by the two shapes together.
+    """Return whether stacked experts are output-first ([E, 2I, H] and [E, H, I]), from the two shapes together.
 
-    One of them alone can be square; that both readings fit both shapes is impossible.
+    One of them alone can be square, but both orders cannot fit both shapes.
     """
     found = set()
     for name, up in shapes.items():
@@ -214,7 +213,7 @@ def _experts_swapped(directory: Path, shapes: dict[str, Sequence[int]]) -> bool:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises UserError if a value is infinite or not a number."""
+    """Raise UserError if a value is infinite or not a number."""
     for piece in torch.split(tensor.detach().flatten(), _CHECKED_AT_ONCE):
         if piece.is_floating_point() and not bool(torch.isfinite(torch.stack(torch.aminmax(piece))).all()):
             raise UserError(f"{name} holds values that are infinite or not a number; this checkpoint is broken")
@@ -222,33 +221,43 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 def save_hf(
     directory: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     tensors: Iterable[tuple[str, Tensor]],
     template: Path,
     config_changes: dict[str, Any] | None = None,
     shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write a checkpoint directory that HF and vLLM load; every file but the weights comes from ``template``.
+    """Write a checkpoint directory that HF and vLLM load, with a manifest of checksums.
 
-    ``config_changes`` is merged into the template's ``config.json``. The directory appears only when complete, with a
-    manifest of checksums; one that was there before is replaced. Raises UserError at a value that is not finite.
+    The directory appears when it is complete, and replaces one of that name.
+
+    Args:
+        directory: path to write.
+        shapes: shape and dtype of every tensor by name, in the order of ``tensors``.
+        tensors: names and full tensors, each written before the next is requested.
+        template: directory that all files other than weights are copied from.
+        config_changes: changes to the ``config.json`` of ``template``; dictionaries in it are merged.
+        shard_bytes: largest size of a file.
+
+    Raises:
+        UserError: a value is infinite or not a number.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writer = ShardWriter(partial, shard_bytes)
-    for name, tensor in tensors:
-        check_finite(name, tensor)
-        writer.add(name, tensor.dtype, tensor.shape, [tensor])
-    names = [*writer.finish(), *copy_side_files(template, partial, config_changes or {})]
-    (partial / JOURNAL).unlink()
-    for name in names:
-        fsync(partial / name)
-    write_manifest(partial, digest_files(partial, names), writer.entries)
-    replace_directory(partial, directory)
+    specs = [TensorSpec(name, shape, dtype) for name, (shape, dtype) in shapes.items()]
+    with directory_written_atomically(directory) as partial:
+        writer = ShardWriter(partial, specs, shard_bytes)
+        for name, tensor in tensors:
+            check_finite(name, tensor)
+            writer.add(name, [tensor])
+        files = writer.finish()
+        (partial / JOURNAL).unlink()
+        side_files = copy_side_files(template, partial, config_changes or {})
+        for name in side_files:
+            fsync(partial / name)
+        write_manifest(partial, files | digest_files(partial, side_files), writer.entries)
 
 
 def copy_side_files(template: Path, directory: Path, config_changes: dict[str, Any]) -> list[str]:
-    """Copy tokenizer, processor, templates, licence: all but weights, byte for byte. Returns their names."""
+    """Copy tokenizer, processor, templates and licence, everything except weights. Returns the file names."""
     names = [
         path.name
         for path in sorted(template.iterdir())
@@ -266,17 +275,6 @@ def copy_side_files(template: Path, directory: Path, config_changes: dict[str, A
         text = json.dumps(_merged(config, config_changes), indent=2) + "\n"
         (directory / "config.json").write_text(text)
     return [*names, "config.json"]
-
-
-def replace_directory(new: Path, place: Path) -> None:
-    """Put ``new`` where ``place`` is. There is never a moment with half of either."""
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(new, place)
-    fsync(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""What a directory of weights holds, with checksums: written last, checked before anything is believed.
+"""The manifest of a directory of weights: sizes and checksums of its files, written last and verified before use.
 
-Imports no torch, so that a launcher may look at a directory.
+Imports no torch, since launchers read manifests.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -19,13 +20,13 @@ from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 
 MANIFEST = "manifest.json"
-JOURNAL = "journal.jsonl"  # of a directory that is not finished
-_THREADS = 8  # that read and hash files at once
+JOURNAL = "journal.jsonl"  # finished files of a directory that is being written
+_THREADS = 8
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """An HF tensor. ``sha256`` is of its values in C order, whatever file they are in."""
+    """An HF tensor. ``sha256`` is the checksum of its values in C order, independent of the file."""
 
     name: str
     dtype: str
@@ -33,11 +34,48 @@ class TensorEntry:
     bytes: int
     sha256: str
 
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> TensorEntry:
+        return cls(**{**entry, "shape": tuple(entry["shape"])})
+
 
 @dataclass(frozen=True)
 class FileEntry:
+    """Size and checksum of a file."""
+
     bytes: int
     sha256: str
+
+
+class HashedFile(io.RawIOBase):
+    """A file that is only appended to, and the checksum of its content. It is on disk when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.position = path, 0
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        written = self._file.write(data)
+        self.position += written
+        return written
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        super().close()
+
+    @property
+    def entry(self) -> FileEntry:
+        """Size and checksum of what was written so far."""
+        return FileEntry(self.position, self._digest.hexdigest())
 
 
 def digest_file(path: Path) -> FileEntry:
@@ -47,7 +85,7 @@ def digest_file(path: Path) -> FileEntry:
 
 
 def digest_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Sizes and checksums of files, several read at a time."""
+    """Sizes and checksums of files, which are read in several threads."""
     ordered = list(names)
     with ThreadPoolExecutor(_THREADS) as threads:
         return dict(zip(ordered, threads.map(lambda name: digest_file(directory / name), ordered), strict=True))
@@ -59,7 +97,7 @@ def write_manifest(
     tensors: Iterable[TensorEntry] = (),
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``manifest.json``; until it is there, whole and on disk, the directory counts as unfinished."""
+    """Write ``manifest.json``; a directory without one is incomplete."""
     content = {
         **(about or {}),
         "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
@@ -69,7 +107,7 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Raises UserError if there is none or it cannot be read."""
+    """Read ``manifest.json``, with ``FileEntry`` and ``TensorEntry`` objects. Raises UserError without a valid one."""
     path = directory / MANIFEST
     if not path.is_file():
         raise UserError(f"it has no {MANIFEST}: it was never finished")
@@ -79,7 +117,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if text != _text({key: value for key, value in content.items() if key != "sha256"}):
             raise UserError("its own checksum is wrong")
         files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-        tensors = [TensorEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in content["tensors"]]
+        tensors = [TensorEntry.from_json(entry) for entry in content["tensors"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path.name} is damaged ({error})") from error
     return {**content, "files": files, "tensors": tensors}
@@ -91,9 +129,10 @@ def _text(content: Mapping[str, Any]) -> str:
 
 
 def first_fault(directory: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with the files of a directory, or None: each must have the size and checksum of the manifest.
+    """Describe the first file that is missing or differs from the manifest in size or checksum; None if all match.
 
-    ``part`` of ``parts`` checksums only its share, so that many ranks check a large checkpoint together.
+    Checksums are verified for one of ``parts`` equal shares of the files, so that many ranks verify a large checkpoint
+    together.
     """
     try:
         files: dict[str, FileEntry] = read_manifest(directory)["files"]
@@ -109,24 +148,6 @@ def first_fault(directory: Path, part: int = 0, parts: int = 1) -> str | None:
     return f"{wrong[0]} does not have its checksum" if wrong else None
 
 
-def append_line(journal: Path, content: Any) -> None:
-    """Note a step that is done, on disk before this returns."""
-    with journal.open("a") as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(journal: Path) -> list[Any]:
-    """The steps done by an interrupted run; a line that the interruption cut short is removed."""
-    if not journal.is_file():
-        return []
-    lines = journal.read_text().split("\n")
-    if lines.pop():
-        journal.write_text("".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
-
-
 def is_converted(directory: Path) -> bool:
-    """Whether the weights are Megatron's instead of safetensors."""
+    """Return whether the weights are in Megatron's format instead of safetensors."""
     return (directory / ".metadata").is_file()

@@ -1,116 +1,141 @@
-"""Writing safetensors shards one tensor at a time: nothing but the piece in hand is in memory.
+"""Writer of safetensors shards, one tensor at a time, with no more than a part of a tensor in memory.
 
-The format puts its header first. Room for it is left at the start of each shard and filled, with spaces up to the data,
-when the shard is closed.
+A file begins with its header. All shapes are therefore given first, and the shards planned from them; the checksum of a
+file is then computed while it is written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prism_megatron.convert.manifest import JOURNAL, TensorEntry, append_line, read_lines
+from prism_megatron.convert.manifest import JOURNAL, FileEntry, HashedFile, TensorEntry
+from prism_megatron.files import JSONLines, read_json_lines
 
+INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_HEADER_ROOM = 1 << 17
-_ENTRY_ROOM = 96  # of a header entry, without its name
+_ALIGNMENT = 8  # bytes, of the data behind the header
+
+
+class TensorSpec(NamedTuple):
+    """Name, shape and dtype of a tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class ShardWriter:
-    """The safetensors files of a directory, with their index. ``entries`` says what was written.
+    """The safetensors files of a directory, and their index.
 
-    Each closed shard is noted in a journal: a writer opened on the same directory goes on after the last one.
+    Each finished shard is recorded in a journal: a writer of the same tensors in the same directory continues with the
+    next shard.
+
+    Attributes:
+        entries: the tensors written so far, in order.
+        files: sizes and checksums of the finished shards by file name.
     """
 
-    def __init__(self, directory: Path, shard_bytes: int) -> None:
-        self.directory, self.shard_bytes = directory, shard_bytes
-        self.shards: list[list[TensorEntry]] = [
-            [TensorEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in shard]
-            for shard in read_lines(directory / JOURNAL)
-        ]
-        self._header: dict[str, Any] = {}
-        self._current: list[TensorEntry] = []
-        self._file: IO[bytes] | None = None
-        self._offset = 0
+    def __init__(self, directory: Path, tensors: Sequence[TensorSpec], shard_bytes: int) -> None:
+        self.directory = directory
+        self.entries: list[TensorEntry] = []
+        self.files: dict[str, FileEntry] = {}
+        shards = plan_shards(tensors, shard_bytes)
+        count = len(shards)
+        names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+        self._shards = dict(zip(names if count > 1 else ["model.safetensors"], shards, strict=True))
+        self._journal = JSONLines(directory / JOURNAL, durable=True)
+        for line in read_json_lines(directory / JOURNAL):
+            self.files[line["file"]] = FileEntry(**line["entry"])
+            self.entries += [TensorEntry.from_json(entry) for entry in line["tensors"]]
+        self._pending = iter([(name, shard) for name, shard in self._shards.items() if name not in self.files])
+        self._file: HashedFile | None = None
+        self._remaining: list[TensorSpec] = []
 
-    @property
-    def entries(self) -> list[TensorEntry]:
-        return [entry for shard in self.shards for entry in shard] + self._current
-
-    def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], parts: Iterable[Tensor]) -> TensorEntry:
-        """Append a tensor given as consecutive parts of its C-order values."""
-        size = prod(shape) * dtype.itemsize
-        room = sum(len(key) + _ENTRY_ROOM for key in (*self._header, name))
-        if self._file is not None and (self._offset + size > self.shard_bytes or room > _HEADER_ROOM):
-            self._close()
+    def add(self, name: str, parts: Iterable[Tensor]) -> TensorEntry:
+        """Append the next planned tensor, given as consecutive parts of its C-order values."""
         if self._file is None:
-            self._file = (self.directory / _shard_name(len(self.shards))).open("wb")
-            self._file.seek(_HEADER_ROOM)
-        digest, written = hashlib.sha256(), 0
+            self._open()
+        assert self._file is not None
+        spec = self._remaining.pop(0)
+        assert spec.name == name, f"{name} given, {spec.name} is next"
+        digest, start = hashlib.sha256(), self._file.position
         with ThreadPoolExecutor(1) as hashing:
             for part in parts:
-                assert part.dtype == dtype, (name, part.dtype, dtype)
+                assert part.dtype == spec.dtype, (name, part.dtype, spec.dtype)
                 data = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-                hashed = hashing.submit(digest.update, data)
+                hashed = hashing.submit(digest.update, data)  # while the file hashes and writes the same bytes
                 self._file.write(data)
                 hashed.result()  # no more than one part in memory
-                written += data.nbytes
-        assert written == size, f"{name}: {written} bytes given, {size} announced"
-        kind = DTYPE_NAMES[dtype]
-        self._header[name] = {
-            "dtype": kind,
-            "shape": list(shape),
-            "data_offsets": [self._offset, self._offset + size],
-        }
-        self._offset += size
-        entry = TensorEntry(name, kind, tuple(shape), size, digest.hexdigest())
-        self._current.append(entry)
+        written = self._file.position - start
+        assert written == spec.bytes, f"{name}: {written} bytes given, {spec.bytes} planned"
+        entry = TensorEntry(name, DTYPE_NAMES[spec.dtype], spec.shape, spec.bytes, digest.hexdigest())
+        self.entries.append(entry)
+        if not self._remaining:
+            self._close()
         return entry
 
-    def finish(self) -> list[str]:
-        """Close the last shard, give the files their final names and write the index. Returns the file names."""
-        if self._file is not None or not self.shards:
-            self._close()
-        count = len(self.shards)
-        files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
-        files = files if count > 1 else ["model.safetensors"]
-        for number, file in enumerate(files):
-            if (self.directory / _shard_name(number)).is_file():  # not renamed by an interrupted run
-                os.replace(self.directory / _shard_name(number), self.directory / file)
-        if count == 1:
-            return files
-        weight_map = {entry.name: file for file, shard in zip(files, self.shards, strict=True) for entry in shard}
-        index = {"metadata": {"total_size": sum(e.bytes for e in self.entries)}, "weight_map": weight_map}
-        (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        return [*files, "model.safetensors.index.json"]
+    def finish(self) -> dict[str, FileEntry]:
+        """Write the index, if there are several shards; returns all files and their checksums."""
+        assert self._file is None, f"{self._remaining[0].name} was planned and not written"
+        assert len(self.files) == len(self._shards)
+        self._journal.close()
+        if len(self._shards) == 1:
+            return self.files
+        weight_map = {spec.name: name for name, shard in self._shards.items() for spec in shard}
+        index = {"metadata": {"total_size": sum(entry.bytes for entry in self.entries)}, "weight_map": weight_map}
+        with HashedFile(self.directory / INDEX) as file:
+            file.write((json.dumps(index, indent=2) + "\n").encode())
+        return {**self.files, INDEX: file.entry}
+
+    def _open(self) -> None:
+        """Begin the next shard with its header."""
+        name, shard = next(self._pending)
+        self._file, self._remaining = HashedFile(self.directory / name), list(shard)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for spec in shard:
+            offsets = [offset, offset + spec.bytes]
+            header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            offset += spec.bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        self._file.write(len(text).to_bytes(8, "little") + text)
 
     def _close(self) -> None:
-        if self._file is None:
-            self._file = (self.directory / _shard_name(len(self.shards))).open("wb")
-            self._file.seek(_HEADER_ROOM)
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")).encode()
-        room = _HEADER_ROOM - 8
-        assert len(header) <= room
-        self._file.seek(0)
-        self._file.write(room.to_bytes(8, "little") + header.ljust(room))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Finish the current shard and record it."""
+        assert self._file is not None
         self._file.close()
-        append_line(self.directory / JOURNAL, [asdict(entry) for entry in self._current])
-        self.shards.append(self._current)
-        self._header, self._current, self._file, self._offset = {}, [], None, 0
+        name, entry = self._file.path.name, self._file.entry
+        tensors = self.entries[-len(self._shards[name]) :]
+        self._journal.append({"file": name, "entry": asdict(entry), "tensors": [asdict(tensor) for tensor in tensors]})
+        self.files[name] = entry
+        self._file = None
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}"
+def plan_shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    """Split tensors, in order, into shards of at most ``shard_bytes``, or of a single larger tensor."""
+    assert tensors, "no tensors to write"
+    shards: list[list[TensorSpec]] = []
+    size = 0
+    for spec in tensors:
+        if not shards or size + spec.bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.bytes
+    return shards

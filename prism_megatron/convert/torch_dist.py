@@ -1,14 +1,11 @@
-"""Megatron's distributed checkpoints without ranks: whole parameters in and out of ``torch_dist`` files, one at a time.
+"""Reader and writer of Megatron's ``torch_dist`` checkpoints, one full parameter at a time, without ranks.
 
-What is written here is what ``megatron.core.dist_checkpointing`` reads, at any parallel layout. Parameters of equal
-layers (and experts) are stored under one key, with the layer (and expert) number as leading axes.
+``megatron.core.dist_checkpointing`` reads these checkpoints at any parallel layout. Parameters of equal layers (and
+experts) are stored under one key, with the layer (and expert) number as leading axes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from prism_megatron.convert.manifest import JOURNAL, FileEntry, TensorEntry, append_line, digest_file, read_lines
+from prism_megatron.convert.manifest import JOURNAL, FileEntry, HashedFile, TensorEntry, digest_file
 from prism_megatron.convert.rules import Rule
 from prism_megatron.convert.safetensors_writer import DTYPE_NAMES, DTYPES
 from prism_megatron.errors import UserError
-from prism_megatron.files import fsync
+from prism_megatron.files import JSONLines, fsync, read_json_lines
 from prism_megatron.upstream.megatron import CheckpointingConfig, save_config
 from prism_megatron.upstream.torch_internals import (
     BytesStorageMetadata,
@@ -42,21 +39,21 @@ from prism_megatron.upstream.torch_internals import (
 
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)(\..*)")
 _EXPERT = re.compile(r"(.*\.experts)\.local_experts\.(\d+)(\..*)")
-_COMMON = "common_state/shard_0_1"  # Megatron's place for what is not a tensor
-_BLOCK_BYTES = 64 << 20  # blocks are read and written whole
+_COMMON = "common_state/shard_0_1"  # Megatron's key of everything that is not a tensor
+_BLOCK_BYTES = 64 << 20  # a block is read and written at once
 _METADATA, _CONFIG = ".metadata", "metadata.json"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a parameter lies: under ``key``, at ``lead`` of the leading axes."""
+class ShardedKey:
+    """A parameter's key in Megatron's sharded state dict, and its index ``lead`` along the leading axes."""
 
     key: str
     lead: tuple[int, ...]
 
 
-def place(rule: Rule) -> Place:
-    """The key of Megatron's sharded state dict for a parameter, and its layer and expert."""
+def sharded_key(rule: Rule) -> ShardedKey:
+    """Return the key of a parameter, with its layer and expert numbers as the index."""
     lead: list[int] = []
     name = rule.megatron
     if match := _LAYER.fullmatch(name):
@@ -65,24 +62,24 @@ def place(rule: Rule) -> Place:
     if match := _EXPERT.fullmatch(name):
         name = f"{match[1]}.experts{match[3]}"
         lead.append(int(match[2]))
-    return Place(name, tuple(lead))
+    return ShardedKey(name, tuple(lead))
 
 
 def whole_shapes(table: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
-    """Shape of every key, leading axes included."""
+    """Return the shape of every key, including the leading axes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in table:
         if not rule.tied:
-            where = place(rule)
+            where = sharded_key(rule)
             counts = tuple(number + 1 for number in where.lead)  # the last of each key has the highest numbers
             shapes[where.key] = (*counts, *rule.shard_shape(1))
     return shapes
 
 
 class TorchDistReader:
-    """The tensors of a distributed checkpoint, in whatever blocks they were saved (close it when done).
+    """Reader of the tensors of a distributed checkpoint, saved at any layout. A context manager.
 
-    Raises UserError if the directory is not one.
+    Raises UserError if the directory is no such checkpoint.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -108,11 +105,11 @@ class TorchDistReader:
         self._files.clear()
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Whole shape and dtype of every key."""
+        """Return the full shape and the dtype of every key."""
         return {key: (tuple(entry.size), entry.properties.dtype) for key, entry in self._entries.items()}
 
-    def read(self, where: Place, prefix: str) -> Tensor:
-        """One parameter, put together from its blocks; its own memory, and one block more, is all that is used."""
+    def read(self, where: ShardedKey, prefix: str) -> Tensor:
+        """Read one full parameter. Memory: the parameter and one block."""
         key, depth = prefix + where.key, len(where.lead)
         entry = self._entries[key]
         whole = torch.empty(tuple(entry.size)[depth:], dtype=entry.properties.dtype)
@@ -128,7 +125,7 @@ class TorchDistReader:
         return whole
 
     def _chunks(self, key: str, depth: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
-        """Blocks of a key by the leading numbers they hold."""
+        """Return the blocks of a key by their index along the leading axes."""
         if (key, depth) not in self._index:
             index: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
             for chunk in self._entries[key].chunks:
@@ -149,7 +146,7 @@ class TorchDistReader:
 
 @dataclass(frozen=True)
 class _Block:
-    """A piece of a key, and where its bytes are."""
+    """A part of a key's tensor, and its bytes in a file."""
 
     key: str
     dtype: str
@@ -168,61 +165,61 @@ class _File:
 
 
 class TorchDistWriter:
-    """The files of a distributed checkpoint. Parameters are cut into the shards of ``tensor_parallel_size`` ranks.
+    """Writer of a distributed checkpoint. Parameters are stored as the shards of ``tensor_parallel_size`` ranks.
 
-    Each closed file is noted in a journal: a writer opened on the same directory goes on after the last one.
+    Each finished file is recorded in a journal: a writer in the same directory continues after it.
     """
 
     def __init__(self, directory: Path, prefix: str, tensor_parallel_size: int, file_bytes: int) -> None:
         self.directory, self.prefix, self.parts, self.file_bytes = directory, prefix, tensor_parallel_size, file_bytes
-        self._files = [_file(line) for line in read_lines(directory / JOURNAL)]
-        self._stream: _HashedFile | None = None
+        self._journal = JSONLines(directory / JOURNAL, durable=True)
+        self._files = [_file(line) for line in read_json_lines(directory / JOURNAL)]
+        self._stream: HashedFile | None = None
         self._blocks: list[_Block] = []
         self._tensors: list[TensorEntry] = []
 
     @property
     def entries(self) -> list[TensorEntry]:
-        """The HF tensors of all files."""
+        """Return the HF tensors of all files."""
         return [entry for file in self._files for entry in file.tensors] + self._tensors
 
     def add(self, rule: Rule, parameter: Tensor) -> None:
-        """Write one whole parameter, in blocks that are shards or, of large ones, rows of shards."""
-        where = place(rule)
+        """Write one full parameter, in blocks: its shards, or rows of large shards."""
+        where = sharded_key(rule)
         stream = self._open()
         for starts, block in blocks(rule, parameter, self.parts):
             offset = stream.position
-            # A block is often a view; only its own values must be saved.
+            # torch.save would save all of the tensor that the block is a view of.
             torch.save(block.reshape(*(1,) * len(where.lead), *block.shape).clone(), cast("IO[bytes]", stream))
             sizes = (*(1,) * len(where.lead), *block.shape)
             length, dtype = stream.position - offset, DTYPE_NAMES[parameter.dtype]
             self._blocks.append(_Block(self.prefix + where.key, dtype, (*where.lead, *starts), sizes, offset, length))
 
     def end_tensors(self, entries: Iterable[TensorEntry]) -> None:
-        """Note which HF tensors were just completed, and begin another file if this one is large enough."""
+        """Record the HF tensors that were just completed, and end the file if it is large enough."""
         self._tensors += entries
         if self._stream is not None and self._stream.position >= self.file_bytes:
             self.close_file()
 
     def close_file(self) -> None:
-        """End the current file, if there is one, for good."""
+        """End the current file, if there is one, and record it."""
         if self._stream is None:
             return
-        name, entry = self._stream.close()
-        file = _File(name, entry, self._tensors, self._blocks)
-        append_line(self.directory / JOURNAL, asdict(file))
+        self._stream.close()
+        file = _File(self._stream.path.name, self._stream.entry, self._tensors, self._blocks)
+        self._journal.append(asdict(file))
         self._files.append(file)
         self._stream, self._blocks, self._tensors = None, [], []
 
     def finish(self, table: Sequence[Rule]) -> dict[str, FileEntry]:
-        """Write what makes the files a checkpoint. Returns all files and their checksums."""
+        """Write the files that describe the others; returns all files and their checksums."""
         self.close_file()
-        common = _HashedFile(self.directory / "common.distcp")
-        # Megatron keeps what is not a tensor as a list of one dictionary.
-        torch.save([{}], cast("IO[bytes]", common))
-        length = common.position
-        name, entry = common.close()
+        self._journal.close()
+        with HashedFile(self.directory / "common.distcp") as common:
+            torch.save([{}], cast("IO[bytes]", common))  # Megatron stores everything else as a list of one dictionary
+        name = common.path.name
         shapes = {self.prefix + key: shape for key, shape in whole_shapes(table).items()}
-        storage: dict[MetadataIndex, StorageInfo] = {MetadataIndex(_COMMON): StorageInfo(name, 0, length)}
+        storage: dict[MetadataIndex, StorageInfo] = {MetadataIndex(_COMMON): StorageInfo(name, 0, common.position)}
         tensors: dict[str, TensorStorageMetadata] = {}
         for file in self._files:
             for block in file.blocks:
@@ -232,30 +229,31 @@ class TorchDistWriter:
                 tensors.setdefault(block.key, empty).chunks.append(ChunkStorageMetadata(offsets, sizes))
                 storage[MetadataIndex(block.key, offsets)] = StorageInfo(file.name, block.offset, block.length)
         for key, shape in shapes.items():
-            held = sum(chunk.sizes.numel() for chunk in tensors[key].chunks)
-            assert held == prod(shape), (key, held, shape)
+            stored = sum(chunk.sizes.numel() for chunk in tensors[key].chunks)
+            assert stored == prod(shape), (key, stored, shape)
         metadata = Metadata(
             {_COMMON: BytesStorageMetadata(), **tensors}, storage_data=storage, storage_meta=StorageMeta()
         )
-        with (self.directory / _METADATA).open("wb") as file_:
-            pickle.dump(metadata, file_)
+        with HashedFile(self.directory / _METADATA) as described:
+            pickle.dump(metadata, described)
         save_config(CheckpointingConfig("torch_dist"), str(self.directory))
-        for path in (self.directory / _METADATA, self.directory / _CONFIG):
-            fsync(path)
+        fsync(self.directory / _CONFIG)
         return {
-            name: entry,
+            name: common.entry,
             **{file.name: file.entry for file in self._files},
-            **{name: digest_file(self.directory / name) for name in (_METADATA, _CONFIG)},
+            _METADATA: described.entry,
+            _CONFIG: digest_file(self.directory / _CONFIG),
         }
 
-    def _open(self) -> _HashedFile:
+    def _open(self) -> HashedFile:
         if self._stream is None:
-            self._stream = _HashedFile(self.directory / f"__{len(self._files)}_0.distcp")
+            number = 1 + max((int(file.name.split("_")[2]) for file in self._files), default=-1)
+            self._stream = HashedFile(self.directory / f"__{number}_0.distcp")
         return self._stream
 
 
 def blocks(rule: Rule, parameter: Tensor, parts: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """(Start along each axis, values) of each block: shards of ``parts`` ranks, cut further by rows where large."""
+    """Yield (start along each axis, values) of each block: shards of ``parts`` ranks, large ones split by rows."""
     layout = rule.layout
     count = 1 if layout.axis is None else layout.megatron_sections * (parts if rule.expert is None else 1)
     axis = layout.megatron_axis
@@ -272,35 +270,7 @@ def blocks(rule: Rule, parameter: Tensor, parts: int) -> Iterator[tuple[tuple[in
         start += shard.shape[axis]
 
 
-class _HashedFile(io.RawIOBase):
-    """A file that is only appended to, and its checksum."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path, self.position = path, 0
-        self._file = path.open("wb")
-        self._digest = hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._digest.update(data)
-        written = self._file.write(data)
-        self.position += written
-        return written
-
-    def close(self) -> Any:
-        if self.closed:
-            return None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        super().close()
-        return self.path.name, FileEntry(self.position, self._digest.hexdigest())
-
-
 def _file(line: dict[str, Any]) -> _File:
-    tensors = [TensorEntry(**e | {"shape": tuple(e["shape"])}) for e in line["tensors"]]
+    tensors = [TensorEntry.from_json(entry) for entry in line["tensors"]]
     found = [_Block(**b | {"offsets": tuple(b["offsets"]), "sizes": tuple(b["sizes"])}) for b in line["blocks"]]
     return _File(line["name"], FileEntry(**line["entry"]), tensors, found)

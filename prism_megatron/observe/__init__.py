@@ -1,1 +1,1 @@
-"""What a run says about itself: metrics, logs, timers, and the report."""
+"""Metrics, logs, timers, progress bars and the report of a run."""

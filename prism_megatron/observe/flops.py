@@ -1,9 +1,9 @@
-"""How many floating-point operations a training step takes, from sizes alone.
+"""Floating-point operations of a training step, computed from sizes.
 
-A multiplication and an addition are two operations; only matrix products are counted. ``model`` is what the mathematics
-needs (MFU divides by it), ``recomputed`` what is done twice on top (HFU divides by both). A causal token is charged for
-the tokens it sees and no others, so packing saves what it should. A frozen part costs its forward pass, and the
-gradient of its input where something before it is trained.
+A multiplication and an addition are two operations; only matrix products are counted. ``model`` are the operations that
+the mathematics needs (for MFU), ``recomputed`` those that are done twice (HFU counts both). Attention of a causal token
+counts the tokens it attends to. A frozen part costs its forward pass, and the gradient of its input if something before
+it is trained.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Dense BF16 peak of one GPU, FLOP/s, as its data sheet has it. FP8 runs are divided by the same number.
+# Dense BF16 peak of one GPU, FLOP/s, from its data sheet. FP8 runs are divided by the same number.
 _PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on: tokens of each sequence, patches of each distinct image frame, tokens that are scored.
+    """Sizes of the sequences that are trained on.
 
-    ``scored_sequences`` are a discriminator's: each is read once by ``score_heads`` heads. ``known_prefixes`` are
-    lengths of beginnings that were computed with another sequence already. The last layer's MLP is needed for
-    ``read_tokens`` only; None: for all.
+    Attributes:
+        sequence_lengths: tokens of each sequence.
+        frame_patches: patches of each distinct image frame.
+        scored_tokens: tokens whose log-probabilities are computed.
+        scored_sequences: sequences that each of ``score_heads`` heads of a discriminator scores.
+        known_prefixes: lengths of prefixes that are computed with another sequence.
+        read_tokens: tokens that the last layer's MLP computes; None for all.
     """
 
     sequence_lengths: Sequence[int]
@@ -36,7 +40,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Operations of a forward and backward pass, by part, and those done again in the backward pass."""
+    """Operations of a forward and backward pass by part, and those recomputed in the backward pass."""
 
     parts: dict[str, float]
     recomputed: float
@@ -57,9 +61,14 @@ def training_flops(
     freeze: Iterable[str] = (),
     recompute: bool = False,
 ) -> TrainingFlops:
-    """Operations of one pass over ``work`` on all ranks together.
+    """Return the operations of one training pass over ``work``, summed over ranks.
 
-    ``text`` and ``vision`` are the halves of an HF ``config.json``, ``freeze`` and ``recompute`` as in ModelConfig.
+    Args:
+        text: the text part of an HF ``config.json``.
+        vision: its vision part.
+        work: sizes of the sequences.
+        freeze: parts of the model that are not trained, as in ModelConfig.
+        recompute: layers are recomputed in the backward pass.
     """
     frozen = set(freeze)
     vision_trained, merger_trained = "vision" not in frozen, "merger" not in frozen
@@ -80,28 +89,28 @@ def training_flops(
         # A merger's own norm comes before its first linear layer, so a trained merger needs both gradients of both.
         "merger": _mergers(vision, sum(work.frame_patches)) * _passes(merger_trained, merger_trained or vision_trained),
     }
-    # Logits are never kept (model/logprobs.py); layers are where the recipe says so.
+    # Logits are always recomputed (model/logprobs.py), layers if the recipe says so.
     again = (head if any_trained else 0.0) + (language + attention if recompute and any_trained else 0.0)
     return TrainingFlops(parts, again)
 
 
 def forward_flops(text: Mapping[str, Any], vision: Mapping[str, Any], work: Workload) -> TrainingFlops:
-    """Operations of one pass over ``work`` without gradient."""
+    """Return the operations of one pass over ``work`` without gradient."""
     return training_flops(text, vision, work, ("vision", "merger", "language_model"))
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense BF16 FLOP/s of a GPU by its name, None where we do not know it."""
+    """Return the dense BF16 FLOP/s of a GPU by its name; None if it is not listed."""
     return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
 
 
 def _passes(trained: bool, input_needs_gradient: bool) -> int:
-    """Products of a linear layer's size: forward, gradient of its weight, gradient of its input."""
+    """Count the products of a linear layer: forward, gradient of its weight, gradient of its input."""
     return 1 + trained + input_needs_gradient
 
 
 def _language(text: Mapping[str, Any], work: Workload) -> tuple[float, float]:
-    """Forward operations of the decoder's linear layers, and of its causal attention."""
+    """Return forward operations of the decoder's linear layers, and of its causal attention."""
     hidden, width = text["hidden_size"], text["num_attention_heads"] * text["head_dim"]
     grouped = text["num_key_value_heads"] * text["head_dim"]
     experts = text.get("num_experts", text.get("num_local_experts"))
@@ -119,12 +128,12 @@ def _language(text: Mapping[str, Any], work: Workload) -> tuple[float, float]:
 
 
 def _triangle(length: int) -> int:
-    """Pairs of a token and one that it sees."""
+    """Count the pairs of a token and one that it attends to, itself included."""
     return length * (length + 1) // 2
 
 
 def _vision(vision: Mapping[str, Any], frames: Sequence[int]) -> tuple[float, float, float]:
-    """Forward operations of the patch embedding, the tower's linear layers and its attention inside each frame."""
+    """Return forward operations of the patch embedding, the tower's linear layers and its attention per frame."""
     hidden, patches = vision["hidden_size"], sum(frames)
     patch = vision.get("in_channels", 3) * vision["temporal_patch_size"] * vision["patch_size"] ** 2
     weights = 4 * hidden**2 + 2 * hidden * vision["intermediate_size"]
@@ -134,7 +143,7 @@ def _vision(vision: Mapping[str, Any], frames: Sequence[int]) -> tuple[float, fl
 
 
 def _mergers(vision: Mapping[str, Any], patches: int) -> float:
-    """Forward operations of the two linear layers of all mergers."""
+    """Return forward operations of the two linear layers of all mergers."""
     merged = vision["hidden_size"] * vision["spatial_merge_size"] ** 2
     rows = patches // vision["spatial_merge_size"] ** 2 * (1 + len(vision["deepstack_visual_indexes"]))
     operations: float = 2.0 * rows * (merged**2 + merged * vision["out_hidden_size"])

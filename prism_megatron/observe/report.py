@@ -25,11 +25,11 @@ from prism_megatron.files import iteration_rows, read_object, write_atomic
 from prism_megatron.observe import metrics as names
 from prism_megatron.observe.logger import METRICS, PICTURES, ROLLOUTS
 
-STAGES = ("sft", "collect", "warmup", "align", "rlvr", "rlvr_only")  # the order they are shown in
+STAGES = ("sft", "collect", "warmup", "align", "rlvr", "rlvr_only")  # in the order of the page
 _GALLERY_PER_STAGE = 12
-_MEAN_OVER = 5  # iterations; over a hundredth of them where that is more
+_MEAN_OVER = 5  # iterations of the running mean, or a hundredth of all if that is more
 
-# Drawn in these exact colours, then handed to the page's style sheet, which knows light from dark.
+# Placeholder colours, replaced by variables of the page's style sheet, which has a light and a dark theme.
 _SERIES = ("#010101", "#010102", "#010103")
 _INK, _GRID = "#010104", "#010105"
 _CSS = dict(zip((*_SERIES, _INK, _GRID), ("--series-1", "--series-2", "--series-3", "--muted", "--line"), strict=True))
@@ -52,7 +52,7 @@ CHARTS = (
         (names.ACCURACY, names.FORMAT_VALID, names.CUT_RESPONSES),
     ),
     Chart("Score gap, demonstration minus policy", (names.PERCEPTION_GAP, names.REASONING_GAP)),
-    Chart("Pairs the discriminator ranks rightly", (names.PERCEPTION_PAIR_ACCURACY, names.REASONING_PAIR_ACCURACY)),
+    Chart("Pairs ranked correctly", (names.PERCEPTION_PAIR_ACCURACY, names.REASONING_PAIR_ACCURACY)),
     Chart("Discriminator loss (Bradley-Terry)", (names.DISCRIMINATOR_LOSS,)),
     Chart(
         "Difference of trainer and engine in log-probability: largest, mean (nats)",
@@ -66,15 +66,15 @@ CHARTS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` of a run, or of one stage's folder, finished or not, and return its path.
+    """Write ``report.html`` of a run or of one stage's folder, finished or not; returns its path.
 
-    Raises UserError if ``run_dir`` holds no stage that has logged anything.
+    Raises UserError if ``run_dir`` contains no stage with a log.
     """
     stages = [_stage(run_dir / name, name) for name in STAGES if (run_dir / name / METRICS).is_file()]
-    if not stages and (run_dir / METRICS).is_file():  # of a recipe that ran alone
+    if not stages and (run_dir / METRICS).is_file():  # of a single stage
         stages = [_stage(run_dir, run_dir.name)]
     if not stages:
-        raise UserError(f"{run_dir} holds no stage with a {METRICS}; give a run, for example runs/quickstart")
+        raise UserError(f"{run_dir} contains no stage with a {METRICS}; give a run, for example runs/quickstart")
     results_file = run_dir / "results.json"
     results = json.loads(results_file.read_text()) if results_file.is_file() else []
     environment = Environment(
@@ -82,9 +82,9 @@ def write_report(run_dir: Path) -> Path:
     )
     environment.filters |= {"number": _number, "percent": _percent}
     page = environment.get_template("report.html.j2").render(name=run_dir.name, stages=stages, results=results)
-    place = run_dir / "report.html"
-    write_atomic(place, page)
-    return place
+    path = run_dir / "report.html"
+    write_atomic(path, page)
+    return path
 
 
 def _stage(directory: Path, name: str) -> dict[str, Any]:
@@ -109,22 +109,22 @@ def _stage(directory: Path, name: str) -> dict[str, Any]:
 
 
 def _gallery(directory: Path) -> list[dict[str, Any]]:
-    """Some of the stage's rollouts, each with its ``picture`` as an address that a page can show, or None."""
-    rows = _spread(list(iteration_rows(directory / ROLLOUTS)), _GALLERY_PER_STAGE)
+    """Return some of the stage's rollouts, each with its ``picture`` as a data URL, or None."""
+    rows = _evenly_spaced(list(iteration_rows(directory / ROLLOUTS)), _GALLERY_PER_STAGE)
     return [row | {"picture": _address(directory / PICTURES, row)} for row in rows]
 
 
 def _address(pictures: Path, row: Mapping[str, Any]) -> str | None:
-    if "image_png_base64" in row:  # how the picture itself was stored in rows before
+    if "image_png_base64" in row:  # rows of older versions contain the picture
         return f"data:image/png;base64,{row['image_png_base64']}"
     if not row.get("image") or not (pictures / row["image"]).is_file():
         return None
     content = (pictures / row["image"]).read_bytes()
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"  # a browser looks at the content itself
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"  # browsers recognise the format by content
 
 
 def _seconds(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Where the stage's iterations spent their time, in total."""
+    """Return the total seconds of each part of the stage's iterations."""
     total: dict[str, float] = {}
     for row in rows:
         for key, value in row.items():
@@ -134,15 +134,15 @@ def _seconds(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return total
 
 
-def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """``count`` rows evenly over the stage, first and last iteration included."""
+def _evenly_spaced(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Select ``count`` rows at equal distances, including the first and the last."""
     if len(rows) <= count:
         return list(rows)
     return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
 
 
 def _draw(chart: Chart, rows: Sequence[Mapping[str, Any]], salt: str) -> Markup:
-    """The chart as SVG whose colours are the page's."""
+    """Draw a chart as SVG with the colours of the page."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -164,10 +164,10 @@ def _draw(chart: Chart, rows: Sequence[Mapping[str, Any]], salt: str) -> Markup:
     with mpl.rc_context(style):
         figure, axes = plt.subplots(figsize=(4.6, 2.3), layout="constrained")
         for color, metric in zip(_SERIES, chart.metrics, strict=False):
-            shown = [row for row in rows if metric in row]
-            if not shown:
+            with_metric = [row for row in rows if metric in row]
+            if not with_metric:
                 continue
-            x, y = [row["iteration"] for row in shown], [row[metric] for row in shown]
+            x, y = [row["iteration"] for row in with_metric], [row[metric] for row in with_metric]
             marker = "o" if len(y) < 2 else None
             label = metric.replace("_", " ")
             if len(y) > 2 * _MEAN_OVER:
@@ -190,13 +190,13 @@ def _draw(chart: Chart, rows: Sequence[Mapping[str, Any]], salt: str) -> Markup:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for color, variable in _CSS.items():
         svg = svg.replace(color, f"var({variable})")
-    # Numbers of groups repeat from figure to figure; only what is referred to (clip paths, glyphs) is salted.
+    # Ids of groups repeat between figures; only ids that are referred to (clip paths, glyphs) are salted.
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     return Markup(re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)))
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and those before it, ``window`` of them where there are as many."""
+    """Average each value with those before it, at most ``window`` values."""
     lows = [max(0, end - window) for end in range(1, len(values) + 1)]
     return [sum(values[low:end]) / (end - low) for end, low in enumerate(lows, start=1)]
 

@@ -1,4 +1,4 @@
-"""Where an iteration's time goes."""
+"""Wall-clock time of the parts of an iteration."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 
 
 class Timers:
-    """``with timers("rollout"): ...`` adds up wall-clock seconds under ``seconds_rollout`` until they are popped."""
+    """Timers of named parts: ``with timers("rollout"): ...`` adds wall-clock seconds to ``seconds_rollout``."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
+        start_time = time.monotonic()
         try:
             yield
         finally:
             key = f"seconds_{name}"
-            self._seconds[key] = self._seconds.get(key, 0.0) + time.monotonic() - began
+            self._seconds[key] = self._seconds.get(key, 0.0) + time.monotonic() - start_time
 
     def pop(self) -> dict[str, float]:
-        """The seconds since the last call."""
+        """Return the seconds since the last call."""
         seconds, self._seconds = self._seconds, {}
         return seconds

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from prism_megatron.data.dataset import read_alignment, read_rlvr, write_pairs, 
 from prism_megatron.data.loader import shard_for_rank
 from prism_megatron.data.samples import Sample
 from prism_megatron.errors import UserError
+from prism_megatron.observe.progress import ProgressBar
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
 from prism_megatron.stages.rollouts import Sampler, check_prompts, start_engine
@@ -98,14 +98,12 @@ def _sample(sampler: Sampler, rows: Sequence[Example], what: str) -> list[Sample
     """Sample this data-parallel rank's rows; ``what`` names them in the progress line."""
     indices = _local_indices(rows)
     samples: list[Sample] = []
-    start_time = time.monotonic()
     longest = -(-len(rows) // groups.data_parallel_size())  # every rank must make the same number of collective calls
-    for low in range(0, longest, _CHUNK):
-        chunk = indices[low : low + _CHUNK]
-        samples += sampler.sample([rows[i] for i in chunk], 0)
-        done = low + len(chunk)
-        eta = (time.monotonic() - start_time) * (len(indices) - done) / max(done, 1)
-        log_line(f"collect {what} {done}/{len(indices)}  eta {eta:.0f} s")
+    with ProgressBar(f"collect {what}", len(indices), with_lines=True, is_enabled=groups.is_main_rank()) as bar:
+        for low in range(0, longest, _CHUNK):
+            chunk = indices[low : low + _CHUNK]
+            samples += sampler.sample([rows[i] for i in chunk], 0)
+            bar.update(low + len(chunk))
     return samples
 
 

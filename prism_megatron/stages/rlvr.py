@@ -92,7 +92,7 @@ def sampling_metrics(batch: RolloutBatch, config: RLVRConfig) -> dict[str, float
     total, informative, count, prompts = sum_over_data_parallel(
         float(rewards.sum()), float(useful.sum()), len(samples), len({sample.group for sample in samples})
     )
-    metrics: dict[str, float | None] = {names.GENERATED_PROMPTS: prompts, names.CARRIED_GROUPS: batch.reused_groups}
+    metrics: dict[str, float | None] = {names.GENERATED_PROMPTS: prompts, names.LEFTOVER_GROUPS: batch.reused_groups}
     if count == 0:
         return metrics
     means = {names.REWARD: total / count, names.VALID_GROUPS: informative / count}

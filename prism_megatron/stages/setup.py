@@ -23,7 +23,7 @@ from prism_megatron.convert.load_checkpoint import check_manifest, load_checkpoi
 from prism_megatron.convert.manifest import is_converted
 from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
 from prism_megatron.convert.rules import Rule
-from prism_megatron.convert.transfer import export_weights, load_weights
+from prism_megatron.convert.transfer import export_manifest, export_weights, load_weights
 from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import check_rlvr
@@ -68,9 +68,9 @@ class TrainableModel:
 
     def export(self, directory: Path) -> None:
         """Write the model as an HF directory. Collective; the main rank writes."""
-        tensors = export_weights(self.chunks, self.table)
+        shapes, tensors = export_manifest(self.chunks, self.table), export_weights(self.chunks, self.table)
         if groups.is_main_rank():
-            save_hf(directory, tensors, self.source, self.config_changes)
+            save_hf(directory, shapes, tensors, self.source, self.config_changes)
         else:
             for _ in tensors:
                 pass

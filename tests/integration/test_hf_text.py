@@ -12,8 +12,8 @@ import pytest
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf
-from prism_megatron.convert.hf_io import HFWeights, save_hf
-from tests.models import make_variant
+from prism_megatron.convert.hf_io import HFWeights
+from tests.models import make_variant, save_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("hf_text_worker.py")
@@ -37,7 +37,7 @@ def test_converted(kind: str, tiny_data: Path, tmp_path: Path) -> None:
     """Policies unlike the tiny one, experts stored as the released ones are, after a way to Megatron and back."""
     made = make_variant(kind, tmp_path / "made", seed=6)
     with HFWeights(made) as weights:
-        save_hf(tmp_path / "hf", ((name, weights[name]) for name in sorted(weights.names)), made)
+        save_tensors(tmp_path / "hf", {name: weights[name] for name in sorted(weights.names)}, made)
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", ParallelConfig())
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", verify=tmp_path / "hf")
     answers = ask(tmp_path / "back", tiny_data / "heldout.parquet", 6, tmp_path)

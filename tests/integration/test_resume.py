@@ -20,8 +20,8 @@ import pytest
 from prism_megatron.data.dataset import read_alignment, write_pairs
 from prism_megatron.data.response import parse_response
 from prism_megatron.observe.metrics import (
-    CARRIED_GROUPS,
     GRADIENT_PENALTY,
+    LEFTOVER_GROUPS,
     LOSS,
     REPLAYED_PAIRS,
     TRAIN_ROLLOUT_RESPONSE_ABS_DIFF,
@@ -107,7 +107,7 @@ def test_killed_and_resumed(
     assert [row["iteration"] for row in expected] == list(range(1, ITERATIONS + 1))
     assert expected[0] != expected[-1], "something was trained"
     if stage == "rlvr":
-        assert max(row[CARRIED_GROUPS] for row in expected) > 0
+        assert max(row[LEFTOVER_GROUPS] for row in expected) > 0
         # Of this iteration's own tokens, of which there are none where the surplus was enough.
         assert all((row.get(TRAIN_ROLLOUT_RESPONSE_ABS_DIFF) or 0.0) < 1e-4 for row in expected)
     if stage == "align":

@@ -227,10 +227,10 @@ def png(image: Any) -> bytes:
 def hf_model(exported: dict[str, Tensor], checkpoint: Path) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    from prism_megatron.convert.hf_io import save_hf
+    from tests.models import save_tensors
 
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(Path(folder) / "hf", exported.items(), checkpoint)
+        save_tensors(Path(folder) / "hf", exported, checkpoint)
         return AutoModelForImageTextToText.from_pretrained(Path(folder) / "hf", dtype=torch.float32)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from prism_megatron.convert.hf_io import HFWeights, save_hf
-from tests.models import make_variant
+from prism_megatron.convert.hf_io import HFWeights
+from tests.models import make_variant, save_tensors
 
 WORKER = Path(__file__).with_name("bridge_worker.py")
 # By the engine's tensor-parallel size; experts first, since vLLM makes all its groups only for them.
@@ -47,7 +47,7 @@ def found_at(launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactor
         make_variant(kind, root / kind, seed=1)
     saved = make_variant("experts", root / "saved", seed=1)
     with HFWeights(saved) as weights:  # vLLM reads experts only as they are released
-        save_hf(root / "experts", ((name, weights[name]) for name in sorted(weights.names)), saved)
+        save_tensors(root / "experts", {name: weights[name] for name in sorted(weights.names)}, saved)
 
     @functools.cache
     def run(tp: int, ranks: int = 2) -> Found:

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from prism_megatron.config import DiscriminatorConfig, ParallelConfig
 from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf
-from prism_megatron.convert.hf_io import HFWeights, save_hf
+from prism_megatron.convert.hf_io import HFWeights
 from prism_megatron.convert.manifest import first_fault
 from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.model.sizes import read_sizes
-from tests.models import make_variant
+from tests.models import make_variant, save_tensors
 
 WORKER = Path(__file__).with_name("convert_worker.py")
 
@@ -45,15 +45,16 @@ def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     whole = make_variant("untied", root / "untied.one-file", seed=4)
     tensors = load_file(whole / "model.safetensors")
     # As merges of adapters leave them: norms in another precision.
-    mixed = ((name, tensor if "norm" in name else tensor.bfloat16()) for name, tensor in tensors.items())
-    save_hf(root / "untied", mixed, whole, shard_bytes=200_000)
+    mixed = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_tensors(root / "untied", mixed, whole, shard_bytes=200_000)
     assert len(list((root / "untied").glob("*.safetensors"))) > 3
     sizes = read_sizes(tiny_checkpoint)
     discriminator = DiscriminatorConfig("", 4, 2, "dedicated", 0.1, 0)
     with HFWeights(tiny_checkpoint) as dense:
         upcycled = UpcycledWeights(dense, sizes, discriminator, seed=5)
-        named = ((name, upcycled[name]) for name in sorted(upcycled.names))
-        save_hf(root / "discriminator", named, tiny_checkpoint, dict(upcycled_config(sizes, 4, 2, 0.01)))
+        named = {name: upcycled[name] for name in sorted(upcycled.names)}
+        changes = dict(upcycled_config(sizes, 4, 2, 0.01))
+        save_tensors(root / "discriminator", named, tiny_checkpoint, config_changes=changes)
     made = Checkpoints(root)
     for name in ("tied", "experts", "untied", "discriminator"):
         for tp in (1, 2):
@@ -152,8 +153,8 @@ def test_transformers_and_ours_agree_on_experts(checkpoints: Checkpoints, tmp_pa
 
     with HFWeights(checkpoints.hf("experts")) as weights:
         assert weights.experts_swapped, "save_pretrained writes output-first"
-        named = ((name, weights[name]) for name in sorted(weights.names))
-        save_hf(tmp_path / "released", named, checkpoints.hf("experts"))
+        named = {name: weights[name] for name in sorted(weights.names)}
+        save_tensors(tmp_path / "released", named, checkpoints.hf("experts"))
     ids = torch.arange(40)[None]
     logits = []
     for directory in (checkpoints.hf("experts"), tmp_path / "released"):
@@ -170,7 +171,7 @@ def test_transformers_and_ours_agree_on_experts(checkpoints: Checkpoints, tmp_pa
 
 def test_tied_output_that_is_stored_comes_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
     hf = tmp_path / "hf"
-    save_hf(hf, load_file(tiny_checkpoint / "model.safetensors").items(), tiny_checkpoint)
+    save_tensors(hf, load_file(tiny_checkpoint / "model.safetensors"), tiny_checkpoint)
     tensors = load_file(hf / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
     save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
@@ -204,7 +205,7 @@ def test_a_wrong_tensor_is_refused(
 ) -> None:
     tensors = load_file(tiny_checkpoint / "model.safetensors")
     change(tensors)
-    save_hf(tmp_path / "hf", load_file(tiny_checkpoint / "model.safetensors").items(), tiny_checkpoint)
+    save_tensors(tmp_path / "hf", load_file(tiny_checkpoint / "model.safetensors"), tiny_checkpoint)
     save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         hf_to_megatron(tmp_path / "hf", tmp_path / "out", ParallelConfig())

@@ -111,7 +111,7 @@ INTERNAL = re.compile(
     r"|tensor_parallel\.(mappings|random)|transformer\.moe\.(moe_utils|token_dispatcher))"
     r"|(vllm|nemo_run)\.[a-z]\w*)\b"
 )
-DOCUMENTED = {"os._exit"}
+DOCUMENTED = {"_exit", "_replace"}  # os._exit, and a named tuple's method
 _PRIVATE_MODULE = re.compile(r"^(?!prism_megatron|recipes|tools)\w+(\.\w+)*\._[a-z]", re.IGNORECASE)
 
 
@@ -171,9 +171,8 @@ def _foreign_names(tree: ast.Module) -> Iterator[str]:
     own |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     own |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own:
-            name = ast.unparse(node)
-            yield from [name] if name not in DOCUMENTED else []
+        if isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own | DOCUMENTED:
+            yield ast.unparse(node)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             names = [f"{module}{alias.name}" for alias in node.names]

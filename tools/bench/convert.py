@@ -32,6 +32,7 @@ _TEXT: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 262144,
 }
 _VISION: dict[str, Any] = {
     "depth": 2,
@@ -89,7 +90,7 @@ def make_checkpoint(directory: Path, size: int) -> int:
     import torch
 
     from prism_megatron.convert.manifest import JOURNAL
-    from prism_megatron.convert.safetensors_writer import ShardWriter
+    from prism_megatron.convert.safetensors_writer import ShardWriter, TensorSpec
 
     directory.mkdir(parents=True)
 
@@ -99,14 +100,16 @@ def make_checkpoint(directory: Path, size: int) -> int:
         (directory / "config.json").write_text(json.dumps(config))
         return 2 * sum(rule.numel for rule in policy_table(read_sizes(directory)) if not rule.tied)
 
-    fixed, one = configure(0), configure(1)
-    configure(max(1, -(-(size - fixed) // (one - fixed))))
-    writer, generator = ShardWriter(directory, _SHARD_BYTES), torch.Generator().manual_seed(0)
-    for rule in policy_table(read_sizes(directory)):
-        for name, shape in zip(rule.hf, rule.shapes, strict=True) if not rule.tied else ():
-            block = torch.randn(min(shape[0], 64), *shape[1:], generator=generator).bfloat16()
-            repeats, rest = divmod(shape[0], len(block))
-            writer.add(name, torch.bfloat16, shape, [*[block] * repeats, block[:rest]])
+    one, two = configure(1), configure(2)
+    layer = two - one
+    configure(max(1, -(-(size - one + layer) // layer)))
+    rules = [rule for rule in policy_table(read_sizes(directory)) if not rule.tied]
+    specs = [TensorSpec(*pair, torch.bfloat16) for rule in rules for pair in zip(rule.hf, rule.shapes, strict=True)]
+    writer, generator = ShardWriter(directory, specs, _SHARD_BYTES), torch.Generator().manual_seed(0)
+    for spec in specs:
+        block = torch.randn(min(spec.shape[0], 64), *spec.shape[1:], generator=generator).bfloat16()
+        repeats, rest = divmod(spec.shape[0], len(block))
+        writer.add(spec.name, [*[block] * repeats, block[:rest]])
     writer.finish()
     (directory / JOURNAL).unlink()
     return max(entry.bytes for entry in writer.entries)

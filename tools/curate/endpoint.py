@@ -16,6 +16,8 @@ from typing import Any
 import openai
 
 from prism_megatron.errors import UserError
+from prism_megatron.files import JSONLines, read_json_lines
+from prism_megatron.observe.progress import ProgressBar
 from prism_megatron.types import IMAGE_PLACEHOLDER, Example, Message
 
 # Bad request, too large, unprocessable: this request's own fault. The client tries again what may pass (time-outs, 409,
@@ -83,11 +85,7 @@ class Answers:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._kept: dict[tuple[str, str, str, int], Answer] = {}
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that was being written when it was stopped
+        for record in read_json_lines(path, lambda value: isinstance(value, dict)):
             if "request" not in record:
                 raise UserError(
                     f"{path} has replies without a hash of what was asked, so nobody knows what they answer; "
@@ -137,9 +135,8 @@ class Answers:
         def reply(question: _Question) -> Answer | Refusal | None:
             return None if stopped.is_set() else _reply(kind, endpoint, client, question)
 
-        with self._path.open("a") as file, ThreadPoolExecutor(workers) as pool:
-            if file.tell() and not self._path.read_bytes().endswith(b"\n"):
-                file.write("\n")
+        bar = ProgressBar(kind, len(open_), with_lines=True)
+        with JSONLines(self._path) as file, bar, ThreadPoolExecutor(workers) as pool:
             try:
                 for done, future in enumerate(as_completed([pool.submit(reply, q) for q in open_]), 1):
                     try:
@@ -152,10 +149,9 @@ class Answers:
                         refused[answer.row_id] = answer.reason
                     elif answer is not None:
                         self._keep(answer)
-                        file.write(json.dumps(asdict(answer)) + "\n")
-                        file.flush()
-                    if failure is None and (done % 100 == 0 or done == len(open_)):
-                        print(f"{kind} {done}/{len(open_)}", flush=True)
+                        file.append(asdict(answer))
+                    if failure is None:
+                        bar.update(done)
             finally:
                 stopped.set()  # an interrupt does not wait for all that is queued
         if failure is not None:

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from prism_megatron.files import read_json_lines, write_atomic
 from tools.processes import run_module
 
 SECONDS = {"names": 45, "parity": 75, "fp8": 95, "train": 105, "train_hf": 50, "discriminator": 45, "sync": 55}
@@ -39,8 +40,7 @@ def check(parts: list[str], options: Options) -> int:
         result["parts"][part] = run_part(part, options)
         result |= {"seconds": round(time.monotonic() - began, 1)}
         result |= {"faults": lines_of(result["parts"], FAULTS), "notes": lines_of(result["parts"], NOTES)}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_atomic(options.out, json.dumps(result, indent=2) + "\n")
         of_part = {part: result["parts"][part]}
         print(f"{part}: {result['parts'][part]['seconds']} s, {len(lines_of(of_part, FAULTS))} faults")
         for note in lines_of(of_part, NOTES):
@@ -56,9 +56,7 @@ def run_part(part: str, options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = [part, folder, "--layers", str(options.layers), *["--dry"] * options.dry]
         done = run_module("tools.gpu_check.worker", arguments, SECONDS[part], {"HF_HUB_OFFLINE": "1"})
-        lines = Path(folder) / "variants.jsonl"
-        variants = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
-        result: dict[str, Any] = {"variants": dict(variants)}
+        result: dict[str, Any] = {"variants": dict(read_json_lines(Path(folder) / "variants.jsonl"))}
         if done.status != 0:
             end = f"no end after {SECONDS[part]} s" if done.status is None else f"exit status {done.status}"
             result |= {"error": end, "log": done.output[-_LOG_TAIL:]}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 import traceback
 from pathlib import Path
 
 import torch
 
+from prism_megatron.files import JSONLines
 from tools.gpu_check import numerics, speed
 from tools.gpu_check.models import Scale
 
@@ -32,7 +32,7 @@ def main() -> None:
 def run_variants(part: str, scale: Scale) -> None:
     """Run a part's variants and write each result at once, so that none is lost when a later one hangs."""
     variants = {**numerics.PARTS, **speed.PARTS}[part](scale)
-    with (scale.folder / "variants.jsonl").open("a") as lines:
+    with JSONLines(scale.folder / "variants.jsonl") as lines:
         for name, measure in variants:
             began = time.monotonic()
             try:
@@ -41,8 +41,7 @@ def run_variants(part: str, scale: Scale) -> None:
                 end = f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS]
                 measured = {"error": end, "traceback": traceback.format_exc()[-_ERROR_CHARACTERS:]}
             measured["seconds"] = round(time.monotonic() - began, 1)
-            lines.write(json.dumps([name, measured]) + "\n")
-            lines.flush()
+            lines.append([name, measured])
             gc.collect()  # a model in training holds itself; the next one needs its memory
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

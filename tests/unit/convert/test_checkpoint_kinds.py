@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prism_megatron.config import ModelConfig, ParallelConfig
 from prism_megatron.convert.convert_checkpoint import hf_to_megatron
-from prism_megatron.convert.hf_io import HFWeights, save_hf
+from prism_megatron.convert.hf_io import HFWeights
 from prism_megatron.convert.qwen3_vl import policy_table
 from prism_megatron.convert.rules import EMBEDDING, OUTPUT
 from prism_megatron.convert.transfer import load_weights, named_parameters
@@ -22,6 +22,7 @@ from prism_megatron.errors import UserError
 from prism_megatron.model.build import build_policy
 from prism_megatron.model.sizes import read_sizes
 from prism_megatron.parallel import groups
+from tests.models import save_tensors
 
 Tensors = dict[str, Tensor]
 
@@ -125,7 +126,7 @@ def test_a_damaged_index_is_refused(index: str, changed: Callable[..., Path], tm
 
 def test_a_missing_shard_is_named(changed: Callable[..., Path], tmp_path: Path) -> None:
     whole = changed(lambda tensors: None)
-    save_hf(tmp_path / "shards", load_file(whole / "model.safetensors").items(), whole, shard_bytes=2_000_000)
+    save_tensors(tmp_path / "shards", load_file(whole / "model.safetensors"), whole, shard_bytes=2_000_000)
     last = max((tmp_path / "shards").glob("model-*.safetensors"))
     last.unlink()
     assert f"lists {last.name}, which is missing" in refused(tmp_path / "shards", tmp_path)

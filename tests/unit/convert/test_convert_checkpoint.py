@@ -1,4 +1,4 @@
-"""The offline converter: killed and gone on with, and refusing what is not whole."""
+"""Conversion of checkpoints: resumed after a kill, and incomplete or damaged input refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from prism_megatron.config import ParallelConfig
+from prism_megatron.convert import manifest
 from prism_megatron.convert.convert_checkpoint import hf_to_megatron, megatron_to_hf
-from prism_megatron.convert.hf_io import HFWeights, save_hf
-from prism_megatron.convert.manifest import first_fault
+from prism_megatron.convert.hf_io import HFWeights
+from prism_megatron.convert.manifest import digest_file, first_fault
+from tests.models import save_tensors
 from tools.convert import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,6 +56,26 @@ def test_commands(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "num_experts (1) must be divisible by --ep (2)" in capsys.readouterr().err
 
 
+def test_every_file_is_hashed_once(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are written are hashed meanwhile, weights that are read before."""
+    read: list[str] = []
+
+    def digest(path: Path) -> manifest.FileEntry:
+        read.append(f"{path.parent.name}/{path.name}")
+        return digest_file(path)
+
+    monkeypatch.setattr(manifest, "digest_file", digest)
+    hf_to_megatron(tiny_checkpoint, tmp_path / "megatron", ParallelConfig(), file_bytes=300_000)
+    stored = {f"megatron/{path.name}" for path in (tmp_path / "megatron").glob("*.distcp")}
+    assert len(stored) > 3
+    assert not stored & set(read)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", shard_bytes=300_000)
+    assert {read.count(name) for name in stored} == {1}
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+    assert not [name for name in read if "safetensors" in name]
+    assert first_fault(tmp_path / "hf") is None
+
+
 def test_a_damaged_conversion_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     hf_to_megatron(tiny_checkpoint, tmp_path / "megatron", ParallelConfig())
     path = tmp_path / "megatron" / "__0_0.distcp"
@@ -72,10 +94,10 @@ def test_verify_finds_another_model(tiny_checkpoint: Path, other_tiny_checkpoint
     assert not (tmp_path / "hf").exists()
 
 
-def test_score_heads_beside_the_shards(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_score_head_in_a_file_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Spec 8.2: the head may be in value_head.pt under trl's name, the backbone may be prefixed."""
     tensors = load_file(tiny_checkpoint / "model.safetensors")
-    save_hf(tmp_path / "hf", ((f"base_model.{n}", t) for n, t in tensors.items()), tiny_checkpoint)
+    save_tensors(tmp_path / "hf", {f"base_model.{n}": t for n, t in tensors.items()}, tiny_checkpoint)
     head = torch.randn(1, 128)
     torch.save({"v_head.summary.weight": head}, tmp_path / "hf" / "value_head.pt")
     with HFWeights(tmp_path / "hf") as weights:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from prism_megatron.convert.hf_io import HFWeights, save_hf
+from tests.models import save_tensors
 
 
 def template(path: Path) -> Path:
@@ -21,7 +22,8 @@ def template(path: Path) -> Path:
 
 def test_shards_and_index(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((4,), float(i)) for i in range(3)}
-    save_hf(tmp_path / "out", tensors.items(), template(tmp_path / "in"), {"text_config": {"b": 3}}, shard_bytes=32)
+    changes = {"text_config": {"b": 3}}
+    save_tensors(tmp_path / "out", tensors, template(tmp_path / "in"), config_changes=changes, shard_bytes=32)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 48
     assert sorted(set(index["weight_map"].values())) == [
@@ -37,14 +39,14 @@ def test_shards_and_index(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_old_directory(tmp_path: Path) -> None:
     source = template(tmp_path / "in")
-    save_hf(tmp_path / "out", [("t", torch.ones(2))], source)
+    save_tensors(tmp_path / "out", {"t": torch.ones(2)}, source)
 
     def broken():  # type: ignore[no-untyped-def]
         yield "t", torch.zeros(2)
         raise OSError("disk is full")
 
     with pytest.raises(OSError, match="disk is full"):
-        save_hf(tmp_path / "out", broken(), source)
+        save_hf(tmp_path / "out", dict.fromkeys("tu", ((2,), torch.float32)), broken(), source)
     assert load_file(tmp_path / "out/model.safetensors")["t"].tolist() == [1, 1]
 
 
@@ -56,13 +58,13 @@ def test_a_write_that_fails_leaves_the_old_directory(tmp_path: Path) -> None:
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
-    save_hf(tmp_path / "out", [("t", torch.ones(2))], template(tmp_path / "in"))
+    save_tensors(tmp_path / "out", {"t": torch.ones(2)}, template(tmp_path / "in"))
     damage(tmp_path / "out/model.safetensors")
     with pytest.raises(ValueError, match=message):
         HFWeights(tmp_path / "out")
 
 
 def test_a_tensor_that_is_not_there(tmp_path: Path) -> None:
-    save_hf(tmp_path / "out", [("t", torch.ones(2))], template(tmp_path / "in"))
+    save_tensors(tmp_path / "out", {"t": torch.ones(2)}, template(tmp_path / "in"))
     with HFWeights(tmp_path / "out") as weights, pytest.raises(ValueError, match="has no tensor u"):
         weights["u"]

@@ -71,7 +71,7 @@ FOREIGN = (b"[1]\n", b"7\n", b'"text"\n', b"{}\n", b'{"iteration": "2"}\n', b"\x
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
-def test_lines_that_are_no_rows_are_dropped_aloud(
+def test_lines_that_are_not_rows_are_removed_with_a_warning(
     tmp_path: Path, foreign: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_log(tmp_path) as log:
@@ -81,7 +81,7 @@ def test_lines_that_are_no_rows_are_dropped_aloud(
     with open_log(tmp_path, resume_from=1) as log:
         log.log(2, {"loss": 2.0})
     assert logged(tmp_path) == [(1, 1), (2, 2)]
-    assert "metrics.jsonl: dropped 1 lines at its end that are no rows" in capsys.readouterr().out
+    assert "metrics.jsonl: removed 1 lines at its end that are not rows" in capsys.readouterr().out
 
 
 def test_only_the_end_of_a_log_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path, capsys: pytest.C
         (stage / name).write_text("{")
     assert "2 iterations" in "".join(Outline(write_report(tmp_path).read_text()).text)
     said = capsys.readouterr().out
-    assert "metrics.jsonl: passed over 4 lines" in said
+    assert "metrics.jsonl: skipped 4 lines" in said
     assert "finished.json is damaged (not a JSON object)" in said
 
 
@@ -106,14 +106,14 @@ def test_running_mean() -> None:
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no stage with a metrics.jsonl; give a run"):
+    with pytest.raises(ValueError, match=r"contains no stage with a metrics.jsonl; give a run"):
         write_report(tmp_path)
 
 
 def test_a_stage_that_ran_alone_has_a_report(tmp_path: Path) -> None:
-    stage = tmp_path / "mine"
+    stage = tmp_path / "user"
     stage.mkdir()
     (stage / "metrics.jsonl").write_text(json.dumps({"iteration": 1, "time": 0.0, "loss": 2.0}) + "\n")
     page = write_report(stage)
     assert page == stage / "report.html"
-    assert "mine" in "".join(Outline(page.read_text()).text)
+    assert "user" in "".join(Outline(page.read_text()).text)

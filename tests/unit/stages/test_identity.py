@@ -280,7 +280,7 @@ def test_a_damaged_finished_json_counts_as_none(
     mark_finished(config)
     (cfg.stage_dir(config) / "finished.json").write_bytes(content)
     assert not is_finished(config)
-    assert "finished.json is damaged (not a JSON object) and counts as missing" in capsys.readouterr().out
+    assert "finished.json is damaged (not a JSON object) and is ignored" in capsys.readouterr().out
     prepare(config)
 
 
