@@ -24,7 +24,7 @@ _SHAPE = re.compile(r"_(\d+)n(\d+)g_")
 
 
 def is_config_file(name: str) -> bool:
-    """Whether a name is that of a configuration file, and not of a recipe."""
+    """Return whether a name is that of a configuration file, and not of a recipe."""
     return name.endswith((".yaml", ".yml"))
 
 

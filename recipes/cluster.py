@@ -1,4 +1,4 @@
-"""A cluster's own facts, from a small YAML file (examples in ``slurm/clusters/``), and NeMo-Run's executor for it."""
+"""Cluster settings from a YAML file (examples in ``slurm/clusters/``), and NeMo-Run's executor for them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from recipes.secrets import assigned_secrets, is_secret_name, line_of_secret_val
 from recipes.upstream import CODE_FOLDER, CONSOLE_FILES, REPLACED_PATH, nemo_run
 
 ROOT = Path(__file__).resolve().parents[1]
-# Seconds in which a stage reaches the end of its iteration and saves. Those that sample have the longest iterations:
-# 512 responses of 8192 tokens and the updates on them.
+# Seconds from TERM to the time limit, in which a stage ends its iteration and saves. Stages that sample have the
+# longest iterations: 512 responses of 8192 tokens and the updates on them.
 GRACE_SECONDS = {"sft": 300, "collect": 300, "warmup": 300, "align": 900, "rlvr": 1800}
 _MAX_GRACE = 65535  # SLURM's own limit
 _OPTION = re.compile(r"[A-Za-z][A-Za-z_-]*")
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_TIME = re.compile(r"\d+(?::\d+){0,2}|\d+-\d+(?::\d+){0,2}|UNLIMITED", re.ASCII)  # as sbatch --time takes it
+_TIME = re.compile(r"\d+(?::\d+){0,2}|\d+-\d+(?::\d+){0,2}|UNLIMITED", re.ASCII)  # formats of sbatch --time
 _LEAST = {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0, "max_crashes": 0, "max_preemptions": 0}
 
 
 @dataclass
 class SSHConfig:
-    """A login node to submit from, where this machine is none; ``job_dir`` is a folder there."""
+    """Login node to submit from, if this machine is not one; ``job_dir`` is a folder there."""
 
     host: str = ""
     user: str = ""
@@ -44,24 +44,24 @@ class SSHConfig:
 
 @dataclass
 class ClusterConfig:
-    """``nodes`` and ``ranks_per_node`` are for recipes whose name does not say them."""
+    """Settings of a cluster. ``nodes`` and ``ranks_per_node`` apply to recipes whose name does not give them."""
 
     account: str = MISSING
     partition: str = MISSING
     time: str = "04:00:00"
     nodes: int = 1
     ranks_per_node: int = 8
-    gpus_per_node: int = 8  # 0: SLURM counts none
+    gpus_per_node: int = 8  # 0: SLURM counts no GPUs
     exclusive: bool = True
-    mem: str = "0"  # all of a node's
-    grace_seconds: int = 0  # between TERM and the end of the time limit: an iteration and a save; 0: by the stage
+    mem: str = "0"  # all memory of a node
+    grace_seconds: int = 0  # from TERM to the time limit, for an iteration and a save; 0: by stage
     max_crashes: int = 2
     max_preemptions: int = 100
-    workdir: str = ""  # where relative paths start, on a file system that all nodes see; here, if empty
+    workdir: str = ""  # start of relative paths, on a shared file system; empty: the current directory
     container_image: str = ""
     container_mounts: list[str] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=dict)  # written into the script: no secrets
-    pass_environment: list[str] = field(default_factory=list)  # names only; sbatch passes the values on
+    environment: dict[str, str] = field(default_factory=dict)  # written to the script, so no secrets
+    pass_environment: list[str] = field(default_factory=list)  # names only; sbatch passes the values
     setup: list[str] = field(default_factory=list)  # shell lines before the ranks start
     sbatch: dict[str, str] = field(default_factory=dict)  # further options, for example qos: high
     srun: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ class ClusterConfig:
 
 
 def read_cluster(path: Path) -> ClusterConfig:
-    """Raises UserError for a file that is not there, has unknown keys or a secret in it, or leaves something unset."""
+    """Read a cluster file. Raises UserError if it is missing, has unknown keys or secrets, or leaves a key unset."""
     if not path.is_file():
         raise UserError(f"no cluster file {path}; slurm/clusters/ has examples")
     try:
@@ -88,7 +88,7 @@ def read_cluster(path: Path) -> ClusterConfig:
 
 
 def _parsed(text: str) -> Any:
-    """The file's tree. YAML reads 04:00:00 as a number in base 60, so a time is taken as it is written."""
+    """Parse the file. YAML reads 04:00:00 as a number in base 60, so ``time`` is taken from the text."""
     tree = OmegaConf.load(io.StringIO(text))
     if isinstance(tree, DictConfig) and (time := re.search(r"(?:^|[{,]\s*)time:\s*([\d:-]+)", text, re.MULTILINE)):
         tree.time = time[1]
@@ -96,7 +96,7 @@ def _parsed(text: str) -> Any:
 
 
 def _check_secrets(path: Path, text: str, cluster: ClusterConfig) -> None:
-    """Refuse what would write a secret into a script. The line, not the secret, is in the error."""
+    """Refuse values that would write a secret into a script. The error has the line number, not the secret."""
     options = [f"--{name}={value}" for name, value in cluster.sbatch.items()]
     names = [name for name in cluster.environment if is_secret_name(name)]
     names += [name for line in (*cluster.setup, *cluster.srun, *options) for name in assigned_secrets(line)]
@@ -112,7 +112,7 @@ def _check_secrets(path: Path, text: str, cluster: ClusterConfig) -> None:
 
 
 def _check_values(path: Path, cluster: ClusterConfig) -> None:
-    """Refuse values that SLURM or the shell would refuse, or take for something else."""
+    """Refuse values that SLURM or the shell would refuse or misread."""
     for key in ("environment", "pass_environment"):
         for name in getattr(cluster, key):
             if not _NAME.fullmatch(name):
@@ -140,18 +140,18 @@ def _check_values(path: Path, cluster: ClusterConfig) -> None:
 
 
 def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stage_dir: Path, stage: str = "sft") -> Any:
-    """A NeMo-Run Config of one stage's executor. The script tells crash from preemption itself (slurm/job.sh)."""
+    """Return NeMo-Run's Config of a stage's executor. slurm/job.sh distinguishes crash and preemption."""
     run = nemo_run()
     gpus = cluster.gpus_per_node
     if gpus and ranks_per_node != gpus:
         raise UserError(f"the recipe needs {ranks_per_node} GPUs per node, the cluster file says gpus_per_node {gpus}")
-    # Where there is no container, NeMo-Run puts the job's folder in place of this name, wherever the script has it.
+    # Without a container, NeMo-Run replaces this path in the script by the job's folder.
     paths = (cluster.ssh.job_dir or os.environ["NEMORUN_HOME"], cluster.workdir or os.getcwd(), str(stage_dir))
     if not cluster.container_image and (clashing := [path for path in paths if REPLACED_PATH in path]):
         raise UserError(
             f"NeMo-Run cannot work in {clashing[0]}: no path may contain {REPLACED_PATH}; rename that folder"
         )
-    if spaced := [path for path in paths[:1] if re.search(r"\s", path)]:  # the others are quoted, by us
+    if spaced := [path for path in paths[:1] if re.search(r"\s", path)]:  # setup_lines quotes the others
         raise UserError(
             f"NeMo-Run cannot work in {spaced[0]!r}: it does not quote this folder's name, which must be without "
             f"spaces; set {'ssh.job_dir' if cluster.ssh.job_dir else 'NEMORUN_HOME'} to another"
@@ -186,14 +186,14 @@ def slurm_executor(cluster: ClusterConfig, nodes: int, ranks_per_node: int, stag
 
 
 def stop_signal(cluster: ClusterConfig, stage: str) -> str:
-    """What tells the stage to save, and how long before the end of its time limit: by default at most a quarter."""
+    """Return the signal that makes the stage save, and its time before the limit, by default at most a quarter."""
     limit = _seconds(cluster.time)
     seconds = cluster.grace_seconds or min(GRACE_SECONDS[stage], int(limit / 4) if limit < math.inf else _MAX_GRACE)
     return f"TERM@{seconds}"
 
 
 def _seconds(time: str) -> float:
-    """A time limit as sbatch reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
+    """Parse a time limit like sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
     if time == "UNLIMITED":
         return math.inf
     days, _, rest = time.rpartition("-")
@@ -207,9 +207,9 @@ def _seconds(time: str) -> float:
 
 
 def local_executor(ranks: int) -> Any:
-    """A NeMo-Run Config of torchrun on this machine."""
+    """Return NeMo-Run's Config of torchrun on this machine."""
     run = nemo_run()
-    # torchrun and python by their bare names: those of this environment, activated or not.
+    # NeMo-Run calls torchrun and python by name: find those of this environment, activated or not.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     return run.Config(
         run.LocalExecutor,
@@ -220,13 +220,13 @@ def local_executor(ranks: int) -> Any:
 
 
 def local_environment(ranks: int) -> dict[str, str]:
-    """Variables for ``ranks`` processes that share this machine's cores."""
+    """Return environment variables of ``ranks`` processes that share this machine's cores."""
     return {
         "OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1)),
         "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", os.getcwd()))),
         "PYTHONWARNINGS": "ignore",
-        "LOGLEVEL": "WARNING",  # torchrun's own
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # no notes about the binding of memory
+        "LOGLEVEL": "WARNING",  # of torchrun
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # no notes about memory binding
     }
 
 
@@ -237,7 +237,7 @@ def rank_command(arguments: Sequence[str]) -> Any:
 
 
 def setup_lines(cluster: ClusterConfig, stage_dir: Path) -> str:
-    """What the script does before its srun."""
+    """Return the shell lines of the script before its srun."""
     exports = {
         **cluster.environment,
         "PRISM_STAGE_DIR": str(stage_dir),
@@ -245,10 +245,10 @@ def setup_lines(cluster: ClusterConfig, stage_dir: Path) -> str:
         "PRISM_MAX_CRASHES": str(cluster.max_crashes),
         "PRISM_MAX_PREEMPTIONS": str(cluster.max_preemptions),
     }
-    # The job's folder is known to SLURM only: NeMo-Run names it when it submits.
+    # Only SLURM knows the job's folder: NeMo-Run names it when it submits.
     output = "$(scontrol show job $SLURM_JOB_ID | sed -n 's/^ *StdOut=//p' | grep .)"
     lines = [
-        "set +vx",  # NeMo-Run's script has -evx, which repeats these lines and every value in the log
+        "set +vx",  # NeMo-Run's script sets -evx, which would print these lines and values in the log
         *cluster.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         f"until output={output}; do sleep 2; done",

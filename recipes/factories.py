@@ -1,12 +1,12 @@
-"""Every recipe as a native NeMo-Run factory, for those who know NeMo-Run's own command line or compose experiments:
+"""NeMo-Run factories of all recipes, for NeMo-Run's own command line and for experiments that compose them:
 
     python -m recipes --factory tiny_sft config.run.train_iters=5 run.executor=local --yes
     PRISM_CLUSTER=slurm/clusters/cpu.yaml python -m recipes --factory tiny_sft run.executor=slurm --yes
 
-The slurm executor reads the cluster file that ``PRISM_CLUSTER`` names, since NeMo-Run's command line cannot give a
-factory of executors an argument. A job ends as those of ``recipes.launch`` do; pipelines and passing over what is
-finished are that launcher's. Ranks import this module again, so all it does is register; the command line is
-``recipes/__main__.py``, since NeMo-Run finds again only what it can import.
+The slurm executor reads the cluster file named by ``PRISM_CLUSTER``, since NeMo-Run's command line cannot pass an
+argument to an executor factory. Jobs end like those of ``recipes.launch``; only that launcher has pipelines and skips
+finished stages. Ranks import this module again, so it only registers factories; the command line is
+``recipes/__main__.py``, since NeMo-Run must be able to import what it runs.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ run = nemo_run()
 
 
 def task(recipe: str) -> Any:
-    """The recipe's stage as a ``run.Partial``, its configuration open to change."""
+    """Return a recipe's stage as a ``run.Partial`` whose configuration can be changed."""
     return run.Partial(run_and_exit, config=_as_config(stage_recipe(recipe)()))
 
 
 def local() -> Any:
-    """One process under torchrun; ``run.executor.ntasks_per_node`` changes that."""
+    """Return an executor of one process under torchrun; ``run.executor.ntasks_per_node`` changes the number."""
     return local_executor(ranks=1)
 
 
 def slurm() -> Any:
-    """As many nodes as the cluster file says; ``run.executor.nodes`` changes that."""
+    """Return an executor on the cluster file's number of nodes; ``run.executor.nodes`` changes it."""
     cluster = _cluster()
     executor = slurm_executor(cluster, cluster.nodes, cluster.ranks_per_node, Path())
-    executor.srun_args = [*(executor.srun_args or ()), "bash", "slurm/rank.sh"]  # the last before NeMo-Run's command
+    executor.srun_args = [*(executor.srun_args or ()), "bash", "slurm/rank.sh"]  # directly before NeMo-Run's command
     return executor
 
 
 @dataclass(kw_only=True)
 class StageFolder(run.Plugin):  # type: ignore[name-defined, misc]
-    """Checks the stage's configuration once everything is overridden, and tells a SLURM job where the stage writes."""
+    """Check the stage's configuration after all overrides, and pass its run folder to a SLURM job."""
 
     def setup(self, task: Any, executor: Any) -> None:
         config = apply_overrides(fiddle.build(task.config), [])

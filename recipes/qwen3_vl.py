@@ -28,7 +28,7 @@ from recipes.layouts import LAYOUTS, VISION, Layout, parse_name, recipe_name
 
 ALGORITHMS = ("grpo", "dapo", "gspo")
 _PROMPT_TOKENS = 2048  # longer prompts are not in the released data
-# Under FP8 the engine runs the policy in BF16, which is another policy than the one that trains.
+# Under FP8 the engine runs the policy in BF16, so trainer and engine differ.
 _IMPORTANCE_CAP = {"bf16": 0.0, "fp8": 2.0}
 _HUB_NAMES = {
     "2b": "2B",
@@ -41,7 +41,7 @@ _HUB_NAMES = {
 
 
 def sft(size: str, precision: str) -> SFTConfig:
-    """One epoch over the demonstrations, 1.37 M in the paper, vision tower and merger frozen (spec 2)."""
+    """One epoch of the demonstrations (1.37 M in the paper) with frozen vision tower and merger (spec 2)."""
     layout = _layout("sft", size, precision)
     return SFTConfig(
         stage="sft",
@@ -52,12 +52,12 @@ def sft(size: str, precision: str) -> SFTConfig:
         rollout=_rollout(layout, 1, 6144),
         max_tokens_per_microbatch=8192,
         data="data/sft.jsonl",
-        global_batch_size=16,  # the paper's 2, which can only be per GPU, on its 8 GPUs
+        global_batch_size=16,  # the paper's 2 per GPU, on its 8 GPUs
     )
 
 
 def collect(size: str, precision: str) -> CollectConfig:
-    """Student responses for the warm-up, and RLVR prompts whose pass rate of 16 is in the paper's band (spec 1.4)."""
+    """Student responses for the warm-up, and RLVR prompts with a pass rate in the paper's band (spec 1.4)."""
     layout = _layout("collect", size, precision)
     return CollectConfig(
         stage="collect",
@@ -78,8 +78,8 @@ def collect(size: str, precision: str) -> CollectConfig:
 def warmup(size: str, precision: str) -> WarmupConfig:
     """Pairwise warm-up of the discriminator, 64 lines at a time (spec 3.3).
 
-    One epoch: the paper's 120 K pairs are all different, and collect writes as many as there are alignment prompts,
-    5,978 in the release. More epochs would teach the demonstrations by heart that alignment plays on.
+    One epoch: the paper's 120 K pairs are all different, and collect writes one per alignment prompt, 5,978 in the
+    release. More epochs would memorize the demonstrations that alignment uses.
     """
     layout = _layout("warmup", size, precision)
     return WarmupConfig(
@@ -89,7 +89,7 @@ def warmup(size: str, precision: str) -> WarmupConfig:
         model=_model(f"runs/{size}/sft/hf", precision),
         optimizer=_adam(1e-5, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
         rollout=_rollout(layout, 1, 6144),
-        max_tokens_per_microbatch=2 * (_PROMPT_TOKENS + 6144),  # both sides of the longest pair, none cut
+        max_tokens_per_microbatch=2 * (_PROMPT_TOKENS + 6144),  # both sides of the longest pair, uncut
         data=f"runs/{size}/collect/warmup_pairs.jsonl",
         global_batch_size=64,  # lines of two pairs each
         discriminator=_discriminator(f"checkpoints/{released('2b')}"),
@@ -97,7 +97,7 @@ def warmup(size: str, precision: str) -> WarmupConfig:
 
 
 def align(size: str, precision: str) -> AlignConfig:
-    """500 iterations of 4 prompts x 16 responses, one step of each player (spec 4.1)."""
+    """500 iterations of 4 prompts x 16 responses, one step of policy and discriminator each (spec 4.1)."""
     layout = _layout("align", size, precision)
     return AlignConfig(
         stage="align",
@@ -106,7 +106,7 @@ def align(size: str, precision: str) -> AlignConfig:
         model=_model(f"runs/{size}/sft/hf", precision, layout.freeze),
         optimizer=_adam(1e-6, weight_decay=0.01),
         rollout=_rollout(layout, 16, 6144),
-        max_tokens_per_microbatch=8192,  # pairs of which a side has more than 4096, prompt included, are cut to fit
+        max_tokens_per_microbatch=8192,  # pairs with more than 4096 tokens on a side, prompt included, are cut
         data="data/alignment.parquet",
         prompts_per_iteration=4,
         dual_clip=3.0,
@@ -120,7 +120,7 @@ def align(size: str, precision: str) -> AlignConfig:
 
 
 def rlvr_grpo(size: str, precision: str) -> RLVRConfig:
-    """1500 iterations of 32 prompts x 16 responses (spec 5.1); the other algorithms change what differs (spec 5.2)."""
+    """1500 iterations of 32 prompts x 16 responses (spec 5.1); spec 5.2 has the differences of DAPO and GSPO."""
     layout = _layout("rlvr_grpo", size, precision)
     return RLVRConfig(
         stage="rlvr",
@@ -159,7 +159,7 @@ def rlvr_gspo(size: str, precision: str) -> RLVRConfig:
 
 
 def released(size: str) -> str:
-    """The checkpoint's name on the hub."""
+    """Return the checkpoint's name on the hub."""
     return f"Qwen3-VL-{_HUB_NAMES[size]}-Instruct"
 
 
@@ -171,7 +171,7 @@ def _run(
 
 
 def _run_name(size: str, family: str, precision: str) -> str:
-    """BF16 checkpoints are what other stages read; FP8 ones are beside them."""
+    """Return the run folder. Later stages start from BF16 runs; FP8 runs have a ``_fp8`` suffix."""
     return f"{size}/{family}" + ("" if precision == "bf16" else f"_{precision}")
 
 
@@ -205,8 +205,8 @@ def _rollout(layout: Layout, samples_per_prompt: int, max_response_tokens: int) 
 
 def _discriminator(checkpoint: str) -> DiscriminatorConfig:
     # The released noise of 0.01 is a quarter to a half of the weights' own standard deviation. The paper's 4 experts at
-    # top 2 are two for each branch, of which a token takes both: nothing to balance. 8, four for each, do not fit
-    # beside the 4B and 32B policies nor, in FP8, the 8B and 30B-A3B ones (estimate: 81 to 87 GB of 80).
+    # top 2 are two per branch, and a token uses both: there is nothing to balance. 8 experts, four per branch, do not
+    # fit together with the 4B and 32B policies or, in FP8, the 8B and 30B-A3B ones (estimate: 81 to 87 GB of 80).
     return DiscriminatorConfig(checkpoint, num_experts=4, topk=2, upcycle_noise=0.25, load_balance_coeff=0)
 
 

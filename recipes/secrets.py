@@ -1,6 +1,6 @@
-"""What looks like a secret in a cluster file: by the name that gets a value, and by the value itself.
+"""Detect secrets in a cluster file, by the name of a variable or option and by the form of a value.
 
-A false alarm costs its user a line of ``pass_environment``; a miss writes a secret into scripts and logs.
+A false positive costs the user a line of ``pass_environment``; a false negative writes a secret to scripts and logs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _VALUE = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable or an option of this name holds a secret: one of its words says so."""
+    """Return whether a variable or option of this name holds a secret, judged by the words of the name."""
     if _PUBLIC_NAME.fullmatch(name):
         return False
     words = re.split(r"[_-]", name)
@@ -37,7 +37,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def assigned_secrets(text: str) -> Iterator[str]:
-    """Names of secrets that a shell line or SLURM options give a value to, other than by ``$NAME``."""
+    """Yield names of secrets that a shell line or SLURM option assigns a literal value."""
     for pattern in (_ASSIGNED, _OPTION):
         yield from (found[1] for found in pattern.finditer(text) if is_secret_name(found[1].strip("-")))
     if login := _LOGIN.search(text):
@@ -45,6 +45,6 @@ def assigned_secrets(text: str) -> Iterator[str]:
 
 
 def line_of_secret_value(text: str) -> int | None:
-    """Number of the first line with a value of the form that tokens and keys have, counted from 1."""
+    """Return the number of the first line, from 1, with a value in the form of a token or key."""
     found = _VALUE.search(text)
     return text.count("\n", 0, found.start()) + 1 if found else None

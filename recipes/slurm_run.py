@@ -21,7 +21,7 @@ from recipes.upstream import nemo_run, newest_scripts
 
 @dataclass(frozen=True)
 class Submission:
-    """What to submit, and how. ``tiny_run_dir`` is the folder of a tiny pipeline, whose data is made first."""
+    """Steps to submit. ``tiny_run_dir`` is the folder of a tiny pipeline, whose data is made first."""
 
     title: str
     steps: Sequence[Step]

@@ -1,7 +1,7 @@
-"""The tiny model and the built-in visual task: every stage on two CPU cores.
+"""Recipes of the tiny model on the built-in visual task, each stage on two CPU cores.
 
-Numbers were chosen by running them (README quotes what they give). Each stage alone reads and writes under
-``runs/tiny``; a pipeline gives it another place.
+Hyper-parameters were chosen by experiment (README has the results). A single stage reads and writes under
+``runs/tiny``; a pipeline overrides the paths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prism_megatron.config import (
 
 ROOT = "runs/tiny"
 _MAX_TOKENS = 6144
-_MAX_HIDDEN_SIZE = 512  # the smallest that is published has 2048
+_MAX_HIDDEN_SIZE = 512  # the smallest published model has 2048
 
 
 def _rollout(samples_per_prompt: int) -> RolloutConfig:
@@ -34,7 +34,7 @@ def _model(checkpoint: str) -> ModelConfig:
 
 
 def _discriminator(checkpoint: str) -> DiscriminatorConfig:
-    # Four experts for each branch, of which a token takes two.
+    # Four experts per branch; a token uses two.
     return DiscriminatorConfig(checkpoint, num_experts=8, topk=2, upcycle_noise=0.1, load_balance_coeff=0.01)
 
 

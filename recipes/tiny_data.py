@@ -1,6 +1,6 @@
-"""Write the built-in visual task's data files (see prism_megatron/data/shapes.py).
+"""Write the data of the built-in visual task (prism_megatron/data/shapes.py).
 
-python -m recipes.tiny_data --out runs/shapes_data
+python -m recipes.tiny_data --out runs/tiny/data
 """
 
 from __future__ import annotations

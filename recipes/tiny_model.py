@@ -1,9 +1,9 @@
-"""Make a tiny random Qwen3-VL, weights, tokenizer and processor, that every part of the pipeline can run on a CPU.
+"""Make a tiny random Qwen3-VL with tokenizer and processor, for a CPU.
 
-It is a stock checkpoint: AutoProcessor, AutoModelForImageTextToText and vLLM load it like a released one. The geometry
-(patch 16, merge 2, interleaved M-RoPE, DeepStack, tied embeddings) is Qwen3-VL's, and every head count divides by two.
+    python -m recipes.tiny_model --out runs/tiny/base
 
-    python -m recipes.tiny_model --out runs/tiny_hf
+AutoProcessor, AutoModelForImageTextToText and vLLM load it like a released checkpoint. The geometry (patch 16, merge 2,
+interleaved M-RoPE, DeepStack, tied embeddings) is Qwen3-VL's; all head counts are even.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 VOCAB_SIZE = 400  # before padding to VOCAB_MULTIPLE, special tokens included
-VOCAB_MULTIPLE = 16  # so that the embedding splits evenly over any tensor-parallel degree used in tests
+VOCAB_MULTIPLE = 16  # divisible by every tensor-parallel degree in the tests
 CORPUS_QUESTIONS = 400
 
 PATCH, MERGE, TEMPORAL_PATCH = 16, 2, 2
-MIN_PIXELS, MAX_PIXELS = 32 * 32, 256 * 256  # the task's images pass through unresized
+MIN_PIXELS, MAX_PIXELS = 32 * 32, 256 * 256  # the task's images are not resized
 
-# The task's pictures are mostly paper: centred on its brightness, the paper is near zero and the objects are not.
+# The task's images are mostly paper: normalized by its brightness, paper is near zero and objects are not.
 IMAGE_MEAN, IMAGE_STD = 0.94, 0.25
 
 TEXT_CONFIG: dict[str, Any] = {
@@ -79,11 +79,11 @@ VISION_CONFIG: dict[str, Any] = {
     "deepstack_visual_indexes": [0, 1],
 }
 
-# A token's embedding is also its row of the output layer, where ones would make the first guesses far too sure.
+# The embedding is tied to the output layer, where a std of 1 would make the initial predictions far too confident.
 TOKEN_STD, POSITION_STD = 0.3, 0.5
 
-# Qwen3-VL's ChatML: system turns pass as they are, an image or a video is one pad token between its markers (the
-# processor expands it), and add_generation_prompt opens the assistant's turn.
+# Qwen3-VL's ChatML: an image or a video is one pad token between its markers, which the processor expands;
+# add_generation_prompt opens the assistant's turn.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -144,10 +144,10 @@ def make_tiny_model(
 
 
 def init_weights(model: PreTrainedModel) -> None:
-    """Initialise every matrix with standard deviation 1/sqrt(fan in), the embeddings with theirs.
+    """Initialize matrices with standard deviation 1/sqrt(fan in), and embeddings with their own constants.
 
-    Hugging Face's fixed 0.02 suits models a thousand wide. At width 128 it shrinks what a picture says layer by layer,
-    and a model trained from scratch learns what captions look like long before it looks at the picture.
+    Hugging Face's fixed 0.02 suits a width of a thousand. At width 128 it shrinks the image's signal layer by layer,
+    and a model trained from scratch learns the form of captions long before it uses the image.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("pos_embed.weight"):
@@ -164,7 +164,7 @@ def init_weights(model: PreTrainedModel) -> None:
 
 
 def _tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
-    """A byte-level BPE that splits text as Qwen's does, so that block boundaries tokenise like the real thing."""
+    """Train a byte-level BPE with Qwen's pre-tokenizer, so that block boundaries tokenize like a released model's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -233,7 +233,7 @@ def _config(tokenizer: Qwen2Tokenizer, moe: bool, overrides: Mapping[str, Mappin
         if unknown:
             raise UserError(f"unknown key(s) {unknown} in the overrides' {part}; known: {sorted(known)}")
         parts[part].update(values)
-    # The merger must hand the language model vectors of its own width, whichever width was asked for.
+    # The merger's output has the language model's width.
     parts["vision_config"]["out_hidden_size"] = parts["text_config"]["hidden_size"]
     config = config_class(
         **parts,

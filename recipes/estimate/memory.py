@@ -1,20 +1,20 @@
-"""What a stage needs of a GPU's memory, by arithmetic: ``python -m recipes.launch RECIPE --estimate``.
+"""Analytic estimate of peak GPU memory per stage: ``python -m recipes.launch RECIPE --estimate``.
 
-Parameters are counted from the conversion table, so they are exact. Measured on CPU ranks by ``tools/bench/memory.py``,
-never on a GPU. Assumed:
+Parameters are counted exactly, from the conversion table. ``tools/bench/memory.py`` compares the estimate with ranks on
+a CPU; it was never measured on a GPU. Assumptions:
 
-- bfloat16 weights, gradients summed in float32, AdamW's three float32 copies cut over data-parallel ranks (float32
-  weights need no copy of their own); of a frozen parameter the weight only, as of the policy before training, which is
-  kept where ``kl_coeff`` is not 0;
-- a full micro-batch, half of it image tokens, each of four patches; one-forward-one-backward keeps as many
-  micro-batches as there are pipeline stages; flash attention; experts take 1.5 times their even share
-  (``recipes/estimate/activations.py``);
-- with FP8, a second and a third copy of the decoder's linear weights, one byte each: rounded, and that transposed;
-  activations are counted as in BF16;
-- layers are recomputed one at a time where ``model.recompute`` says so, the vision tower never;
-- the rollout engine has ``rollout.gpu_memory_utilization`` of the GPU, for good, or with ``rollout.sleep_level`` while
-  it is awake, and ``_ASLEEP`` else; weights are pushed when no activations are held, to an engine that is awake;
-- ``_RESERVED`` for the CUDA context, NCCL's buffers and what the allocator cannot use.
+- Weights are bfloat16, gradients are summed in float32, and AdamW's three float32 copies are sharded over data-parallel
+  ranks (float32 weights need no master copy). A frozen parameter, and the reference policy if ``kl_coeff`` > 0, has
+  weights only.
+- A micro-batch is full, half of it image tokens with four patches each. One-forward-one-backward keeps as many
+  micro-batches as there are pipeline stages. Attention is flash attention. The most loaded rank's experts get 1.5
+  times their even share (``recipes/estimate/activations.py``).
+- FP8 adds two copies of the decoder's linear weights, one byte each: rounded, and transposed. Activations are counted
+  as in BF16.
+- With ``model.recompute`` one layer is recomputed at a time; the vision tower is not.
+- The rollout engine has ``rollout.gpu_memory_utilization`` of the GPU: always, or with ``rollout.sleep_level`` while it
+  is awake, and ``_ASLEEP`` otherwise. A weight sync needs the engine awake, and no activations exist at that time.
+- ``_RESERVED`` covers the CUDA context, NCCL buffers and fragmentation.
 """
 
 from __future__ import annotations
@@ -45,58 +45,64 @@ from recipes.estimate.activations import Load, activation_bytes, full_load
 
 GPU_BYTES = 80e9
 _RESERVED = 4e9
-_ENGINE_OVERHEAD = 3e9  # vLLM's activations
-_ASLEEP = 2e9  # what vLLM holds outside the memory that it can give back
-_ENGINE_SEQUENCES = 4  # of full length, that the key-value cache should hold at least
+_ENGINE_OVERHEAD = 3e9  # activations of vLLM
+_ASLEEP = 2e9  # memory that a sleeping vLLM keeps
+_ENGINE_SEQUENCES = 4  # of full length, that the key-value cache must hold at least
 _FP8_COPIES = 2  # bytes
 _ALL = ("vision", "merger", "language_model")
 _LINEAR = re.compile(r"decoder\..*linear_(?:qkv|proj|fc1|fc2)\.weight")
 _PART = re.compile(r"(?:decoder|vision)\.layers\.(\d+)\.")
+_LABELS = {
+    "optimizer": "optimizer state",
+    "weight_sync": "weight sync, no activations",
+    "engine": "rollout engine",
+    "engine_asleep": "rollout engine in training",
+}
 PUBLISHED = Path(__file__).parents[1] / "published"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank.
+    """Bytes on the most loaded rank.
 
-    ``activations`` are with logits, ``push`` is held while weights go to the engine; never both. ``engine`` is its
-    share while awake, ``asleep`` what it keeps while activations are held, all of it if it does not sleep.
+    ``activations`` include logits. ``weight_sync`` is needed while weights are sent to the engine; the two never exist
+    at the same time. ``engine`` is the awake engine's share, ``engine_asleep`` its share during training.
     """
 
     weights: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
     activations: float = 0.0
-    push: float = 0.0
+    weight_sync: float = 0.0
     engine: float = 0.0
-    asleep: float = 0.0
+    engine_asleep: float = 0.0
 
     @property
     def total(self) -> float:
-        for_good = self.weights + self.gradients + self.optimizer + _RESERVED
-        return for_good + max(self.activations + self.asleep, self.push + self.engine)
+        permanent = self.weights + self.gradients + self.optimizer + _RESERVED
+        return permanent + max(self.activations + self.engine_asleep, self.weight_sync + self.engine)
 
     def check(self) -> None:
-        """Raises UserError where trainer and engine do not fit a GPU together."""
+        """Raise UserError if trainer and engine together do not fit a GPU."""
         if self.total > GPU_BYTES:
             raise UserError(
-                f"the fullest GPU needs {self.total / 1e9:.0f} GB of {GPU_BYTES / 1e9:.0f}:\n{self.table()}\n"
+                f"the most loaded GPU needs {self.total / 1e9:.0f} GB of {GPU_BYTES / 1e9:.0f}:\n{self.table()}\n"
                 "lower rollout.gpu_memory_utilization or max_tokens_per_microbatch, raise a parallel degree, or set "
                 "rollout.sleep_level=1"
             )
 
     def table(self) -> str:
-        rows = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        rows += [("reserved", _RESERVED), ("total", self.total), ("of", GPU_BYTES)]
-        return "\n".join(f"{name:11s} {value / 1e9:6.1f} GB" for name, value in rows)
+        rows = {_LABELS.get(f.name, f.name): getattr(self, f.name) for f in dataclasses.fields(self)}
+        rows |= {"reserved": _RESERVED, "total": self.total, "GPU memory": GPU_BYTES}
+        return "\n".join(f"{name:28s} {value / 1e9:6.1f} GB" for name, value in rows.items())
 
 
 def estimate(
     config: StageConfig, world_size: int, policy: HFSizes, dense_discriminator: HFSizes, load: Load | None = None
 ) -> Memory:
-    """Of the fullest pipeline stage, for a full micro-batch where ``load`` is not given.
+    """Estimate the most loaded pipeline stage, with a full micro-batch if ``load`` is None.
 
-    Raises UserError for degrees that do not fit, or an engine that cannot.
+    Raises UserError for invalid degrees, or an engine that does not fit in its share.
     """
     stages = stage_estimates(config, world_size, policy, dense_discriminator, load)
     return max(stages, key=lambda memory: memory.total)
@@ -105,43 +111,43 @@ def estimate(
 def stage_estimates(
     config: StageConfig, world_size: int, policy: HFSizes, dense_discriminator: HFSizes, load: Load | None = None
 ) -> list[Memory]:
-    """Of each pipeline stage."""
+    """Estimate each pipeline stage; arguments as of ``estimate``."""
     parallel = config.parallel
     check_layout(config, world_size, policy, dense_discriminator)
     table = policy_table(policy)
     engine = _engine_bytes(config, policy, table)
-    asleep = min(_ASLEEP, engine) if config.rollout.sleep_level else engine
+    engine_asleep = min(_ASLEEP, engine) if config.rollout.sleep_level else engine
     if isinstance(config, CollectConfig):
-        return [Memory(engine=engine, asleep=engine)]
+        return [Memory(engine=engine, engine_asleep=engine)]
     parts: list[_Part] = []
     if not isinstance(config, WarmupConfig):
         parts.append(_Part(table, policy, config.model.freeze, config.optimizer))
     if isinstance(config, PolicyGradientConfig) and config.kl_coeff:
-        parts.append(_Part(table, policy, _ALL, config.optimizer))  # the policy as it was
+        parts.append(_Part(table, policy, _ALL, config.optimizer))  # the reference policy
     if isinstance(config, WarmupConfig | AlignConfig):
-        wanted = config.discriminator
-        heads = 2 if wanted.experts == "dedicated" else 1
-        scorer = discriminator_table(dense_discriminator, wanted.num_experts, heads)
-        upcycled = _upcycled(dense_discriminator, wanted.num_experts, wanted.topk)
+        settings = config.discriminator
+        heads = 2 if settings.experts == "dedicated" else 1
+        scorer = discriminator_table(dense_discriminator, settings.num_experts, heads)
+        upcycled = _upcycled(dense_discriminator, settings.num_experts, settings.topk)
         optimizer = config.optimizer if isinstance(config, WarmupConfig) else config.discriminator_optimizer
-        parts.append(_Part(scorer, upcycled, wanted.freeze, optimizer))
+        parts.append(_Part(scorer, upcycled, settings.freeze, optimizer))
     stages = []
     for stage in range(parallel.pipeline_model_parallel_size):
         resident = [_resident(part, config, stage, world_size) for part in parts]
         activations = max(_activations(part, config, stage, load) for part in parts)
-        push = _push(table, config) if isinstance(config, PolicyGradientConfig) else 0.0
+        weight_sync = _weight_sync(table, config) if isinstance(config, PolicyGradientConfig) else 0.0
         weights, gradients, optimizer = (sum(column) for column in zip(*resident, strict=True))
-        stages.append(Memory(weights, gradients, optimizer, activations, push, engine, asleep))
+        stages.append(Memory(weights, gradients, optimizer, activations, weight_sync, engine, engine_asleep))
     return stages
 
 
 def check_layout(config: StageConfig, world_size: int, policy: HFSizes, dense_discriminator: HFSizes) -> None:
-    """Refuse degrees that some model of the stage does not divide by, or more data-parallel ranks than rows."""
+    """Raise UserError for degrees that do not divide the stage's models, or more data-parallel ranks than rows."""
     parallel, experts = config.parallel, policy.num_experts
     if isinstance(config, WarmupConfig | AlignConfig):
         check_degrees(parallel, world_size, dense_discriminator.degrees(config.discriminator.num_experts))
         check_sizes(config.model, parallel, dense_discriminator, upcycled=True)
-        experts = experts or config.discriminator.num_experts  # a dense policy has nothing to cut
+        experts = experts or config.discriminator.num_experts  # a dense policy has no experts to shard
     if not isinstance(config, WarmupConfig):
         check_degrees(parallel, world_size, policy.degrees(experts))
         check_sizes(config.model, parallel, policy)
@@ -165,14 +171,14 @@ def check_layout(config: StageConfig, world_size: int, policy: HFSizes, dense_di
 
 
 def published_sizes(size: str, folder: Path) -> HFSizes:
-    """Sizes of a released checkpoint, without it; ``folder`` is a place for its config.json."""
+    """Return the sizes of a released model; its config.json is written to ``folder``."""
     (folder / "config.json").write_text((PUBLISHED / f"{size}.json").read_text())
     return read_sizes(folder)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A model that a stage trains."""
+    """Model that a stage holds: its parameters, sizes, frozen parts and optimizer."""
 
     table: list[Rule]
     sizes: HFSizes
@@ -181,7 +187,7 @@ class _Part:
 
 
 def _resident(part: _Part, config: StageConfig, stage: int, world_size: int) -> tuple[float, float, float]:
-    """Bytes of weights, gradients and optimizer on a rank of this pipeline stage."""
+    """Return bytes of weights, gradients and optimizer state on a rank of this pipeline stage."""
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
@@ -211,13 +217,13 @@ def _stages_of(rule: Rule, stage_of_layer: Sequence[int]) -> set[int]:
         return {0}
     found = _PART.match(rule.megatron)
     if found is None:
-        # The head of the model; a tied one is the embedding itself where there is but one stage.
+        # The output layer; a tied one is the embedding itself if there is only one stage.
         return {last} if last or not rule.tied else set()
     return {stage_of_layer[int(found[1])]}
 
 
 def decoder_layers(sizes: HFSizes, parallel: ParallelConfig) -> list[int]:
-    """Decoder layers of each pipeline stage."""
+    """Return the number of decoder layers of each pipeline stage."""
     stages, layers = parallel.pipeline_model_parallel_size, sizes.text["num_hidden_layers"]
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     middle = stages - bool(first) - bool(last)
@@ -236,8 +242,8 @@ def _activations(part: _Part, config: StageConfig, stage: int, load: Load | None
     return activation_bytes(config, part.sizes, part.freeze, stage, layers, load or full_load(config, part.sizes))
 
 
-def _push(table: Sequence[Rule], config: StageConfig) -> float:
-    """What an export holds, and vLLM's part of the largest module until it is copied to its place."""
+def _weight_sync(table: Sequence[Rule], config: StageConfig) -> float:
+    """Return the bytes of an export, and of vLLM's shard of the largest module until it is loaded."""
     itemsize = 4 if config.model.precision == "fp32" else 2
     exported, module = export_bytes(table, itemsize, config.rollout.sync_bucket_mib << 20)
     return exported + module / _engine_ranks(config)
@@ -248,7 +254,7 @@ def _engine_ranks(config: StageConfig) -> int:
 
 
 def _engine_bytes(config: StageConfig, policy: HFSizes, table: Sequence[Rule]) -> float:
-    """The rollout engine's share, which must hold its weights and a few responses of full length."""
+    """Return the rollout engine's share, which must hold its weights and a few responses of full length."""
     if not isinstance(config, PolicyGradientConfig | CollectConfig) and not config.eval.num_questions:
         return 0.0
     rollout, text = config.rollout, policy.text

@@ -1,10 +1,10 @@
-"""How long a training step takes on a cluster, from sizes and unit costs (``tools/plan`` prints and ranks it).
+"""Analytic estimate of a training step's time from sizes and unit costs; ``tools/plan`` ranks layouts by it.
 
-A layer takes its matrix products at ``achieved`` of the peak, its other work at the memory's speed (each kept element
-moved ``_PASSES`` times), and ``layer_seconds`` whatever its size: the smaller a rank's part, the lower its MFU. What is
-exchanged is not overlapped with anything, as the trainer is configured. Ranks lie as Megatron lays them: tensor
-parallelism innermost, then context, data and pipeline; a group that does not fit in a node goes at the network's speed.
-All rows are taken as equal, all expert loads as even.
+A layer takes its matrix products at ``achieved`` of the peak, its other work at memory bandwidth (each saved element is
+moved ``_PASSES`` times), and ``layer_seconds`` regardless of its size: the smaller a rank's shard, the lower its MFU.
+Communication does not overlap with computation, as the trainer is configured. Ranks are ordered like Megatron's: tensor
+parallelism innermost, then context, data and pipeline; a group that spans nodes has network bandwidth. All rows have
+equal length, all experts equal load.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ _PASSES = 4  # written and read forward, read and written again (as a gradient) 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one rank and its links; ``recipes/estimate/costs/*.json`` says where each number is from."""
+    """Unit costs of one rank and its links; ``recipes/estimate/costs/*.json`` states the source of each number."""
 
     peak_flops: float  # FLOP/s
-    achieved: float  # part of it that large products reach
+    achieved: float  # fraction of it that large matrix products reach
     layer_seconds: float  # forward and backward
     memory_bytes_per_second: float
     memory_bytes: float
     host_seconds_per_token: float
     ranks_per_node: int
     intra_latency: float  # seconds
-    intra_bytes_per_second: float  # sent by a rank
+    intra_bytes_per_second: float  # that a rank sends
     inter_latency: float
     inter_bytes_per_second: float
-    sync_bytes_per_second: float  # of weights into the rollout engine, once gathered
+    sync_bytes_per_second: float  # of gathered weights into the rollout engine
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by cause. ``bubble`` holds uneven stages too; ``refit`` is no part of the step."""
+    """Seconds of a step by cause. ``bubble`` includes uneven stages; ``weight_sync`` is not part of the step."""
 
     compute: float
     bubble: float
@@ -58,7 +58,7 @@ class StepTime:
     gradients: float
     optimizer: float
     host: float
-    refit: float
+    weight_sync: float
 
     @property
     def communication(self) -> float:
@@ -71,7 +71,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Rows:
-    """The global batch: how many rows, and what all of them together are."""
+    """Global batch: the number of rows and their total work."""
 
     count: int
     work: Workload
@@ -86,22 +86,31 @@ class Rows:
 
 
 def read_costs(path: Path) -> Costs:
-    """Raises UserError for a file that is not there or lacks a cost or its source."""
+    """Read unit costs. Raises UserError if the file is missing or lacks a cost or its source."""
     try:
         found = json.loads(path.read_text())
         return Costs(**{f.name: found[f.name]["value"] for f in dataclasses.fields(Costs) if found[f.name]["source"]})
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        wanted = ", ".join(f.name for f in dataclasses.fields(Costs))
-        raise UserError(f"{path} must give value and source of each of {wanted} ({error!r})") from error
+        names = ", ".join(f.name for f in dataclasses.fields(Costs))
+        raise UserError(f"{path} must give value and source of each of {names} ({error!r})") from error
 
 
 def predict(config: StageConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs, memory: Memory) -> StepTime:
-    """Of a step on ``rows``; ``memory`` is the fullest rank's (``recipes/estimate/memory.py``)."""
+    """Predict the time of a training step.
+
+    Args:
+        config: the stage; its layout, precision, micro-batch size and optimizer.
+        sizes: the model's.
+        rows: the global batch.
+        world_size: number of ranks.
+        costs: unit costs of the cluster.
+        memory: the estimate of the most loaded rank, for gradients and optimizer state.
+    """
     return _Step(config, sizes, rows, world_size, costs, memory).time()
 
 
 class _Step:
-    """One layout's step: degrees, micro-batches and links, by their short names."""
+    """Step of one layout: degrees, micro-batches and links under short names."""
 
     def __init__(
         self, config: StageConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs, memory: Memory
@@ -120,17 +129,17 @@ class _Step:
         if (virtual := parallel.virtual_pipeline_model_parallel_size) > 1:
             self.microbatches += -self.microbatches % self.pp
         self.virtual = virtual
-        self.tokens = rows.tokens / self.dp / self.microbatches / self.cp  # a rank's, of a micro-batch
+        self.tokens = rows.tokens / self.dp / self.microbatches / self.cp  # per rank and micro-batch
         self.patches = rows.patches / self.dp / self.microbatches
         self.layers = decoder_layers(sizes, parallel)
 
     def time(self) -> StepTime:
         stages = self._stage_seconds()
         busy = self.microbatches * sum(stages) / self.pp
-        whole = self.microbatches * max(stages) + (sum(stages) - max(stages)) / self.virtual
+        elapsed = self.microbatches * max(stages) + (sum(stages) - max(stages)) / self.virtual
         return StepTime(
             compute=busy,
-            bubble=whole - busy,
+            bubble=elapsed - busy,
             tensor=self._tensor(),
             context=self._context(),
             expert=self._expert(),
@@ -138,15 +147,15 @@ class _Step:
             gradients=self._gradients(),
             optimizer=self._optimizer_bytes() / self.costs.memory_bytes_per_second,
             host=self.costs.host_seconds_per_token * self.rows.tokens / self.dp,
-            refit=self._refit(),
+            weight_sync=self._weight_sync(),
         )
 
     def _stage_seconds(self) -> list[float]:
-        """Of one micro-batch, forward and backward, on each pipeline stage."""
+        """Return the seconds of one micro-batch, forward and backward, on each pipeline stage."""
         parts = _hardware_flops(self.config, self.sizes, self.rows.work)
         rate = self.costs.peak_flops * self.costs.achieved * self.dp * self.microbatches * self.tp
         language, head, vision = (parts[name] / rate for name in ("language", "head", "vision"))
-        again = 1 + self.config.model.recompute / 3  # forward once more
+        again = 1 + self.config.model.recompute / 3  # a second forward pass
         traffic = _PASSES * self.width / self.costs.memory_bytes_per_second
         layer = traffic * self.tokens * layer_elements(self.sizes, self.config.parallel, 1.0) * again
         layer += language / self.cp / sum(self.layers) + self.costs.layer_seconds * again
@@ -158,7 +167,7 @@ class _Step:
         return seconds
 
     def _tensor(self) -> float:
-        """Four reductions of a layer's hidden states, six where it is recomputed, on the fullest stage."""
+        """Return the seconds of four all-reduces per layer, six if it is recomputed, on the most loaded stage."""
         if self.tp == 1:
             return 0.0
         hidden, tower = self.sizes.text["hidden_size"], self.sizes.vision["hidden_size"]
@@ -169,7 +178,7 @@ class _Step:
         return self.microbatches * max(stages)
 
     def _context(self) -> float:
-        """Keys and values gathered forward, their gradients scattered back."""
+        """Return the seconds to gather keys and values forward and reduce-scatter their gradients backward."""
         text = self.sizes.text
         bytes_ = self.width * 2 * self.tokens * self.cp * text["num_key_value_heads"] * text["head_dim"] / self.tp
         times = 2 + self.config.model.recompute
@@ -177,7 +186,7 @@ class _Step:
         return self.microbatches * max(self.layers) * times * once if self.cp > 1 else 0.0
 
     def _expert(self) -> float:
-        """Tokens to their experts and back, forward and backward; ranks that share an expert gather and sum them."""
+        """Return the seconds of dispatch and combine, forward and backward, and of gathers within shared experts."""
         etp = self.config.parallel.expert_tensor_parallel_size
         if self.ep * etp == 1:
             return 0.0
@@ -188,7 +197,7 @@ class _Step:
         return self.microbatches * max(self.layers) * (4 + 2 * self.config.model.recompute) * once
 
     def _pipeline(self) -> float:
-        """Hidden states and DeepStack features to the next stage, gradients back; every stage waits for both."""
+        """Return the seconds to send hidden states and DeepStack features on, and gradients back."""
         if self.pp == 1:
             return 0.0
         levels = 1 + len(self.sizes.vision["deepstack_visual_indexes"])
@@ -196,7 +205,7 @@ class _Step:
         return 2 * self.virtual * self.microbatches * self._moved(bytes_, self.world_size)
 
     def _gradients(self) -> float:
-        """Summed in float32 over the replicas; with the distributed optimizer scattered, and the weights gathered."""
+        """Return the seconds of the float32 all-reduce, or of reduce-scatter and weight gather if it is distributed."""
         replicas, span = self.dp * self.cp, self.tp * self.cp * self.dp
         seconds = 0.0
         if replicas > 1:
@@ -210,20 +219,20 @@ class _Step:
         return seconds
 
     def _optimizer_bytes(self) -> float:
-        """Read and written by clipping and AdamW: gradients three times, state and weights both ways."""
+        """Return the bytes moved by clipping and AdamW: gradients three times, state and weights read and written."""
         state = self.memory.optimizer
-        ours = 1 / (self.dp * self.cp) if self.config.optimizer.use_distributed_optimizer else 1.0
-        return 2 * state + (3 * self.memory.gradients + 2 * self.memory.gradients / 4 * self.width) * ours
+        shard = 1 / (self.dp * self.cp) if self.config.optimizer.use_distributed_optimizer else 1.0
+        return 2 * state + (3 * self.memory.gradients + 2 * self.memory.gradients / 4 * self.width) * shard
 
-    def _refit(self) -> float:
-        """Every rank gets every tensor whole, and its engine takes its part."""
-        whole = self.width * sum(rule.numel for rule in policy_table(self.sizes) if not rule.tied)
-        gathered = self._moved(whole * (self.tp - 1) / self.tp, self.tp) if self.tp > 1 else 0.0
-        passed = self._moved(whole * (self.pp - 1) / self.pp, self.world_size) if self.pp > 1 else 0.0
-        return gathered + passed + whole / self.costs.sync_bytes_per_second
+    def _weight_sync(self) -> float:
+        """Return the seconds until every rank has gathered every tensor and its engine has loaded its shard."""
+        size = self.width * sum(rule.numel for rule in policy_table(self.sizes) if not rule.tied)
+        gathered = self._moved(size * (self.tp - 1) / self.tp, self.tp) if self.tp > 1 else 0.0
+        passed = self._moved(size * (self.pp - 1) / self.pp, self.world_size) if self.pp > 1 else 0.0
+        return gathered + passed + size / self.costs.sync_bytes_per_second
 
     def _reduced(self, bytes_: float, ranks: int, span: int | None = None) -> float:
-        """A ring's all-reduce over ``ranks`` that lie within ``span`` neighbouring ranks."""
+        """Return the seconds of a ring all-reduce over ``ranks`` within ``span`` neighbouring ranks."""
         return self._moved(2 * bytes_ * (ranks - 1) / ranks, span or ranks)
 
     def _moved(self, bytes_: float, span: int) -> float:
@@ -234,15 +243,15 @@ class _Step:
 
 
 def _hardware_flops(config: StageConfig, sizes: HFSizes, work: Workload) -> dict[str, float]:
-    """All operations of the batch, those done twice too: decoder, head, and vision with its mergers."""
+    """Return the operations of the batch, recomputed ones included: decoder, output layer, vision with mergers."""
 
     def of(recompute: bool) -> TrainingFlops:
         return training_flops(sizes.text, sizes.vision, work, config.model.freeze, recompute)
 
-    kept, asked = of(False), of(config.model.recompute)
-    parts = asked.parts
+    plain, actual = of(False), of(config.model.recompute)
+    parts = actual.parts
     return {
-        "language": parts["language"] + parts["attention"] + asked.recomputed - kept.recomputed,
-        "head": parts["head"] + kept.recomputed,
+        "language": parts["language"] + parts["attention"] + actual.recomputed - plain.recomputed,
+        "head": parts["head"] + plain.recomputed,
         "vision": parts["vision"] + parts["vision_attention"] + parts["merger"],
     }

@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import openai
 import pytest
 
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_alignment, read_pool, read_rlvr, write_prompts
 from prism_megatron.types import Example
-from tools.curate.curation import curate, demonstration_fault, pass_rate
-from tools.curate.endpoint import Answer, Endpoint
+from tools.curate.curation import Settings, curate, demonstration_fault, pass_rate
+from tools.curate.endpoint import Answer, Endpoint, Requests
 
 SAMPLES = 4
 
@@ -70,29 +69,25 @@ def pool(tiny_data: Path) -> list[Example]:
     return [wrong, broken, *taught[2:8], *(replace(row, response=None) for row in taught[8:])]
 
 
-def run(
-    pool: list[Example], out: Path, endpoint: Endpoint, verifier: Endpoint | None, **changed: Any
-) -> dict[str, Any]:
-    options: dict[str, Any] = {"samples": SAMPLES, "band": (0.2, 0.8), "workers": 16}
-    options["client_of"] = lambda asked: asked.client(retries=2, timeout=600.0)
-    return curate(pool, out, endpoint, endpoint, verifier, **(options | changed))
+def run(pool: list[Example], out: Path, endpoint: Endpoint, verifier: Endpoint | None) -> dict[str, Any]:
+    settings = Settings(endpoint, endpoint, verifier, SAMPLES, requests=Requests(workers=16, retries=2))
+    return curate(pool, out, settings)
 
 
 def saved(out: Path) -> list[Answer]:
     return [Answer(**json.loads(line)) for line in (out / "responses.jsonl").read_text().splitlines()]
 
 
-def nobody(_: Endpoint) -> openai.OpenAI:
-    class Client:
-        @property
-        def chat(self) -> NoReturn:
-            raise AssertionError("asked again")
-
-    return Client()  # type: ignore[return-value]
+def no_client(*_: object) -> NoReturn:
+    raise AssertionError("a request was sent again")
 
 
 def test_a_pool_becomes_two_sets(
-    pool: list[Example], endpoint: Endpoint, speaking_checkpoint: Path, tmp_path: Path
+    pool: list[Example],
+    endpoint: Endpoint,
+    speaking_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     processor = ChatProcessor(speaking_checkpoint)
     report = run(pool, tmp_path, endpoint, None)
@@ -134,7 +129,9 @@ def test_a_pool_becomes_two_sets(
     path.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:20])
     again = run(pool, tmp_path, endpoint, None)
     assert len({(a.kind, a.row_id, a.number) for a in complete(path)}) == len(lines)
-    assert run(pool, tmp_path, endpoint, None, client_of=nobody) == again
+    with monkeypatch.context() as patched:
+        patched.setattr(Endpoint, "client", no_client)
+        assert run(pool, tmp_path, endpoint, None) == again
 
     verified = run(pool, tmp_path, endpoint, replace(endpoint, temperature=0.0))
     doubted = verified["alignment_rejects"]["verifier doubts the demonstration"]
@@ -164,4 +161,4 @@ def test_a_remote_endpoint_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOME_KEY", raising=False)
     remote = Endpoint("https://teacher.example/v1", "m", "SOME_KEY", 1, 1.0)
     with pytest.raises(ValueError, match="needs a key; set the environment variable SOME_KEY"):
-        remote.client(retries=0, timeout=1.0)
+        remote.client(Requests(retries=0, timeout_seconds=1.0))

@@ -149,7 +149,7 @@ def memory(checkpoint: Path) -> dict[str, int]:
     from prism_megatron.convert.transfer import export_manifest, export_weights
     from prism_megatron.model.build import build_policy
     from prism_megatron.model.sizes import read_sizes
-    from tools.bench.harness import extra_peak_bytes, give_back_freed
+    from tools.bench.harness import extra_peak_bytes, release_freed
 
     has_experts = read_sizes(checkpoint).num_experts is not None
     # Over tensor-parallel ranks in memory that they share; down the pipeline through none but each rank's own.
@@ -176,7 +176,7 @@ def memory(checkpoint: Path) -> dict[str, int]:
             pending.append(tensor)
             if len(pending) == names[name.rpartition(".")[0]]:
                 pending.clear()
-            give_back_freed()
+            release_freed()
             time.sleep(tensor.nbytes / 2e8)  # the engine's work, while the next part arrives
 
     consume(BUCKET)

@@ -1,8 +1,8 @@
-"""How long a training step is held up by a save, and how long the save takes beside it.
+"""Benchmark saving during training: the time that a step waits for a save, and the time until it is on disk.
 
     python -m tools.bench.checkpoint --out runs/bench_checkpoint [--megabytes 600]
 
-One rank trains a Qwen3-VL of that size (weights and AdamW's state) on nothing but made-up gradients, and saves once.
+One rank trains a Qwen3-VL of that size (weights and AdamW state) on constant gradients, and saves once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prism_megatron.convert.qwen3_vl import policy_table
 from prism_megatron.model.sizes import HFSizes
 from recipes.tiny_model import TEXT_CONFIG, VISION_CONFIG
 
-_STATE_BYTES = 12  # of a parameter: itself and AdamW's two moments, in float32
+_STATE_BYTES = 12  # per parameter: weight and AdamW's two moments, in float32
 
 
 def main() -> int:
@@ -39,25 +39,25 @@ def main() -> int:
 
     chunks, optimizer = train_model(args.megabytes * 1_000_000)
     checkpointer = Checkpointer(args.out, keep=1)
-    alone = [step(chunks, optimizer) for _ in range(5)]
+    without_save = [step(chunks, optimizer) for _ in range(5)]
 
-    began = time.monotonic()
+    start_time = time.monotonic()
     checkpointer.save(1, {"policy": (chunks, optimizer)})
-    stopped = time.monotonic() - began
-    beside = []
+    blocked = time.monotonic() - start_time
+    during_save = []
     while checkpointer.latest() == 0:
-        beside.append(step(chunks, optimizer))
+        during_save.append(step(chunks, optimizer))
         checkpointer.poll()
-    written = time.monotonic() - began
+    written = time.monotonic() - start_time
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     shutil.rmtree(args.out)
     measured = {
         "bytes": size,
-        "seconds_held_up": round(stopped, 3),
-        "seconds_until_whole": round(written, 3),
-        "step_seconds_alone": round(statistics.median(alone), 3),
-        "step_seconds_beside_the_writer": round(statistics.median(beside), 3),
-        "steps_beside_the_writer": len(beside),
+        "seconds_blocked": round(blocked, 3),
+        "seconds_until_saved": round(written, 3),
+        "step_seconds": round(statistics.median(without_save), 3),
+        "step_seconds_during_save": round(statistics.median(during_save), 3),
+        "steps_during_save": len(during_save),
     }
     print(json.dumps(measured))
     groups.shutdown()
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def train_model(size: int) -> tuple[Any, Any]:
-    """A model whose checkpoint has about ``size`` bytes, and its optimizer after one step."""
+    """Return a model whose checkpoint has about ``size`` bytes, and its optimizer after one step."""
     from prism_megatron.model.build import build_policy, wrap_for_training
     from prism_megatron.optim.optimizer import build_optimizer
 
@@ -89,13 +89,13 @@ def train_model(size: int) -> tuple[Any, Any]:
 
 
 def step(chunks: Any, optimizer: Any) -> float:
-    """Seconds of an optimizer step on gradients of one."""
-    began = time.monotonic()
+    """Return the seconds of an optimizer step on gradients of one."""
+    start_time = time.monotonic()
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.main_grad.fill_(1.0)
     optimizer.step()
-    return time.monotonic() - began
+    return time.monotonic() - start_time
 
 
 if __name__ == "__main__":

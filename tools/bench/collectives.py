@@ -1,8 +1,8 @@
-"""What ranks take to exchange tensors: latency and bandwidth, for ``tools/plan``.
+"""Benchmark collectives: latency and bandwidth between ranks, for ``tools/plan``.
 
     python -m tools.bench.collectives --ranks 2 [--out NEW.json]        # on a cluster, under torchrun or srun
 
-Seconds are fitted as latency + bytes sent by a rank / bandwidth, in the least squares of relative errors.
+Seconds are fitted as latency + bytes sent by a rank / bandwidth, by least squares of relative errors.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Exchange = Callable[["torch.Tensor"], None]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start here")
-    parser.add_argument("--steps", type=int, default=20, help="measured exchanges of each size, at least 2")
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this machine")
+    parser.add_argument("--steps", type=int, default=20, help="measured exchanges per size, at least 2")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     if arguments.ranks < 2 or arguments.steps < 2:
         print("error: --ranks and --steps must be at least 2", file=sys.stderr)
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def measure(steps: int) -> dict[str, Any] | None:
-    """Median seconds of each exchange and size, and the fit; None on ranks but the first."""
+    """Return median seconds by collective and size, and the fit; None on all ranks but the first."""
     import torch
     import torch.distributed as dist
 
@@ -71,7 +71,7 @@ def _run(exchange: Exchange, tensor: torch.Tensor, _: int) -> None:
 
 
 def exchanges(ranks: int) -> dict[str, tuple[Exchange, float]]:
-    """Each exchange, and the bytes that a rank sends in it for each byte of the tensor (of a ring)."""
+    """Return each collective with the bytes that a rank sends per byte of the tensor, in a ring."""
     import torch.distributed as dist
 
     def all_reduce(tensor: torch.Tensor) -> None:
@@ -95,7 +95,7 @@ def exchanges(ranks: int) -> dict[str, tuple[Exchange, float]]:
 
 
 def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Latency in seconds and bandwidth in bytes a second of (bytes, seconds)."""
+    """Fit latency in seconds and bandwidth in bytes per second to pairs of (bytes, seconds)."""
     import torch
 
     size, seconds = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))

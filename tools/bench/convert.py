@@ -1,9 +1,9 @@
-"""How fast whole checkpoints are converted, beside a plain copy of the same files, and in how much memory.
+"""Benchmark checkpoint conversion: speed compared with a plain copy of the files, and peak memory.
 
     python -m tools.bench.convert --out runs/bench_convert [--gigabytes 2.2]
 
-Makes a random bf16 Qwen3-VL checkpoint of that size, copies it, converts it there and back (the way back is verified
-against it) and prints JSON: seconds, MB/s, and the peak memory of each step beside that of a process that only imports.
+Makes a random bf16 Qwen3-VL checkpoint of that size, copies it, converts it in both directions (verified against the
+original) and prints JSON: seconds, MB/s and peak memory of each step, and the peak memory of the imports alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prism_megatron.convert.qwen3_vl import policy_table
 from prism_megatron.model.sizes import read_sizes
 from tools.processes import module_environment
 
-# Qwen3-VL-2B but for its depth, which makes the size.
+# Qwen3-VL-2B with a depth chosen for the size.
 _TEXT: dict[str, Any] = {
     "model_type": "qwen3_vl_text",
     "vocab_size": 151936,
@@ -65,12 +65,12 @@ def main() -> int:
     measured: dict[str, Any] = {"bytes": size, "largest_tensor_bytes": largest}
     measured["copy"] = copy(hf, args.out / "copy", size)
     measured["import_only"] = {"peak_rss_bytes": run([*convert, "--help"])[1]}
-    there = ["hf-to-megatron", "--hf", str(hf), "--out", str(megatron)]
-    home = ["megatron-to-hf", "--megatron", str(megatron), "--out"]
+    to_megatron = ["hf-to-megatron", "--hf", str(hf), "--out", str(megatron)]
+    to_hf = ["megatron-to-hf", "--megatron", str(megatron), "--out"]
     for name, command in (
-        ("hf_to_megatron", there),
-        ("megatron_to_hf", [*home, str(args.out / "back")]),
-        ("megatron_to_hf_verified", [*home, str(args.out / "verified"), "--verify", str(hf)]),
+        ("hf_to_megatron", to_megatron),
+        ("megatron_to_hf", [*to_hf, str(args.out / "back")]),
+        ("megatron_to_hf_verified", [*to_hf, str(args.out / "verified"), "--verify", str(hf)]),
     ):
         seconds, peak = run([*convert, *command])
         above = peak - measured["import_only"]["peak_rss_bytes"] - largest
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def make_checkpoint(directory: Path, size: int) -> int:
-    """Write a random checkpoint of about ``size`` bytes; returns the bytes of its largest tensor."""
+    """Write a random checkpoint of about ``size`` bytes. Returns the bytes of its largest tensor."""
     import torch
 
     from prism_megatron.convert.manifest import JOURNAL
@@ -116,25 +116,25 @@ def make_checkpoint(directory: Path, size: int) -> int:
 
 
 def copy(source: Path, target: Path, size: int) -> dict[str, float]:
-    """Copy the files and wait until they are on disk, as the converter does."""
+    """Copy the files and sync them to disk, as the converter does."""
     from prism_megatron.files import fsync
 
     target.mkdir()
-    began = time.monotonic()
+    start_time = time.monotonic()
     for path in source.iterdir():
         shutil.copyfile(path, target / path.name)
         fsync(target / path.name)
-    return speed(size, time.monotonic() - began)
+    return speed(size, time.monotonic() - start_time)
 
 
 def run(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command."""
-    began = time.monotonic()
+    """Run a command. Returns its seconds and peak resident bytes."""
+    start_time = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=module_environment())
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
-    return time.monotonic() - began, usage.ru_maxrss * 1024
+    return time.monotonic() - start_time, usage.ru_maxrss * 1024
 
 
 def speed(size: int, seconds: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved steps, their medians, where a figure comes from, and a baseline to keep to."""
+"""Shared code of the benchmarks: interleaved steps, medians, provenance, and comparison with a baseline."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from tools.processes import ROOT, module_environment
 
 
 def interleaved(sides: Mapping[str, Callable[[int], Any]], steps: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of each side's measured steps. Sides alternate, so that a busy machine slows them alike."""
+    """Run the sides alternately, so that a busy machine slows all. Returns the seconds of the measured steps."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warmup + steps):
         for name, step in sides.items():
             _synchronize()
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             step(number)
             _synchronize()
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - start_time)
     return seconds
 
 
 def median_and_p90(values: Sequence[float]) -> dict[str, float]:
-    """Of at least two values."""
+    """Return the median and the 90th percentile of at least two values."""
     return {"median": statistics.median(values), "p90": statistics.quantiles(values, n=10, method="inclusive")[-1]}
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held: on the GPU where there is one, else resident."""
+    """Return the peak memory of this process: on the GPU if there is one, else resident."""
     import torch
 
     if torch.cuda.is_available():
@@ -53,10 +53,10 @@ def peak_bytes() -> int:
 
 
 def peak_bytes_of_children() -> int:
-    """The most resident memory that each living process started by this one has held, and by those, added up."""
+    """Return the sum of the peak resident memory of all living descendants of this process."""
     parents, peaks = {}, {}
     for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended in the meantime
             fields = dict(re.findall(r"^(\w+):\s+(\d+)", status.read_text(), re.MULTILINE))
             process = int(fields["Pid"])
             parents[process], peaks[process] = int(fields["PPid"]), 1024 * int(fields.get("VmHWM", 0))
@@ -67,27 +67,27 @@ def peak_bytes_of_children() -> int:
 
 
 def extra_peak_bytes(work: Callable[[], Any]) -> int:
-    """The most memory that ``work`` takes beyond what this process holds when it starts and gives back.
+    """Return the peak memory of ``work`` beyond the memory in use when it starts.
 
-    On the GPU where there is one, else resident, as the Linux kernel counts it: it sees whoever allocates. What is
-    freed counts until it is given back, so ``work`` should call :func:`give_back_freed` now and then.
+    It is GPU memory if there is a GPU, else resident memory as the Linux kernel counts it, which includes every
+    allocator. Freed memory counts until it is returned to the system, so ``work`` should call :func:`release_freed`.
     """
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        in_use = torch.cuda.memory_allocated()
         work()
-        return torch.cuda.max_memory_allocated() - held
-    give_back_freed()  # it must not serve this
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    held = _resident("VmRSS")
+        return torch.cuda.max_memory_allocated() - in_use
+    release_freed()  # memory freed earlier must not be reused
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    in_use = _resident("VmRSS")
     work()
-    return _resident("VmHWM") - held
+    return _resident("VmHWM") - in_use
 
 
-def give_back_freed() -> None:
-    """Return to the system what malloc keeps of freed memory for later."""
+def release_freed() -> None:
+    """Return freed memory that malloc caches to the system."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -98,7 +98,7 @@ def _resident(line: str) -> int:
 
 
 def provenance() -> dict[str, Any]:
-    """Commit, versions and hardware a figure belongs to."""
+    """Return the commit, versions and hardware of a measurement."""
     import torch
 
     return {
@@ -118,9 +118,9 @@ def hardware() -> str:
 
 
 def start_ranks(ranks: int, module: str) -> int:
-    """Run ``module`` with this process's command line in ``ranks`` processes here; returns the exit status.
+    """Run ``module`` with this process's command line in ``ranks`` processes on this machine. Returns the exit status.
 
-    Raises UserError with the first error that a rank reports in one line.
+    Raises UserError with the first one-line error of a rank.
     """
     cores = len(os.sched_getaffinity(0))
     environment = {"OMP_NUM_THREADS": str(max(cores // ranks, 1)), "PYTHONWARNINGS": "ignore", **module_environment()}
@@ -128,16 +128,16 @@ def start_ranks(ranks: int, module: str) -> int:
     done = subprocess.run(
         [*torchrun, "-m", module, *sys.argv[1:]], env=environment, stderr=subprocess.PIPE, text=True, check=False
     )
-    refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    if done.returncode and refusals:
-        raise UserError(refusals[0].removeprefix("error: "))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    if done.returncode and errors:
+        raise UserError(errors[0].removeprefix("error: "))
     if done.returncode:
         print(done.stderr, file=sys.stderr)
     return done.returncode
 
 
 def read_baseline(path: Path) -> dict[str, Any]:
-    """Raises UserError if it cannot be read."""
+    """Read an earlier result. Raises UserError if that fails."""
     try:
         baseline = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -150,10 +150,10 @@ def read_baseline(path: Path) -> dict[str, Any]:
 def regressions(
     result: Mapping[str, Any], baseline: Mapping[str, Any], higher_is_better: Sequence[str], tolerance: float
 ) -> list[str]:
-    """A line for each figure that is worse than the baseline's by more than ``tolerance`` of it.
+    """Return a line for each figure that is worse than the baseline's by more than ``tolerance``.
 
-    Figures are named by their path, such as "ours.tokens_per_second". Raises UserError if the two were not measured
-    on the same thing, or have no such figure in common.
+    Figures are named by their path, such as "ours.tokens_per_second". Raises UserError if the two runs have different
+    settings or hardware, or none of the figures in common.
     """
     for key in ("benchmark", "config", "hardware", "threads", "ranks"):
         then, now = baseline.get(key), result.get(key)
@@ -171,16 +171,16 @@ def regressions(
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """What :func:`finish` reads. A baseline that cannot be read is refused before anything is measured."""
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    """Add the options that :func:`finish` reads. An unreadable baseline is refused before the measurement."""
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     parser.add_argument(
-        "--compare", type=_baseline, metavar="OLD.json", help="an earlier run's; exit status 1 where this one is worse"
+        "--compare", type=_baseline, metavar="OLD.json", help="an earlier result; exit status 1 if this one is worse"
     )
-    parser.add_argument("--tolerance", type=float, default=0.1, help="how much worse is still as good, of the baseline")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="allowed relative loss")
 
 
 def finish(result: Mapping[str, Any], arguments: argparse.Namespace, higher_is_better: Sequence[str]) -> int:
-    """Write the result and hold it to the baseline, if there is one; returns the exit status."""
+    """Write the result and compare it with the baseline, if there is one. Returns the exit status."""
     write(result, arguments.out)
     if arguments.compare is None:
         return 0
@@ -195,7 +195,7 @@ def finish(result: Mapping[str, Any], arguments: argparse.Namespace, higher_is_b
 
 
 def write(result: Mapping[str, Any], out: Path | None) -> None:
-    """Print the result as one JSON line, and write it to ``out``."""
+    """Print the result as one JSON line, and write it to ``out`` if given."""
     print(json.dumps(result))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def write(result: Mapping[str, Any], out: Path | None) -> None:
 
 
 def resolutions(text: str) -> tuple[tuple[int, int], ...]:
-    """Raises UserError for anything but WIDTHxHEIGHT, and commas between."""
+    """Parse WIDTHxHEIGHT,WIDTHxHEIGHT. Raises UserError for anything else."""
     sizes = []
     for item in text.split(","):
         width, _, height = item.partition("x")
@@ -228,7 +228,7 @@ def _figure(result: Mapping[str, Any], name: str) -> float | None:
 
 
 def _git(*arguments: str) -> str:
-    """Nothing where there is no repository, or no git."""
+    """Return git's output, empty without a repository or git."""
     if shutil.which("git") is None:
         return ""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""HF transformers' training step, the other side of ``tools/bench/train.py``: FSDP2 where there are several ranks."""
+"""Training step of HF transformers, for comparison in ``tools/bench/train.py``; FSDP2 on several ranks."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from prism_megatron.types import InputSpec
 
 
 def hf_step(config: SFTConfig, spec: InputSpec, model: Any) -> Callable[[Sequence[TrainingSequence]], float]:
-    """HF's ``model`` on this rank's padded rows, gradient clipping and torch's AdamW, with the recipe's numbers.
+    """Return a step of HF's ``model`` on this rank's padded rows, with gradient clipping and torch's AdamW.
 
-    The loss is the mean over the response tokens of the global batch, as ours.
+    The loss is the mean over the response tokens of the global batch, like the trainer's.
     """
     from prism_megatron.parallel import groups
 
-    device, wanted, world = groups.device(), config.optimizer, dist.get_world_size()
+    device, settings, world = groups.device(), config.optimizer, dist.get_world_size()
     adam = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=wanted.lr,
-        betas=(wanted.adam_beta1, wanted.adam_beta2),
-        eps=wanted.adam_eps,
-        weight_decay=wanted.weight_decay,
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
     )
     reduced = torch.autocast(device.type, torch.bfloat16, enabled=config.model.precision != "fp32")
 
     def step(batch: Sequence[TrainingSequence]) -> float:
-        mine = [batch[i] for i in shard_for_rank(list(range(len(batch))), dist.get_rank(), world)]
-        inputs = {name: value.to(device) for name, value in padded(mine, spec).items()}
+        local_batch = [batch[i] for i in shard_for_rank(list(range(len(batch))), dist.get_rank(), world)]
+        inputs = {name: value.to(device) for name, value in padded(local_batch, spec).items()}
         trained = torch.tensor(sum(len(sequence.response_ids) for sequence in batch) / world)
         adam.zero_grad()
         with reduced:
             loss: Tensor = model(**inputs, num_items_in_batch=trained).loss
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), wanted.clip_grad)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
         adam.step()
         mean = loss.detach() / world
         dist.all_reduce(mean)
@@ -50,7 +50,7 @@ def hf_step(config: SFTConfig, spec: InputSpec, model: Any) -> Callable[[Sequenc
 
 
 def hf_model(config: SFTConfig) -> Any:
-    """HF's model in training, in float32, with the recipe's frozen parts and recomputation."""
+    """Load HF's model for training in float32, with the recipe's frozen parts and recomputation."""
     from transformers import AutoModelForImageTextToText
 
     from prism_megatron.parallel import groups
@@ -67,7 +67,7 @@ def hf_model(config: SFTConfig) -> Any:
 
 
 def padded(batch: Sequence[TrainingSequence], spec: InputSpec) -> dict[str, Tensor]:
-    """The batch as HF's trainer would collate it: padded on the right, prompts masked in the labels."""
+    """Collate the batch like HF's trainer: padded on the right, prompts masked in the labels."""
     longest = max(map(len, batch))
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -87,14 +87,14 @@ def padded(batch: Sequence[TrainingSequence], spec: InputSpec) -> dict[str, Tens
 
 
 def _part_of(name: str) -> str:
-    """The freezable part (``ModelConfig.freeze``) that an HF parameter belongs to."""
+    """Return the part (``ModelConfig.freeze``) that an HF parameter belongs to."""
     if "visual." not in name:
         return "language_model"
     return "merger" if "merger" in name else "vision"
 
 
 def _shard(model: nn.Module, device: str) -> None:
-    """FSDP2 over all ranks, a unit for each layer."""
+    """Shard the model with FSDP2 over all ranks, one unit per layer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

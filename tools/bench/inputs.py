@@ -1,4 +1,4 @@
-"""What the training benchmark trains: a recipe's configuration, random models of any size, and rows with images."""
+"""Inputs of the training benchmark: a recipe's configuration, random models of any size, and rows with images."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from recipes.tiny_model import MOE_CONFIG, PATCH, TEXT_CONFIG, VISION_CONFIG, VO
 if TYPE_CHECKING:
     from prism_megatron.data.pack import TrainingSequence
 
-BATCHES = 4  # distinct ones, taken in turn
+BATCHES = 4  # distinct batches, used in rotation
 _SIZES = Path(__file__).parent / "sizes"
-_MOCK_TEXT = 32  # tokens around an image that is made up
+_MOCK_TEXT = 32  # text tokens around a mock image
 TrainingConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. ``images`` is shapes, mock or a directory; ``resolutions`` are mock images' (width, height).
+    """Settings of a measurement.
 
-    ``size`` is tiny, tiny_moe, a published size, a name in tools/bench/sizes, or a JSON file as ``recipes.tiny_model``
-    takes it. ``discriminator_size`` is one of these, too, if the discriminator is not made from the policy.
+    ``images`` is shapes, mock or a directory; ``resolutions`` are the (width, height) of mock images. ``size`` is tiny,
+    tiny_moe, a published size, a name in tools/bench/sizes, or a JSON file as ``recipes.tiny_model`` takes it;
+    ``discriminator_size`` too, None for a discriminator that is upcycled from the policy.
     """
 
     recipe: str = "tiny_sft"
     size: str = "tiny"
     images: str = "shapes"
     resolutions: tuple[tuple[int, int], ...] = ((64, 64), (128, 96))
-    response_tokens: int = 96  # of a mock row, or a made-up response
+    response_tokens: int = 96  # of a mock row or a synthetic response
     overrides: tuple[str, ...] = ()
     steps: int = 12
     warmup: int = 3
@@ -48,11 +49,11 @@ class Settings:
 
 
 def read_config(settings: Settings, folder: Path) -> TrainingConfig:
-    """The recipe on models and data in ``folder``. Raises UserError for one that cannot be measured as asked."""
+    """Return the recipe's configuration on models and data in ``folder``. Raises UserError if it cannot run."""
     name = settings.recipe if settings.recipe in STAGE_RECIPES else f"{settings.recipe}_sft"
     config = stage_recipe(name)()
     if not isinstance(config, TrainingConfig):
-        raise UserError(f"recipe {name} is of stage {config.stage}, which trains nothing; take one of another stage")
+        raise UserError(f"recipe {name} is of stage {config.stage}, which trains nothing; take another recipe")
     if settings.vs_hf and not isinstance(config, SFTConfig):
         raise UserError(
             f"--vs hf is for SFT: HF transformers has no training step of stage {config.stage}, of which recipe {name} "
@@ -66,14 +67,14 @@ def read_config(settings: Settings, folder: Path) -> TrainingConfig:
     config = apply_overrides(config, [*paths, *settings.overrides])
     if isinstance(config, AlignConfig) and config.replay.prompts and settings.images == "mock":
         raise UserError(
-            f"replay.prompts ({config.replay.prompts}) encodes past images anew, and --images mock has none that could "
-            "be; take shapes or a directory, or replay.prompts=0"
+            f"replay.prompts ({config.replay.prompts}) encodes past images again, which --images mock does not have; "
+            "use shapes or a directory, or replay.prompts=0"
         )
     return config
 
 
 def read_sft_config(settings: Settings, folder: Path) -> SFTConfig:
-    """Raises UserError for a recipe of another stage."""
+    """Return an SFT recipe's configuration. Raises UserError for a recipe of another stage."""
     config = read_config(settings, folder)
     if not isinstance(config, SFTConfig):
         raise UserError(f"recipe {settings.recipe} is of stage {config.stage}; take tiny_sft or sft_qwen3_vl_*")
@@ -85,9 +86,9 @@ def rows_per_step(config: TrainingConfig) -> int:
 
 
 def make_model(settings: Settings, folder: Path, batches: int) -> TrainingConfig:
-    """Open the ranks' groups, and make models and rows for ``batches`` steps in rank 0's ``folder``.
+    """Initialize the process groups, and make models and rows for ``batches`` steps in rank 0's ``folder``.
 
-    Raises UserError for what cannot be run.
+    Raises UserError for settings that cannot run.
     """
     import torch.distributed as dist
 
@@ -119,35 +120,35 @@ def make_model(settings: Settings, folder: Path, batches: int) -> TrainingConfig
 
 
 def _models(settings: Settings, config: TrainingConfig) -> dict[str, str]:
-    """The size of each model that is made, by its folder."""
-    given = settings.discriminator_size
+    """Return the size of each model to make, by its folder."""
+    size = settings.discriminator_size
     if not isinstance(config, WarmupConfig | AlignConfig):
-        if given is not None:
+        if size is not None:
             raise UserError(f"--discriminator-size is for stages that have one; {config.stage} has none, leave it out")
         return {"base": settings.size}
-    dense = given or settings.size
+    dense = size or settings.size
     if (experts := model_sizes(dense).num_experts) is not None:
         raise UserError(
             f"{dense} has {experts} experts, and the discriminator is made from a model without; give the size of one "
             "as --discriminator-size"
         )
-    return {"base": settings.size} | ({"discriminator": given} if given else {})
+    return {"base": settings.size} | ({"discriminator": size} if size else {})
 
 
 def model_sizes(size: str) -> HFSizes:
-    """What ``make_tiny_model`` will make of ``model_overrides(size)``."""
+    """Return the sizes of the model that ``make_tiny_model`` makes of ``model_overrides(size)``."""
     return sizes_of(model_overrides(size))
 
 
 def sizes_of(overrides: Mapping[str, dict[str, Any]]) -> HFSizes:
-    """What ``make_tiny_model`` will make of both of these."""
+    """Return the sizes of the model that ``make_tiny_model`` makes of ``overrides``."""
     text = TEXT_CONFIG | {"vocab_size": VOCAB_SIZE, "rms_norm_eps": 1e-6} | overrides["text_config"]
     vision = VISION_CONFIG | {"in_channels": 3} | overrides["vision_config"] | {"out_hidden_size": text["hidden_size"]}
     return HFSizes(text, vision, text["tie_word_embeddings"])
 
 
 def model_overrides(size: str) -> dict[str, dict[str, Any]]:
-    """Sizes of the random model that are not the tiny one's. Raises UserError for what is no size."""
+    """Return the sizes that differ from the tiny model's. Raises UserError for an unknown size."""
     if size in ("tiny", "tiny_moe"):
         return {"text_config": dict(MOE_CONFIG) if size == "tiny_moe" else {}, "vision_config": {}}
     named = {path.stem: path for folder in (PUBLISHED, _SIZES) for path in folder.glob("*.json")}
@@ -160,7 +161,7 @@ def model_overrides(size: str) -> dict[str, dict[str, Any]]:
     text = overrides["text_config"]
     if "tie_word_embeddings" in found:
         text["tie_word_embeddings"] = found["tie_word_embeddings"]
-    if "rope_scaling" in text:  # as released; transformers 5 has one name for both
+    if "rope_scaling" in text:  # of released models; transformers 5 joins both keys
         text["rope_parameters"] = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
     for values in overrides.values():
         values.pop("model_type", None)
@@ -168,7 +169,7 @@ def model_overrides(size: str) -> dict[str, dict[str, Any]]:
 
 
 def training_sequences(settings: Settings, config: SFTConfig, processor: Any, count: int) -> list[TrainingSequence]:
-    """``count`` encoded demonstrations on what the settings say. Raises UserError where there is no such image."""
+    """Return ``count`` encoded demonstrations with the images of the settings. Raises UserError if there are none."""
     from prism_megatron.data.dataset import read_sft
     from prism_megatron.stages.sft import demonstrations
 
@@ -176,13 +177,11 @@ def training_sequences(settings: Settings, config: SFTConfig, processor: Any, co
         return [mock_row(processor.input_spec, settings, number) for number in range(count)]
     if settings.images == "shapes":
         return demonstrations(read_sft(Path(config.data)), processor)
-    return demonstrations(
-        [replace(row, response="Something. " * 20) for row in shown_files(settings, count)], processor
-    )
+    return demonstrations([replace(row, response="Something. " * 20) for row in image_rows(settings, count)], processor)
 
 
-def shown_files(settings: Settings, count: int) -> list[Example]:
-    """A question about each of ``count`` images of a folder, taken in turn. Raises UserError where it has none."""
+def image_rows(settings: Settings, count: int) -> list[Example]:
+    """Return a question about each of ``count`` images of a folder. Raises UserError if it has none."""
     kinds = (".png", ".jpg", ".jpeg")
     folder = Path(settings.images)
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds) if folder.is_dir() else []
@@ -194,14 +193,14 @@ def shown_files(settings: Settings, count: int) -> list[Example]:
 
 
 def mock_shape(settings: Settings, sizes: HFSizes, number: int) -> tuple[int, int]:
-    """Tokens and patches of a made-up row."""
+    """Return the number of tokens and patches of a mock row."""
     height, width = _grid(settings, sizes.vision["spatial_merge_size"], number)
-    shown = height * width // sizes.vision["spatial_merge_size"] ** 2
-    return _MOCK_TEXT + shown + settings.response_tokens, height * width
+    image_tokens = height * width // sizes.vision["spatial_merge_size"] ** 2
+    return _MOCK_TEXT + image_tokens + settings.response_tokens, height * width
 
 
 def mock_row(spec: InputSpec, settings: Settings, number: int) -> TrainingSequence:
-    """A made-up row with one image of random pixels, the same on every rank."""
+    """Return a mock row with one image of random pixels, the same on every rank."""
     import torch
 
     from prism_megatron.data.pack import TrainingSequence
@@ -209,13 +208,13 @@ def mock_row(spec: InputSpec, settings: Settings, number: int) -> TrainingSequen
     height, width = _grid(settings, spec.merge_size, number)
     generator = torch.Generator().manual_seed(number)
     visual = Visual(torch.randn(width * height, spec.patch_dim, generator=generator), (1, height, width))
-    shown = (spec.image_token_id,) * (width * height // spec.merge_size**2)
+    image = (spec.image_token_id,) * (width * height // spec.merge_size**2)
     response = tuple(token % 128 for token in range(settings.response_tokens))
-    return TrainingSequence(EncodedPrompt((*range(_MOCK_TEXT), *shown), (visual,)), response)
+    return TrainingSequence(EncodedPrompt((*range(_MOCK_TEXT), *image), (visual,)), response)
 
 
 def _grid(settings: Settings, merge_size: int, number: int) -> tuple[int, int]:
-    """Rows and columns of patches in a made-up image: its resolution, rounded to what the model can merge."""
+    """Return rows and columns of patches of a mock image, rounded to a multiple that the model can merge."""
     width, height = settings.resolutions[number % len(settings.resolutions)]
     rows, columns = (max(round(side / (PATCH * merge_size)), 1) * merge_size for side in (height, width))
     return rows, columns

@@ -1,8 +1,8 @@
-"""Memory and time of the log-probabilities of one long response, a few tokens at a time and all logits at once.
+"""Benchmark the log-probabilities of one long response, in chunks of tokens and with all logits at once.
 
     python -m tools.bench.logprobs --tokens 8192
 
-Each way runs in a process of its own, forward and backward; peaks are resident memory above what was there before.
+Each way runs forward and backward in its own process; peaks are resident memory beyond the inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=QWEN_VOCABULARY)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--way", choices=["chunked", "whole"], help="measure this one, in this process")
+    parser.add_argument("--way", choices=["chunked", "whole"], help="measure this way in this process")
     arguments = parser.parse_args()
     sizes = (arguments.tokens, arguments.vocabulary, arguments.hidden)
     if arguments.way:
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def measure(way: str, tokens: int, vocabulary: int, hidden_size: int) -> dict[str, float]:
-    """Peak GiB above the inputs, and seconds, of one forward and backward pass."""
+    """Return peak GiB beyond the inputs, and seconds, of one forward and backward pass."""
     import torch
 
     from prism_megatron.config import ParallelConfig
@@ -52,13 +52,13 @@ def measure(way: str, tokens: int, vocabulary: int, hidden_size: int) -> dict[st
     hidden = torch.randn(tokens, hidden_size, requires_grad=True)
     weight = torch.randn(vocabulary, hidden_size).mul_(hidden_size**-0.5).requires_grad_()
     targets = torch.randint(0, vocabulary, (tokens,))
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start_time = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     if way == "chunked":
         total = token_scores(hidden, weight, targets).logprobs.sum()
     else:
         total = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).sum()
     torch.autograd.backward(total)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     groups.shutdown()
     return {"peak_gib": round(peak / 2**20, 3), "seconds": round(seconds, 2)}

@@ -1,9 +1,9 @@
-"""What ranks hold in memory while they train, beside what ``recipes/estimate/memory.py`` says they would.
+"""Benchmark the memory of training ranks, and compare it with ``recipes/estimate/memory.py``.
 
     python -m tools.bench.memory --ranks 2 [--out NEW.json] [model.recompute=true ...]
 
-Each case is a layout or a setting. Weights, gradients and optimizer are the tensors there are; ``activations`` is what
-the allocator hands out on top, at most, in a step after the first: torch's profiler sees every byte of it on a CPU.
+Each case is a layout or a setting. Weights, gradients and optimizer are the resident tensors; ``activations`` is the
+peak of further allocations in the second step, as counted by torch's profiler on a CPU.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ CASES: dict[str, tuple[str, ...]] = {
     "tensor parallel": ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
     "pipeline parallel": ("parallel.pipeline_model_parallel_size=2", "max_tokens_per_microbatch=1024"),
     "context parallel": ("parallel.context_parallel_size=2",),
-    "expert parallel": ("parallel.expert_model_parallel_size=2",),  # of another model, with experts
-    "expert-tensor parallel": ("parallel.expert_tensor_parallel_size=2",),  # of it, too
+    "expert parallel": ("parallel.expert_model_parallel_size=2",),  # of the model with experts
+    "expert-tensor parallel": ("parallel.expert_tensor_parallel_size=2",),  # of the same model
 }
 _MARK = "prism_second_step"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start here; the cases need 2")
-    parser.add_argument("--cases", default=",".join(CASES), help="some of them, by name, commas between")
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
-    parser.add_argument("overrides", nargs="*", help="of the recipe, in every case")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this machine; the cases need 2")
+    parser.add_argument("--cases", default=",".join(CASES), help="names of cases, separated by commas")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("overrides", nargs="*", help="overrides of the recipe in every case")
     arguments = parser.parse_intermixed_args()
     import torch
 
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def measure(cases: Sequence[str], overrides: Sequence[str], folder: Path) -> dict[str, Any] | None:
-    """Bytes of each case on the rank that is estimated, its pipeline stage's first; None on ranks but the first."""
+    """Return measured and estimated bytes of every rank by case; None on all ranks but the first."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -88,9 +88,10 @@ def measure(cases: Sequence[str], overrides: Sequence[str], folder: Path) -> dic
             response_tokens=416,
             overrides=("global_batch_size=8", *CASES[case], *overrides),
         )
-        held = measure_case(settings, folder / size)
-        of_ranks = gather_over_ranks(held)
-        rows[case] = [{"stage": stage, "measured": measured, "estimated": said} for stage, measured, said in of_ranks]
+        local_result = measure_case(settings, folder / size)
+        of_ranks = gather_over_ranks(local_result)
+        keys = ("stage", "measured", "estimated")
+        rows[case] = [dict(zip(keys, result, strict=True)) for result in of_ranks]
         dist.barrier()
         parallel_state.destroy_model_parallel()
     is_main, ranks = groups.is_main_rank(), dist.get_world_size()
@@ -106,7 +107,7 @@ def measure(cases: Sequence[str], overrides: Sequence[str], folder: Path) -> dic
 
 
 def measure_case(settings: Settings, folder: Path) -> tuple[int, dict[str, int], dict[str, float]]:
-    """Pipeline stage, bytes found and bytes estimated of this rank."""
+    """Return pipeline stage, measured bytes and estimated bytes of this rank."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.profiler import ProfilerActivity, profile, record_function
@@ -128,26 +129,26 @@ def measure_case(settings: Settings, folder: Path) -> tuple[int, dict[str, int],
     found = resident(policy) | {"activations": _peak_over_mark(profiler)}
     stage = parallel_state.get_pipeline_model_parallel_rank()
     sizes = model_sizes(settings.size)
-    mine = shard_for_rank(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
-    load = load_of([rows[i] for i in mine], config)
-    said = stage_estimates(config, dist.get_world_size(), sizes, sizes, load)[stage]
-    return stage, found, {part: getattr(said, part) for part in PARTS}
+    local_rows = shard_for_rank(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
+    load = load_of([rows[i] for i in local_rows], config)
+    estimated = stage_estimates(config, dist.get_world_size(), sizes, sizes, load)[stage]
+    return stage, found, {part: getattr(estimated, part) for part in PARTS}
 
 
 def load_of(rows: Sequence[TrainingSequence], config: SFTConfig) -> Load:
-    """The fullest of a rank's micro-batches, and their number."""
+    """Return the largest micro-batch of a rank, and their number."""
     from prism_megatron.data.pack import split_by_tokens
     from prism_megatron.stages.batcher import workload
 
     works = [workload([rows[i] for i in group]) for group in split_by_tokens(rows, config.max_tokens_per_microbatch)]
-    fullest = max(works, key=lambda work: sum(work.sequence_lengths))
+    largest = max(works, key=lambda work: sum(work.sequence_lengths))
     return Load(
-        sum(fullest.sequence_lengths), sum(fullest.frame_patches), fullest.scored_tokens, len(works), imbalance=1.0
+        sum(largest.sequence_lengths), sum(largest.frame_patches), largest.scored_tokens, len(works), imbalance=1.0
     )
 
 
 def resident(policy: Any) -> dict[str, int]:
-    """Bytes of the tensors that outlive a step."""
+    """Return the bytes of the tensors that outlive a step."""
     import torch
 
     weights = {p.untyped_storage().data_ptr(): p for chunk in policy.chunks for p in chunk.parameters()}
@@ -165,13 +166,13 @@ def resident(policy: Any) -> dict[str, int]:
 
 
 def _peak_over_mark(profiler: Any) -> int:
-    """The most bytes in use at a time after the mark, beyond those in use at it."""
+    """Return the peak of the bytes in use after the mark, beyond those in use at it."""
     events = profiler.profiler.kineto_results.events()
-    began = next(event.start_ns() for event in events if event.name() == _MARK)
+    start_time = next(event.start_ns() for event in events if event.name() == _MARK)
     total = at_mark = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         total += event.nbytes()
-        if event.start_ns() < began:
+        if event.start_ns() < start_time:
             at_mark = peak = total
         peak = max(peak, total)
     return peak - at_mark

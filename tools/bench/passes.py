@@ -1,10 +1,10 @@
-"""Which passes an iteration's training part takes, and how many operations they are.
+"""Passes of an iteration's training part, and their operations.
 
-Each pass over the policy is charged for whole sequences, an image that several of them show once; so is a step of the
+A pass over the policy counts full sequences, and an image once even if several sequences show it; so does a step of the
 discriminator, in which pairs share their demonstration. Old and reference log-probabilities and scores are forward
-only. Scoring is charged for what cannot be left out: a prompt once for each branch, and the last layer's experts for
-the tokens that are read. Where the layout computes more (prompts again and again with Transformer Engine, images again
-in every micro-batch), that is in neither MFU nor HFU, and both are the lower for it.
+only. Scoring counts only necessary operations: a prompt once per branch, and the last layer's experts for the tokens
+that are read. If the layout computes more (a prompt per sequence with Transformer Engine, an image per micro-batch),
+MFU and HFU do not count it and are lower.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ POLICY, DISCRIMINATOR = "policy", "discriminator"
 
 @dataclass(frozen=True)
 class Pass:
-    """Sequences of this data-parallel rank through a ``model``: forward, and backward where it is ``trained``."""
+    """Pass of this data-parallel rank's sequences through a ``model``: forward, and backward if ``trained``."""
 
-    model: str  # POLICY, which the reference policy equals in size, or DISCRIMINATOR
+    model: str  # POLICY (of the reference policy's size) or DISCRIMINATOR
     sequences: Sequence[TrainingSequence]
     trained: bool = True
 
 
 def discriminator_passes(pairs: Sequence[Pair], config: WarmupConfig | AlignConfig) -> list[Pass]:
-    """Every step on ``pairs``: distinct sequences and, under a gradient penalty, each demonstration once more."""
+    """Return the steps on ``pairs``: distinct sequences and, with a gradient penalty, each demonstration again."""
     distinct = {id(side): side for pair in pairs for side in (pair.teacher, pair.student)}
     if not isinstance(config, AlignConfig):
         return [Pass(DISCRIMINATOR, [*distinct.values()])]
@@ -44,20 +44,20 @@ def discriminator_passes(pairs: Sequence[Pair], config: WarmupConfig | AlignConf
 
 
 def policy_passes(samples: Sequence[Sample], config: PolicyGradientConfig) -> list[Pass]:
-    """Every update of an iteration and, before them, the log-probabilities that it is held to."""
+    """Return the updates of an iteration and, before them, old and reference log-probabilities."""
     passes = []
     for part in mini_batches([sample.group for sample in samples], config.mini_batches_per_iteration):
         sequences = [samples[i].sequence() for i in part]
-        held = has_several_updates(config) + bool(config.kl_coeff)
-        passes += [Pass(POLICY, sequences, trained=False)] * held
+        scored = has_several_updates(config) + bool(config.kl_coeff)
+        passes += [Pass(POLICY, sequences, trained=False)] * scored
         passes += [Pass(POLICY, sequences)] * config.epochs_per_iteration
     return passes
 
 
 def operations(passes: Iterable[Pass], config: StageConfig, sizes: dict[str, HFSizes]) -> tuple[float, float]:
-    """Of all passes: what the mathematics needs, and that with what is done twice. ``sizes`` are by model.
+    """Return the operations of all passes: necessary ones, and all including recomputation.
 
-    The discriminator's are those of the checkpoint it is made from.
+    ``sizes`` are by model; the discriminator's are those of the checkpoint it is upcycled from.
     """
     counted = [_operations(each, config, sizes[each.model]) for each in passes]
     return sum(flops.model for flops in counted), sum(flops.hardware for flops in counted)
@@ -67,10 +67,11 @@ def _operations(done: Pass, config: StageConfig, sizes: HFSizes) -> TrainingFlop
     text, freeze, work = sizes.text, config.model.freeze, workload(done.sequences)
     if done.model == DISCRIMINATOR:
         assert isinstance(config, WarmupConfig | AlignConfig)
-        wanted = config.discriminator
-        text = text | upcycled_config(sizes, wanted.num_experts, wanted.topk, wanted.load_balance_coeff)["text_config"]
-        heads = 2 if wanted.experts == "dedicated" else 1
-        freeze, work = wanted.freeze, _scored(work, done, heads)
+        settings = config.discriminator
+        upcycled = upcycled_config(sizes, settings.num_experts, settings.topk, settings.load_balance_coeff)
+        text = text | upcycled["text_config"]
+        heads = 2 if settings.experts == "dedicated" else 1
+        freeze, work = settings.freeze, _scored(work, done, heads)
     if not done.trained:
         return forward_flops(text, sizes.vision, work)
     return training_flops(text, sizes.vision, work, freeze, config.model.recompute)

@@ -1,10 +1,10 @@
-"""How long a whole pipeline takes, by stage and by timer, and how much of it the rollout engine is at work.
+"""Benchmark a pipeline: time by stage and timer, and the share of the rollout engine.
 
-    python -m tools.bench.pipeline runs/quickstart [--out NEW.json] [--compare OLD.json]      # of what a run has logged
-    python -m tools.bench.pipeline runs/bench --launch [sft.run.train_iters=20 ...]           # run it first
+    python -m tools.bench.pipeline runs/quickstart [--out NEW.json] [--compare OLD.json]      # from a run's logs
+    python -m tools.bench.pipeline runs/bench --launch [sft.run.train_iters=20 ...]           # run the pipeline first
 
-Seconds are the stages' own. ``setup`` is from a stage's start to its first iteration, ``finish`` from the last one to
-its end (evaluation, export); both are left out of a stage that was resumed, which has several starts.
+``setup`` is from a stage's start to its first iteration, ``finish`` from the last one to its end (evaluation, export).
+Both are left out for a resumed stage, which has several starts.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from prism_megatron.observe.logger import METRICS
 from prism_megatron.observe.report import STAGES
 from tools.bench import harness
 
-_ENGINE = "rollout"  # the timer under which the engine samples
+_ENGINE = "rollout"  # timer of the engine's sampling
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder, runs/NAME")
+    parser.add_argument("run", type=Path, help="folder of a run, runs/NAME")
     parser.add_argument("--launch", action="store_true", help="run the tiny pipeline there first")
     harness.add_output_options(parser)
     parser.add_argument("overrides", nargs="*", help="with --launch: stage.key=value")
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def measure(run: Path) -> dict[str, Any]:
-    """Raises UserError where no stage has logged anything."""
+    """Return the times of a run by stage. Raises UserError if no stage has logged anything."""
     found = {name: stage_times(run / name) for name in STAGES if (run / name / METRICS).is_file()}
     stages = {name: times for name, times in found.items() if times is not None}
     if not stages:
@@ -61,7 +61,7 @@ def measure(run: Path) -> dict[str, Any]:
         **harness.provenance(),
         "commit": ", ".join(
             sorted({str(times.pop("commit")) for times in stages.values()})
-        ),  # of the run, not of this tool
+        ),  # of the run, not of this command
         "uncommitted_changes": None,
         "seconds": total,
         "share_of_stages": {name: times["seconds"] / total for name, times in stages.items()},
@@ -71,7 +71,7 @@ def measure(run: Path) -> dict[str, Any]:
 
 
 def stage_times(directory: Path) -> dict[str, Any] | None:
-    """Where one stage's time went; None where it has neither logged an iteration nor finished."""
+    """Return one stage's seconds by timer; None if it has neither logged an iteration nor finished."""
     rows = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
     config, finished = OmegaConf.load(directory / "config.yaml"), directory / FINISHED
     found: dict[str, Any] = {"config": {"train_iters": config.run.train_iters}, "commit": _commit(directory)}
@@ -105,7 +105,7 @@ def stage_times(directory: Path) -> dict[str, Any] | None:
 
 
 def rates(result: Mapping[str, Any]) -> list[str]:
-    """The figures to compare with a baseline's."""
+    """Return the names of the figures to compare with a baseline."""
     stages = result["stages"].items()
     return [f"stages.{name}.iterations_per_second" for name, times in stages if "iterations_per_second" in times]
 
@@ -115,7 +115,7 @@ def _timers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _ends(directory: Path, rows: Sequence[Mapping[str, Any]], first: float) -> dict[str, float]:
-    """Seconds before the first iteration and after the last, by when the stage's files were written."""
+    """Return the seconds before the first iteration and after the last, from the times of the stage's files."""
     finished = directory / FINISHED
     setup = rows[0]["time"] - first - (directory / "config.yaml").stat().st_mtime
     if not finished.is_file() or setup < 0:  # a resumed stage writes its configuration again

@@ -1,11 +1,10 @@
-"""Where a training step's time goes: a torch profiler trace, and the ten largest costs with their share.
+"""Profile a training step: a torch profiler trace, and the ten largest costs with their share.
 
     python -m tools.bench.profile --out runs/profile [--recipe tiny] [global_batch_size=8 ...]
     python -m tools.bench.profile --out runs/profile --recipe tiny_align
 
-Writes ``trace.json`` (open it in Perfetto or chrome://tracing) and ``costs.json``, and prints the costs. A cost is an
-operator's own time, without what it calls; shares are of the profiled steps' wall-clock time on a CPU, of the kernels'
-time on a GPU.
+Writes ``trace.json`` (for Perfetto or chrome://tracing) and ``costs.json``, and prints the costs. A cost is an
+operator's self time; shares are of the profiled steps' wall-clock time on a CPU, of the kernels' time on a GPU.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from tools.bench import harness
 from tools.bench.inputs import Settings
 from tools.bench.train import prepare
 
-_SHOWN = 10
+_COSTS = 10
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--recipe", default="tiny", help="of any stage that trains, or the family of an SFT recipe")
+    parser.add_argument("--recipe", default="tiny", help="of any stage that trains, or a family of SFT recipes")
     parser.add_argument("--images", default="shapes", help="shapes, mock, or a directory of images")
-    parser.add_argument("--steps", type=int, default=3, help="profiled steps, after as many that are not")
-    parser.add_argument("overrides", nargs="*", help="of the recipe")
+    parser.add_argument("--steps", type=int, default=3, help="profiled steps, after as many steps of warm-up")
+    parser.add_argument("overrides", nargs="*", help="overrides of the recipe")
     arguments = parser.parse_args()
     settings = Settings(
         arguments.recipe,
@@ -55,7 +54,7 @@ def main() -> int:
 
 
 def costs(settings: Settings, folder: Path, trace: Path) -> dict[str, Any]:
-    """The largest costs of a step, largest first."""
+    """Return the largest costs of a step in descending order."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -67,11 +66,11 @@ def costs(settings: Settings, folder: Path, trace: Path) -> dict[str, Any]:
     for number in range(settings.warmup):
         step(number)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     with profile(activities=activities) as profiler:
         for number in range(settings.steps):
             step(number)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     groups.shutdown()
     profiler.export_chrome_trace(str(trace))
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # microseconds
@@ -87,7 +86,7 @@ def costs(settings: Settings, folder: Path, trace: Path) -> dict[str, Any]:
                 "share": getattr(event, attribute) / total,
                 "calls_per_step": event.count / settings.steps,
             }
-            for event in events[:_SHOWN]
+            for event in events[:_COSTS]
         ],
         **harness.provenance(),
     }

@@ -1,11 +1,11 @@
-"""How fast responses are sampled at several batch sizes, inside the rank beside a child process; their part of a step.
+"""Benchmark sampling with the colocated and the child-process engine, by batch size, and their share of an RLVR step.
 
     python -m tools.bench.rollout [--prompts 1,4,16 --samples 8 --tokens 128] [--hidden 512 --layers 8] [--out NEW.json]
 
-Both engines hold the same weights and answer the same prompts with the same seeds, turn by turn: their tokens must be
-the same. Then RLVR steps of the largest batch, each engine in turn: weights to the engine, responses, the policy's
-update. ``peak_bytes`` are the rank's, which trains and holds the colocated engine; ``peak_bytes_of_child`` are resident
-on the host. One rank; a decoder of the size asked for, untrained, the tiny model's vocabulary and vision tower.
+Both engines have the same weights and answer the same prompts with the same seeds alternately; their tokens must be the
+same. RLVR steps of the largest batch follow, alternately too: weight sync, sampling, policy update. ``peak_bytes`` are
+of the rank, which trains and has the colocated engine; ``peak_bytes_of_child`` are resident on the host. One rank; an
+untrained decoder of the requested size with the tiny model's vocabulary and vision tower.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from recipes import STAGE_RECIPES
 from tools.bench import harness
 
 _PARTS = ("sync", "rollout", "train")
-Batch = Sequence[tuple[int, ...]]  # token ids of each response
+Batch = Sequence[tuple[int, ...]]  # token ids of the responses
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``prompts`` are the batch sizes, each prompt answered ``samples`` times with at most ``tokens`` tokens."""
+    """Settings of a measurement: ``prompts`` are the batch sizes, ``tokens`` the limit of a response."""
 
     prompts: tuple[int, ...]
     samples: int
@@ -45,14 +45,12 @@ class Settings:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", default="1,4,16", help="prompts of a batch, several batch sizes")
-    parser.add_argument("--samples", type=int, default=8, help="responses to a prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="of a response, at most")
+    parser.add_argument("--prompts", default="1,4,16", help="batch sizes in prompts")
+    parser.add_argument("--samples", type=int, default=8, help="responses per prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="maximal length of a response")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size of the decoder")
-    parser.add_argument("--layers", type=int, default=4, help="of the decoder")
-    parser.add_argument(
-        "--steps", type=int, default=3, help="measured batches of each size, and RLVR steps; at least 2"
-    )
+    parser.add_argument("--layers", type=int, default=4, help="layers of the decoder")
+    parser.add_argument("--steps", type=int, default=3, help="measured batches per size, and RLVR steps; at least 2")
     harness.add_output_options(parser)
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.prompts.split(",") if size.strip().isdigit()]
@@ -63,14 +61,14 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    wanted = (arguments.samples, arguments.tokens, arguments.hidden, arguments.layers, arguments.steps)
+    numbers = (arguments.samples, arguments.tokens, arguments.hidden, arguments.layers, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Settings(tuple(sorted(sizes)), *wanted), Path(folder))
+        result = measure(Settings(tuple(sorted(sizes)), *numbers), Path(folder))
     return harness.finish(result, arguments, [f"colocated.{size}.tokens_per_second" for size in sizes])
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Tokens a second of each engine at each batch size, and where the seconds of an RLVR step go."""
+    """Measure tokens per second of each engine by batch size, and the seconds of an RLVR step by part."""
     from prism_megatron.parallel import groups
 
     config = prepare(settings, folder)
@@ -81,7 +79,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 
     rows, processor, policy = read_rlvr(Path(config.data)), load_processor(config), load_policy(config)
     kinds = {kind: replace(config, rollout=replace(config.rollout, engine=kind)) for kind in ("child", "colocated")}
-    engines = {kind: start_engine(wanted, policy.source) for kind, wanted in kinds.items()}
+    engines = {kind: start_engine(each, policy.source) for kind, each in kinds.items()}
 
     result: dict[str, Any] = {"benchmark": "rollout", "config": asdict(settings), "ranks": 1, **harness.provenance()}
     result |= {kind: {} for kind in engines} | {"step": {}}
@@ -104,7 +102,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 def sampling(
     engines: Mapping[str, Any], processor: Any, rows: Sequence[Any], config: RLVRConfig, steps: int
 ) -> dict[str, dict[str, Any]]:
-    """Tokens a second and seconds of each engine on one batch of prompts."""
+    """Measure tokens per second and seconds of each engine on one batch of prompts."""
     from prism_megatron.stages.rollouts import Sampler
 
     generated: dict[str, list[Batch]] = {kind: [] for kind in engines}
@@ -126,7 +124,7 @@ def sampling(
 
 
 def check_same(generated: Mapping[str, Sequence[Batch]]) -> None:
-    """Raises RuntimeError where the engines' token ids of some batch differ."""
+    """Raise RuntimeError if the engines' token ids of a batch differ."""
     for number, (child, colocated) in enumerate(zip(generated["child"], generated["colocated"], strict=True)):
         for response, (one, other) in enumerate(zip(child, colocated, strict=True)):
             if one != other:
@@ -137,7 +135,7 @@ def check_same(generated: Mapping[str, Sequence[Batch]]) -> None:
 
 
 def prepare(settings: Settings, folder: Path) -> RLVRConfig:
-    """Make model and data in ``folder``."""
+    """Make model and data in ``folder``, and return the recipe's configuration on them."""
     from recipes.tiny_model import make_tiny_model
 
     text = {"hidden_size": settings.hidden, "intermediate_size": 3 * settings.hidden}
@@ -146,10 +144,10 @@ def prepare(settings: Settings, folder: Path) -> RLVRConfig:
     make_tiny_model(folder / "base", seed=1, overrides={"text_config": text, "vision_config": vision})
     count = settings.prompts[-1]
     write_shapes_data(folder / "data", ShapesConfig(sft_rows=1, alignment_rows=1, rlvr_rows=count, heldout_rows=count))
-    wanted = [f"model.hf_checkpoint={folder}/base", f"data={folder}/data/heldout.parquet", f"run.dir={folder}/runs"]
-    wanted += [f"rollout.samples_per_prompt={settings.samples}", f"rollout.max_response_tokens={settings.tokens}"]
-    wanted += [f"rollout.max_model_len={settings.tokens + 256}", "rollout.max_logprob_abs_diff=1e9"]
-    config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), wanted)
+    overrides = [f"model.hf_checkpoint={folder}/base", f"data={folder}/data/heldout.parquet", f"run.dir={folder}/runs"]
+    overrides += [f"rollout.samples_per_prompt={settings.samples}", f"rollout.max_response_tokens={settings.tokens}"]
+    overrides += [f"rollout.max_model_len={settings.tokens + 256}", "rollout.max_logprob_abs_diff=1e9"]
+    config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), overrides)
     assert isinstance(config, RLVRConfig)
     return config
 
@@ -157,7 +155,7 @@ def prepare(settings: Settings, folder: Path) -> RLVRConfig:
 def step(
     engine: Any, policy: Any, processor: Any, rows: Sequence[Any], config: RLVRConfig, number: int
 ) -> dict[str, float]:
-    """Seconds of each part of one RLVR step. Advantages are made up: none of the answers is right."""
+    """Run one RLVR step. Returns seconds by part. Advantages are synthetic, since no answer is correct."""
     from prism_megatron.stages.batcher import Batcher
     from prism_megatron.stages.policy import policy_gradient_step
     from prism_megatron.stages.rollouts import Sampler, push_weights
@@ -175,7 +173,7 @@ def step(
 
 
 def shares(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Median seconds of each part, and the engine's part of their sum."""
+    """Return median seconds by part, and the engine's share of their sum."""
     medians = {part: statistics.median(step[part] for step in steps) for part in _PARTS}
     share = (medians["sync"] + medians["rollout"]) / sum(medians.values())
     return {f"{part}_seconds": seconds for part, seconds in medians.items()} | {"engine_share": share}

@@ -1,6 +1,6 @@
-"""The training part of each stage's iteration, made of the functions that the stage itself calls, without an engine.
+"""Training part of each stage's iteration, from the functions that the stage calls, without an engine.
 
-``sft`` and ``warmup`` start from encoded rows, ``align`` and ``rlvr`` from responses as an engine leaves them:
+``sft`` and ``warmup`` start from encoded rows, ``align`` and ``rlvr`` from synthetic responses:
 
     sft     a step on the demonstrations
     warmup  a step of the discriminator on a pair of each branch for every row
@@ -37,24 +37,24 @@ from tools.bench.inputs import BATCHES, Settings, TrainingConfig, rows_per_step,
 from tools.bench.passes import DISCRIMINATOR, POLICY, Pass, discriminator_passes, policy_passes
 from tools.bench.synthetic_rollouts import Group, preference_rows, sampled_groups
 
-Measured = Mapping[str, float | None]
+Metrics = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a step measured, as its stage logs it, and the passes that this data-parallel rank took."""
+    """Metrics of a step, as its stage logs them, and the passes of this data-parallel rank."""
 
-    measured: Measured
+    metrics: Metrics
     passes: Sequence[Pass]
 
 
 @dataclass(frozen=True)
 class Training:
-    """A stage's training part; ``step`` n is on batch n modulo ``BATCHES``.
+    """Training part of a stage; ``step`` n is on batch n modulo ``BATCHES``.
 
-    ``tokens`` are all ranks' of each batch, ``models`` those that take part, ``loss`` the metric that is reported as
-    the loss. ``encode_seconds`` is what turning a row into tokens and patches took, before any step. ``timers`` hold
-    seconds of the stage's own parts. ``rows`` are the batches of ``sft``.
+    ``tokens`` count each batch on all ranks. ``models`` take part in the step. ``loss`` is the metric that is reported
+    as the loss. ``encode_seconds`` is the time to encode a row, before any step. ``timers`` have the seconds of the
+    stage's own phases. ``rows`` are the batches of ``sft``.
     """
 
     step: Callable[[int], Done]
@@ -67,7 +67,7 @@ class Training:
 
 
 def load_training(settings: Settings, config: TrainingConfig, processor: ChatProcessor) -> Training:
-    """Encode rows and load the stage's models. Raises UserError for what cannot be run."""
+    """Encode rows and load the stage's models. Raises UserError for settings that cannot run."""
     if isinstance(config, SFTConfig):
         return _sft(settings, config, processor)
     if isinstance(config, WarmupConfig):
@@ -79,14 +79,14 @@ def load_training(settings: Settings, config: TrainingConfig, processor: ChatPro
 
 def sft_training(
     policy: TrainableModel, config: SFTConfig, processor: ChatProcessor
-) -> Callable[[Sequence[TrainingSequence]], Measured]:
-    """A step on this data-parallel rank's part of a global batch, the recipe's learning rate held."""
+) -> Callable[[Sequence[TrainingSequence]], Metrics]:
+    """Return a step on this data-parallel rank's part of a global batch, at the recipe's learning rate."""
 
     batcher = Batcher.from_config(processor.input_spec, config)
 
-    def step(batch: Sequence[TrainingSequence]) -> Measured:
-        sample_ids = [f"row {number}" for number in _mine(range(len(batch)))]
-        return sft_step(policy, batcher.sft(_mine(batch), sample_ids), config.optimizer.lr)
+    def step(batch: Sequence[TrainingSequence]) -> Metrics:
+        sample_ids = [f"row {number}" for number in _local_rows(range(len(batch)))]
+        return sft_step(policy, batcher.sft(_local_rows(batch), sample_ids), config.optimizer.lr)
 
     return step
 
@@ -98,7 +98,7 @@ def _sft(settings: Settings, config: SFTConfig, processor: ChatProcessor) -> Tra
 
     def step(number: int) -> Done:
         batch = batches[number % BATCHES]
-        return Done(train(batch), [Pass(POLICY, _mine(batch))])
+        return Done(train(batch), [Pass(POLICY, _local_rows(batch))])
 
     tokens = [sum(map(len, batch)) for batch in batches]
     return Training(step, tokens, {POLICY: policy}, names.LOSS, seconds, rows=batches)
@@ -110,7 +110,7 @@ def _warmup(settings: Settings, config: WarmupConfig, processor: ChatProcessor) 
     discriminator = setup.load_discriminator(config, config.optimizer)
 
     def step(number: int) -> Done:
-        pairs = [pair for row in _mine(batches[number % BATCHES]) for pair in row]
+        pairs = [pair for row in _local_rows(batches[number % BATCHES]) for pair in row]
         batch = batcher.pairs(pairs, OBJECTIVE.branch_weights)
         measured = discriminator_step(discriminator, batch, OBJECTIVE, config.optimizer.lr)
         return Done(measured, discriminator_passes(pairs, config))
@@ -120,16 +120,16 @@ def _warmup(settings: Settings, config: WarmupConfig, processor: ChatProcessor) 
 
 
 def _align(settings: Settings, config: AlignConfig, processor: ChatProcessor) -> Training:
-    """Replay, where the recipe has it, is full of other steps' responses from the start."""
+    """Load alignment. The replay buffer, if the recipe has one, is filled with other batches' responses."""
     batches, seconds = _encoded(lambda count: sampled_groups(settings, config, processor, count), config)
     batcher = Batcher.from_config(processor.input_spec, config)
     models, timers = load_align_models(config, processor), Timers()
     replay = Replay([group[0].example for batch in batches for group in batch], processor, config)
     for batch in batches:
-        replay.add(_flat(_mine(batch)))
+        replay.add(_flat(_local_rows(batch)))
 
     def step(number: int) -> Done:
-        samples = _flat(_mine(batches[number % BATCHES]))
+        samples = _flat(_local_rows(batches[number % BATCHES]))
         output = align_step(models, batcher, samples, replay, config, number, timers)
         scoring = Pass(DISCRIMINATOR, output.branches.students, trained=False)
         learning = discriminator_passes(output.pairs, config)
@@ -147,7 +147,7 @@ def _rlvr(settings: Settings, config: RLVRConfig, processor: ChatProcessor) -> T
     batcher, lr = Batcher.from_config(processor.input_spec, config), config.optimizer.lr
 
     def step(number: int) -> Done:
-        samples = _flat(_mine(batches[number % BATCHES]))
+        samples = _flat(_local_rows(batches[number % BATCHES]))
         advantages = verified_advantages(samples, config)
         measured = policy_gradient_step(
             policy, reference, batcher.policy(samples, advantages, config, number), config, lr
@@ -159,16 +159,16 @@ def _rlvr(settings: Settings, config: RLVRConfig, processor: ChatProcessor) -> T
 
 
 def _encoded[Row](encode: Callable[[int], list[Row]], config: TrainingConfig) -> tuple[list[list[Row]], float]:
-    """Global batches of encoded rows, the same on every rank, and the seconds that a row took."""
+    """Return global batches of encoded rows, the same on every rank, and the seconds per row."""
     size = rows_per_step(config)
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     rows = encode(size * BATCHES)
-    seconds = (time.perf_counter() - began) / len(rows)
+    seconds = (time.perf_counter() - start_time) / len(rows)
     return [rows[start : start + size] for start in range(0, len(rows), size)], seconds
 
 
-def _mine[Row](batch: Sequence[Row]) -> list[Row]:
-    """This data-parallel rank's rows of a global batch."""
+def _local_rows[Row](batch: Sequence[Row]) -> list[Row]:
+    """Return this data-parallel rank's rows of a global batch."""
     share = shard_for_rank(list(range(len(batch))), groups.data_parallel_rank(), groups.data_parallel_size())
     return [batch[i] for i in share]
 

@@ -1,4 +1,4 @@
-"""Where a step's time goes, by the timers that Megatron-core itself starts and stops."""
+"""Time of a step by part, from the timers that Megatron-core starts and stops."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Any
 
 import torch
 
-_PASS = "forward-backward"  # Megatron's name for all of a schedule
+_PASS = "forward-backward"  # Megatron's name for the full schedule
 
 
 class StepTimers:
-    """Stands where Megatron's schedule and optimizers look for their timers, and adds up seconds by part of a step.
+    """Timers object of Megatron's schedule and optimizers, which adds up seconds by part of a step.
 
-    ``layout`` is what comes before each pass of the schedule, since the step began or the last timer stopped: rows to
-    packed batches, gradients set to zero and, where a stage takes several passes, what it makes of the one before.
-    ``other`` is what else no timer covers, such as the reduction of what is logged. A GPU is waited for at every timer,
-    so that a step with them is slower than one without.
+    ``layout`` is the time before each pass of the schedule, since the step started or the last timer stopped: packing
+    rows, zeroing gradients and, between passes, the use of the previous one's results. ``other`` is the remaining time,
+    such as reducing metrics. Every timer synchronizes the GPU, so that a step with timers is slower than one without.
     """
 
     def __init__(self) -> None:
         self._timers: dict[str, _Timer] = {}
         self._step = _Timer(self)
-        self.layout = self.stopped = 0.0  # seconds; when the last timer stopped
+        self.layout = self.stopped = 0.0  # seconds; time when the last timer stopped
 
     def __call__(self, name: str, log_level: int = 0) -> _Timer:
         return self._timers.setdefault(name, (_PassTimer if name == _PASS else _Timer)(self))
@@ -38,13 +37,13 @@ class StepTimers:
 
     def begin_step(self) -> None:
         self._step.start()
-        self.stopped = self._step.began
+        self.stopped = self._step.start_time
 
     def end_step(self) -> None:
         self._step.stop()
 
     def mean(self, steps: int) -> dict[str, float]:
-        """Seconds of a step by part, ``step`` being all of it."""
+        """Return the mean seconds of a step by part; ``step`` is their sum."""
         parts: dict[str, float] = defaultdict(float, layout=self.layout / steps)
         for name, timer in self._timers.items():
             if part := part_of(name):
@@ -54,30 +53,30 @@ class StepTimers:
 
 
 class _Timer:
-    """What Megatron calls between ``start`` and ``stop``; ``began`` is when it was last started."""
+    """Timer with Megatron's interface; ``start_time`` is of the last start."""
 
     def __init__(self, of: StepTimers) -> None:
-        self.seconds, self.began = 0.0, 0.0
+        self.seconds, self.start_time = 0.0, 0.0
         self._of = of
 
     def start(self, barrier: bool = False) -> None:
-        self.began = _now()
+        self.start_time = _now()
 
     def stop(self, barrier: bool = False) -> None:
         self._of.stopped = _now()
-        self.seconds += self._of.stopped - self.began
+        self.seconds += self._of.stopped - self.start_time
 
 
 class _PassTimer(_Timer):
-    """Of a whole schedule."""
+    """Timer of a full schedule."""
 
     def start(self, barrier: bool = False) -> None:
         super().start(barrier)
-        self._of.layout += self.began - self._of.stopped
+        self._of.layout += self.start_time - self._of.stopped
 
 
 def part_of(name: str) -> str | None:
-    """The part of a step that one of Megatron's timers belongs to; None for one that only holds others."""
+    """Return the part of a step that a timer of Megatron belongs to; None for one that only contains others."""
     if name == _PASS:
         return None
     if name in ("forward-compute", "backward-compute"):

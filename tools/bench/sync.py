@@ -1,12 +1,12 @@
-"""How long new weights take to reach the rollout engine, and how much memory, beside a checkpoint that it reads again.
+"""Benchmark the weight sync to the rollout engine: time and memory, compared with a checkpoint that it reloads.
 
     python -m tools.bench.sync [--hidden 512 --layers 8 --bucket-mib 128 --checksums] [--out NEW.json]
     torchrun --nproc-per-node 2 -m tools.bench.sync     # trainer and engine at tensor parallelism 2
 
-Ways alternate in one process: ``push`` is what every iteration of a stage does, ``disk`` exports an HF directory and
-has vLLM reload it, ``copy`` copies the same bytes once, the least any way could take. Of a push, ``transfer`` is the
-time until the tensors are in the engine's hands, the rest is ``load``: vLLM cuts and packs them for its kernels. The
-tiny model's vocabulary and vision tower, a decoder of the size asked for.
+Ways alternate in one process: ``push`` is the sync of every iteration of a stage, ``disk`` exports an HF directory that
+vLLM reloads, ``copy`` copies the same bytes once, which is the lower bound. Of a push, ``transfer`` is the time until
+the engine has the tensors, and the rest is ``load``: vLLM shards and packs them for its kernels. The model has a
+decoder of the requested size, and the tiny model's vocabulary and vision tower.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """``hidden`` is the decoder's hidden size, ``layers`` its depth."""
+    """Settings of a measurement: hidden size and depth of the decoder, and the options of the sync."""
 
     hidden: int
     layers: int
@@ -44,9 +44,9 @@ class Settings:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512, help="hidden size of the decoder")
-    parser.add_argument("--layers", type=int, default=8, help="of the decoder")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the decoder")
     parser.add_argument("--bucket-mib", type=int, default=128, help="rollout.sync_bucket_mib")
-    parser.add_argument("--checksums", action="store_true", help="with rollout.sync_checksums")
+    parser.add_argument("--checksums", action="store_true", help="set rollout.sync_checksums")
     parser.add_argument("--steps", type=int, default=5, help="measured syncs of each way, at least 2")
     harness.add_output_options(parser)
     arguments = parser.parse_args()
@@ -60,18 +60,18 @@ def main() -> int:
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Seconds of each way, and bytes of weights a second."""
+    """Measure the seconds of each way, and bytes of weights per second."""
     from recipes.tiny_model import make_tiny_model
 
     make_tiny_model(folder / "base", seed=1, overrides=model_overrides(settings.hidden, settings.layers))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = [
+    overrides = [
         f"model.hf_checkpoint={folder}/base",
         f"rollout.sync_checksums={str(settings.checksums).lower()}",
         f"rollout.sync_bucket_mib={settings.bucket_mib}",
         f"parallel.tensor_model_parallel_size={ranks}",
     ]
-    config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), wanted)
+    config = apply_overrides(STAGE_RECIPES["tiny_rlvr"](), overrides)
     assert isinstance(config, RLVRConfig)
 
     from prism_megatron.parallel import groups
@@ -88,7 +88,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     )
     seconds["transfer"] = sides.transfer_seconds[1:]
     seconds["load"] = [push - transfer for push, transfer in zip(seconds["push"], seconds["transfer"], strict=True)]
-    sides.after_each_tensor = harness.give_back_freed
+    sides.after_each_tensor = harness.release_freed
     extra = harness.extra_peak_bytes(lambda: sides.push(0))
     groups.shutdown()
     result: dict[str, Any] = {"benchmark": "sync", "config": vars(settings), "ranks": ranks, "weight_bytes": size}
@@ -110,13 +110,13 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def model_overrides(hidden: int, layers: int) -> dict[str, dict[str, Any]]:
-    """Sizes of the random model that are not the tiny one's."""
+    """Return the sizes of the random model that differ from the tiny one's."""
     text = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
     return {"text_config": text, "vision_config": {"out_hidden_size": hidden}}
 
 
 class Sides:
-    """Each way to give the policy's weights to one engine, started here."""
+    """Ways to transfer the policy's weights to one engine, which is started here."""
 
     def __init__(self, config: RLVRConfig, policy: Any, folder: Path) -> None:
         from prism_megatron.convert.transfer import named_parameters
@@ -147,16 +147,16 @@ class Sides:
         self._engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._directory)})
 
     def copy(self, number: int) -> None:
-        for _ in range(self._config.parallel.tensor_model_parallel_size):  # of all bytes, as each rank gets them
+        for _ in range(self._config.parallel.tensor_model_parallel_size):  # all bytes, once per rank, like a push
             for parameter, target in zip(self._parameters, self._copies, strict=True):
                 target.copy_(parameter)
 
     def _timed(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         self.transfer_seconds.append(0.0)
         while True:
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             item = next(named, None)
-            self.transfer_seconds[-1] += time.perf_counter() - began
+            self.transfer_seconds[-1] += time.perf_counter() - start_time
             if item is None:
                 return
             yield item

@@ -1,8 +1,8 @@
-"""Responses that nobody sampled: what stands for rollouts where a stage's training part is measured without an engine.
+"""Synthetic rollouts, to measure a stage's training part without an engine.
 
-Those of the built-in task are other rows' demonstrations; to any other image words are drawn at random, in the grammar
-and ``--response-tokens`` long with their terminator. Every response is inside the grammar, and of every prompt's some
-are called right and some wrong, by a coin.
+Responses of the built-in task are other rows' demonstrations. For other images they are random words in the response
+format, ``--response-tokens`` long with their terminator. All responses are well-formed, and each prompt has correct and
+incorrect ones, labelled at random.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import read_sizes
 from prism_megatron.stages.warmup import pairs_of_row
 from prism_megatron.types import EncodedPrompt, Example, PreferencePair, Rollout
-from tools.bench.inputs import Settings, TrainingConfig, mock_row, shown_files
+from tools.bench.inputs import Settings, TrainingConfig, image_rows, mock_row
 
-_WORDS = 64  # different ones
+_WORDS = 64  # distinct words
 Group = list[Sample]  # the responses to one prompt
 
 
 def sampled_groups(settings: Settings, config: AlignConfig | RLVRConfig, processor: Any, count: int) -> list[Group]:
-    """Samples of ``count`` prompts, the same on every rank; the engine is said to have found all tokens as likely.
+    """Return samples of ``count`` prompts, the same on every rank, with uniform log-probabilities of the engine.
 
-    No version of the policy has sampled them, so that no stage compares itself with that engine.
+    They have no policy version, so that no stage compares its log-probabilities with the engine's.
     """
     logprob = -math.log(read_sizes(Path(config.model.hf_checkpoint)).text["vocab_size"])
     groups = []
     for number, row in enumerate(_answered(settings, config, processor, count, config.rollout.samples_per_prompt)):
         coins, group = random.Random(number), []
-        for place, text in enumerate(row.responses):
+        for index, text in enumerate(row.responses):
             ids = (*processor.encode_text(text), processor.terminator_id)
             rollout = Rollout(ids, (logprob,) * len(ids), text, finished=True, policy_version=None)
             response = parse_response(text)
-            correct = place == 0 or (place > 1 and coins.random() < 0.5)  # the first is right, the second wrong
+            correct = index == 0 or (index > 1 and coins.random() < 0.5)  # the first is correct, the second is not
             group.append(Sample(row.example, row.prompt, rollout, response, correct, number))
         groups.append(group)
     return groups
 
 
 def preference_rows(settings: Settings, config: WarmupConfig, processor: Any, count: int) -> list[list[Pair]]:
-    """Both branches' pairs of ``count`` prompts: the demonstration and one response."""
+    """Return the pairs of both branches for ``count`` prompts: the demonstration and one response."""
     rows = []
     for row in _answered(settings, config, processor, count, 1):
         demonstration, response = (parse_response(str(text)) for text in (row.example.response, *row.responses))
@@ -71,7 +71,7 @@ def preference_rows(settings: Settings, config: WarmupConfig, processor: Any, co
 
 @dataclass(frozen=True)
 class _Answered:
-    """A row with its demonstration, the prompt it encodes to, and the texts of responses to it."""
+    """Row with its demonstration, its encoded prompt, and the texts of responses to it."""
 
     example: Example
     prompt: EncodedPrompt
@@ -81,26 +81,26 @@ class _Answered:
 def _answered(settings: Settings, config: TrainingConfig, processor: Any, count: int, samples: int) -> list[_Answered]:
     if settings.images == "shapes":
         rows = list(read_alignment(Path(config.data))[:count])
-        told = [tuple(str(rows[(n + 1 + j) % count].response) for j in range(samples)) for n in range(count)]
+        texts = [tuple(str(rows[(n + 1 + j) % count].response) for j in range(samples)) for n in range(count)]
     else:
-        texts = _MadeUp(processor, settings.response_tokens)
-        told = [tuple(texts.draw(f"{n}/{j}") for j in range(samples)) for n in range(count)]
-        rows = [_demonstrated(row, texts) for row in _asked(settings, count)]
+        source = _RandomTexts(processor, settings.response_tokens)
+        texts = [tuple(source.draw(f"{n}/{j}") for j in range(samples)) for n in range(count)]
+        rows = [_demonstrated(row, source) for row in _asked(settings, count)]
     if settings.images == "mock":
         prompts = [mock_row(processor.input_spec, settings, n).prompt for n in range(count)]
     else:
         prompts = processor.encode_prompts(rows)
-    return [_Answered(*each) for each in zip(rows, prompts, told, strict=True)]
+    return [_Answered(*each) for each in zip(rows, prompts, texts, strict=True)]
 
 
 def _asked(settings: Settings, count: int) -> list[Example]:
     if settings.images == "mock":
-        return [Example(f"made up {number}", (), (), "--images mock") for number in range(count)]
-    return shown_files(settings, count)
+        return [Example(f"mock {number}", (), (), "--images mock") for number in range(count)]
+    return image_rows(settings, count)
 
 
-def _demonstrated(row: Example, texts: _MadeUp) -> Example:
-    text = texts.draw(row.id)
+def _demonstrated(row: Example, source: _RandomTexts) -> Example:
+    text = source.draw(row.id)
     response = parse_response(text)
     assert response is not None
     return replace(
@@ -112,8 +112,8 @@ def _demonstrated(row: Example, texts: _MadeUp) -> Example:
     )
 
 
-class _MadeUp:
-    """Texts in the grammar of random words, each of which is one token. Raises UserError where there is no room."""
+class _RandomTexts:
+    """Random well-formed responses of single-token words. Raises UserError if they do not fit the length."""
 
     def __init__(self, processor: Any, tokens: int) -> None:
         bare = len(processor.encode_text(render_response(" x", " x", " x"))) - 3 * len(processor.encode_text(" x"))
@@ -124,12 +124,14 @@ class _MadeUp:
                 "each of the three blocks has a word"
             )
         vocabulary = sorted(processor.tokenizer.get_vocab())
-        known = (f" {token[1:]}" for token in vocabulary if re.fullmatch("Ġ[a-z]+", token))  # Ġ is a space there
+        known = (
+            f" {token[1:]}" for token in vocabulary if re.fullmatch("Ġ[a-z]+", token)
+        )  # Ġ is a space in the vocabulary
         self._words = [word for word in known if len(processor.encode_text(word)) == 1][:_WORDS]
         words = tokens - tags
         caption = max((words - 1) * 2 // 5, 1)
         self._lengths = (caption, words - 1 - caption, 1)
 
     def draw(self, seed: str) -> str:
-        chance = random.Random(seed)
-        return render_response(*("".join(chance.choices(self._words, k=length)) for length in self._lengths))
+        generator = random.Random(seed)
+        return render_response(*("".join(generator.choices(self._words, k=length)) for length in self._lengths))

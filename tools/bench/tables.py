@@ -26,28 +26,28 @@ Row = Sequence[str]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README is old")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a table is out of date")
     arguments = parser.parse_args()
-    old = 0
+    outdated = 0
     for path, made in tables(BASELINES).items():
         text = path.read_text()
-        wanted = with_tables(text, made)
-        old += text != wanted
+        updated = with_tables(text, made)
+        outdated += text != updated
         if not arguments.check:
-            path.write_text(wanted)
-    return int(arguments.check and old > 0)
+            path.write_text(updated)
+    return int(arguments.check and outdated > 0)
 
 
 def with_tables(text: str, made: str) -> str:
-    """``text`` with what is between the marks replaced. Raises UserError where they are not there once each."""
+    """Return ``text`` with the lines between the marks replaced. Raises UserError unless each mark occurs once."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"README must hold the lines {BEGIN.strip()!r} and {END.strip()!r} once each")
+        raise UserError(f"README must have the lines {BEGIN.strip()!r} and {END.strip()!r} once each")
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + made + END + rest.partition(END)[2]
 
 
 def tables(folder: Path) -> dict[Path, str]:
-    """The tables of the results in ``folder``, as Markdown, by the file they belong in."""
+    """Return the tables of the results in ``folder``, as Markdown, by the file they belong to."""
     from tools.plan.check import check
 
     paths = sorted(folder.glob("*.json"))
@@ -99,19 +99,20 @@ def _trained(runs: Mapping[str, Mapping[str, Any]]) -> str:
 def _split(run: Mapping[str, Any]) -> str:
     split = run["ours"]["split"]
     parts = sorted((name for name in split if name != "step"), key=lambda name: -split[name])
-    return _markdown([["of a step", *parts], ["one rank", *(f"{split[name] / split['step']:.1%}" for name in parts)]])
+    shares = [f"{split[name] / split['step']:.1%}" for name in parts]
+    return _markdown([["share of a step", *parts], ["one rank", *shares]])
 
 
 def _profile(result: Mapping[str, Any]) -> str:
     costs = result["costs"]
     names = [cost["operator"].removeprefix("aten::").lstrip("_") for cost in costs]
     names = [name.replace("scaled_dot_product_flash_attention_for_cpu", "attention") for name in names]
-    return _markdown([["largest costs", *names], ["of a step", *(f"{cost['share']:.1%}" for cost in costs)]])
+    return _markdown([["largest costs", *names], ["share of a step", *(f"{cost['share']:.1%}" for cost in costs)]])
 
 
 def _memory(result: Mapping[str, Any]) -> str:
-    """Measured MB, and the estimate over it."""
-    rows: list[Row] = [["memory, MB and estimate / measured", *PARTS]]
+    """Return the table of measured MB, and of the estimate over the measurement."""
+    rows: list[Row] = [["memory: measured MB × estimate / measured", *PARTS]]
     for case, stages in result["cases"].items():
         for found in {each["stage"]: each for each in stages}.values():
             stage = f", stage {found['stage']}" if len({each["stage"] for each in stages}) > 1 else ""
@@ -121,28 +122,26 @@ def _memory(result: Mapping[str, Any]) -> str:
 
 
 def _pipeline(result: Mapping[str, Any]) -> str:
-    rows: list[Row] = [
-        ["whole pipeline", "seconds", "share", "of it the engine", "engine tokens/s", "where the time goes"]
-    ]
+    rows: list[Row] = [["pipeline stage", "seconds", "share", "engine's share", "engine tokens/s", "time by timer"]]
     for name, stage in result["stages"].items():
         parts = sorted(stage["parts"].items(), key=lambda part: -part[1])
-        shown = ", ".join(f"{part} {seconds / stage['seconds']:.0%}" for part, seconds in parts)
+        timers = ", ".join(f"{part} {seconds / stage['seconds']:.0%}" for part, seconds in parts)
         engine = f"{stage['share_of_engine']:.0%}" if "share_of_engine" in stage else "–"
         rate = f"{stage['engine_tokens_per_second']:.0f}" if "engine_tokens_per_second" in stage else "–"
         share = f"{result['share_of_stages'][name]:.0%}"
-        rows.append([name, f"{stage['seconds']:.0f}", share, engine, rate, shown])
+        rows.append([name, f"{stage['seconds']:.0f}", share, engine, rate, timers])
     return _markdown(rows)
 
 
 def _rollout(result: Mapping[str, Any]) -> str:
-    """Sampling at each batch size, and the largest batch's training step."""
+    """Return the tables of sampling by batch size, and of the largest batch's training step."""
     config, engines = result["config"], ("colocated", "child")
     sizes = [str(size) for size in config["prompts"]]
     rows: list[Row] = [
         ["engine", *(f"{int(size) * config['samples']} responses, tokens/s" for size in sizes)],
     ]
     rows += [[name, *(f"{result[name][size]['tokens_per_second']:.0f}" for size in sizes)] for name in engines]
-    steps: list[Row] = [["engine", "sync, s", "rollout, s", "train, s", "engine's part of an RLVR step"]]
+    steps: list[Row] = [["engine", "sync, s", "rollout, s", "train, s", "engine's share of an RLVR step"]]
     for name in engines:
         step = result["step"][name]
         seconds = [f"{step[f'{part}_seconds']:.2f}" for part in ("sync", "rollout", "train")]
@@ -151,7 +150,7 @@ def _rollout(result: Mapping[str, Any]) -> str:
 
 
 def _sync(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ["new weights, MB", "ranks", "push, s", "disk, s", "disk / push", "transfer / copy", "extra memory, buckets"]
+    head = ["weight sync, MB", "ranks", "push, s", "disk, s", "disk / push", "transfer / copy", "extra memory, buckets"]
     rows: list[Row] = [head]
     for run in sorted(runs.values(), key=lambda run: (run["ranks"], run["weight_bytes"])):
         seconds = [f"{run[way]['seconds']['median']:.2f}" for way in ("push", "disk")]
@@ -173,7 +172,7 @@ def _scoring(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _named(stem: str, kind: str) -> str:
-    return stem.removeprefix(f"{kind}_").replace("_", " ") if stem != kind else "the tiny recipe's"
+    return stem.removeprefix(f"{kind}_").replace("_", " ") if stem != kind else "tiny recipe"
 
 
 def _markdown(rows: Sequence[Row]) -> str:

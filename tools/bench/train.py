@@ -1,4 +1,4 @@
-"""How fast a stage trains, engine left out: tokens and operations a second of one iteration, and where its time goes.
+"""Benchmark the training part of a stage: tokens and operations per second of one iteration, and time by part.
 
     python -m tools.bench.train --recipe tiny --vs hf [--images mock --resolutions 64x64,128x96] [--compare OLD.json]
     python -m tools.bench.train --recipe tiny_align [prompts_per_iteration=4 rollout.samples_per_prompt=16]
@@ -10,13 +10,13 @@ The recipe may be of any stage that trains. ``tools/bench/stages.py`` defines th
 its tokens, ``tools/bench/synthetic_rollouts.py`` the responses. An SFT step starts from encoded rows and includes
 packing, forward, backward and optimizer. ``--vs hf`` also measures HF transformers with torch's AdamW on the same rows,
 padded, in the same run. Steps of both sides alternate, so that a busy machine slows both; medians and their ratio are
-printed as one JSON line. Further steps are then split by Megatron's timers, and by the
-stage's own where it has several parts (``phases``).
+printed as one JSON line. Further steps are split by Megatron's timers, and by the stage's own (``phases``) if it has
+several phases.
 
-Operations are those of all passes of a step (``tools/bench/passes.py``). MFU, and HFU (ours with what is computed
-twice), are null where the device's peak is unknown. Weights are random: the tiny model's, or of any ``--size``.
-``--images`` says what the rows show: ``shapes`` the built-in task, ``mock`` random pixels of the given sizes in turn,
-or a directory of PNG and JPEG files. ``--ranks`` starts as many processes here; under torchrun or srun it is left out.
+Operations are those of all passes of a step (``tools/bench/passes.py``). MFU, and HFU (with recomputed operations), are
+null if the device's peak is unknown. Weights are random: the tiny model's, or of any ``--size``. ``--images`` selects
+the images: ``shapes`` for the built-in task, ``mock`` for random pixels of the given sizes, or a directory of PNG and
+JPEG files. ``--ranks`` starts processes on this machine; omit it under torchrun or srun.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tools.bench.inputs import BATCHES, Settings, TrainingConfig, make_model
 if TYPE_CHECKING:
     from tools.bench.stages import Done, Training
 
-_SHOWN = (  # of what the stage logs, whatever it has; what made-up responses are judged by says nothing
+_METRICS = (  # of the first step; rewards and scores of synthetic responses are meaningless
     *(names.LOSS, names.POLICY_LOSS, names.ENTROPY, names.REFERENCE_KL, names.GRAD_NORM),
     *(names.DISCRIMINATOR_LOSS, names.DISCRIMINATOR_GRAD_NORM),
 )
@@ -50,17 +50,19 @@ _SHOWN = (  # of what the stage logs, whatever it has; what made-up responses ar
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="tiny", help="of any stage that trains, or the family of an SFT recipe")
+    parser.add_argument("--recipe", default="tiny", help="of any stage that trains, or a family of SFT recipes")
     parser.add_argument("--size", default="tiny", help="of the random model: tiny, mid, 8b, or a JSON file")
-    parser.add_argument("--discriminator-size", help="of the model that it is made from; left out: the policy")
+    parser.add_argument("--discriminator-size", help="of the model that is upcycled (default: the policy's)")
     parser.add_argument("--images", default="shapes", help="shapes, mock, or a directory of images")
-    parser.add_argument("--resolutions", default="64x64,128x96", help="of mock images, WIDTHxHEIGHT, taken in turn")
-    parser.add_argument("--response-tokens", type=int, default=96, help="of a mock row, or a made-up response")
+    parser.add_argument("--resolutions", default="64x64,128x96", help="WIDTHxHEIGHT of mock images, in rotation")
+    parser.add_argument("--response-tokens", type=int, default=96, help="of a mock row or a synthetic response")
     parser.add_argument("--vs", choices=["hf"], help="measure HF transformers on the same rows too; SFT only")
-    parser.add_argument("--ranks", type=int, help="processes to start here")
+    parser.add_argument("--ranks", type=int, help="ranks to start on this machine")
     parser.add_argument("--steps", type=int, default=12, help="measured steps, at least 2")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--sweep", action="append", metavar="KEY=V,W", help="several runs into the folder --out")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the measured ones")
+    parser.add_argument(
+        "--sweep", action="append", metavar="KEY=V,W", help="one run per combination, in the folder --out"
+    )
     harness.add_output_options(parser)
     parser.add_argument("overrides", nargs="*", help="of the recipe, for example global_batch_size=8")
     arguments = parser.parse_intermixed_args()
@@ -101,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A stage's training part, and a step of each side. Megatron's groups are open: shut them down at last."""
+    """Training part of a stage, and a step of each side. The process groups are open and must be shut down."""
 
     config: TrainingConfig
     training: Training
@@ -109,7 +111,7 @@ class Prepared:
 
 
 def prepare(settings: Settings, folder: Path) -> Prepared:
-    """Make models and data in rank 0's ``folder`` and build both sides. Raises UserError for what cannot be run."""
+    """Make models and data in rank 0's ``folder`` and build both sides. Raises UserError for invalid settings."""
     config = make_model(settings, folder, batches=BATCHES)
     from prism_megatron.stages.setup import load_processor
     from tools.bench.stages import Done, load_training
@@ -121,13 +123,13 @@ def prepare(settings: Settings, folder: Path) -> Prepared:
         from tools.bench.hf_step import hf_model, hf_step
 
         assert isinstance(config, SFTConfig)
-        theirs = hf_step(config, processor.input_spec, hf_model(config))
-        sides["hf"] = lambda number: Done({names.LOSS: theirs(training.rows[number % BATCHES])}, [])
+        step = hf_step(config, processor.input_spec, hf_model(config))
+        sides["hf"] = lambda number: Done({names.LOSS: step(training.rows[number % BATCHES])}, [])
     return Prepared(config, training, sides)
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any] | None:
-    """Seconds, tokens and operations a second of each side; None on ranks but the first."""
+    """Measure seconds, tokens and operations per second of each side. Returns None on all ranks but the first."""
     import torch.distributed as dist
 
     from prism_megatron.parallel import groups
@@ -149,30 +151,30 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any] | None:
     peaks = gather_over_ranks(harness.peak_bytes())
     measured = range(settings.warmup, settings.warmup + settings.steps)
     sizes = {name: model.sizes for name, model in training.models.items()}
-    mine = [operations(done["ours"][number].passes, prepared.config, sizes) for number in measured]
-    flops = [sum_over_data_parallel(*of_step) for of_step in mine]
-    spent = Spent([training.tokens[number % BATCHES] for number in measured], *map(list, zip(*flops, strict=True)))
+    local_flops = [operations(done["ours"][number].passes, prepared.config, sizes) for number in measured]
+    flops = [sum_over_data_parallel(*of_step) for of_step in local_flops]
+    work = Work([training.tokens[number % BATCHES] for number in measured], *map(list, zip(*flops, strict=True)))
     parts = gather_over_ranks(split(prepared))
     ranks, is_main = dist.get_world_size(), groups.is_main_rank()
     groups.shutdown()
     if not is_main:
         return None
     result: dict[str, Any] = {"benchmark": "train", "stage": prepared.config.stage, "config": _as_json(settings)}
-    result |= {"ranks": ranks, **harness.provenance(), "tokens_per_step": statistics.mean(spent.tokens)}
+    result |= {"ranks": ranks, **harness.provenance(), "tokens_per_step": statistics.mean(work.tokens)}
     result["encode_seconds_per_row"] = training.encode_seconds
     result["peak_bytes_of_all_sides"] = peaks
     for name, values in slowest.items():
-        first = done[name][0].measured
-        shown = {key: first[key] for key in _SHOWN if first.get(key) is not None}
-        result[name] = speed(spent, values, ranks) | {"first_loss": first[training.loss], "first_step": shown}
-    result["ours"] |= with_recomputed(spent, result["ours"]["mfu"]) | _means(parts)
+        first = done[name][0].metrics
+        metrics = {key: first[key] for key in _METRICS if first.get(key) is not None}
+        result[name] = speed(work, values, ranks) | {"first_loss": first[training.loss], "first_step": metrics}
+    result["ours"] |= with_recomputed(work, result["ours"]["mfu"]) | _means(parts)
     if settings.vs_hf:
         result["ours_over_hf"] = result["ours"]["tokens_per_second"] / result["hf"]["tokens_per_second"]
     return result
 
 
 def split(prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Seconds of this rank's step by part, and by the stage's own phases: means over one step on each batch."""
+    """Return mean seconds of this rank's step by part, and by the stage's own phases, over one step per batch."""
     from tools.bench.step_timers import StepTimers
 
     timers, training = StepTimers(), prepared.training
@@ -193,39 +195,39 @@ def split(prepared: Prepared) -> dict[str, dict[str, float]]:
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What all ranks' measured steps were: tokens, operations that are needed, and those with what is done twice."""
+class Work:
+    """Work of the measured steps on all ranks: tokens, necessary operations, and operations with recomputed ones."""
 
     tokens: list[int]
     flops: list[float]
     hardware_flops: list[float]
 
 
-def speed(spent: Spent, seconds: Sequence[float], ranks: int) -> dict[str, Any]:
-    """Tokens and operations a second of one side, from its measured steps."""
-    per_token = harness.median_and_p90([s / tokens for s, tokens in zip(seconds, spent.tokens, strict=True)])
-    rate = 1 / statistics.median([s / flops for s, flops in zip(seconds, spent.flops, strict=True)])
+def speed(work: Work, seconds: Sequence[float], ranks: int) -> dict[str, Any]:
+    """Return tokens and operations per second of one side, from its measured steps."""
+    per_token = harness.median_and_p90([s / tokens for s, tokens in zip(seconds, work.tokens, strict=True)])
+    rate = 1 / statistics.median([s / flops for s, flops in zip(seconds, work.flops, strict=True)])
     peak = peak_flops(harness.hardware())
     return {
         "tokens_per_second": 1 / per_token["median"],
         "tokens_per_second_per_rank": 1 / per_token["median"] / ranks,
         "tokens_per_second_p90_slowest": 1 / per_token["p90"],
         "step_seconds": harness.median_and_p90(seconds),
-        "flops_per_step": statistics.mean(spent.flops),
+        "flops_per_step": statistics.mean(work.flops),
         "tflops_per_rank": rate / ranks / 1e12,
         "mfu": rate / ranks / peak if peak else None,
     }
 
 
-def with_recomputed(spent: Spent, mfu: float | None) -> dict[str, Any]:
-    """Operations of our step with those done twice (logits, and layers where the recipe says so), and HFU by them."""
-    hardware = statistics.mean(spent.hardware_flops)
-    hfu = None if mfu is None else mfu * hardware / statistics.mean(spent.flops)
+def with_recomputed(work: Work, mfu: float | None) -> dict[str, Any]:
+    """Return the operations with recomputed ones (logits, and layers if the recipe says so), and HFU."""
+    hardware = statistics.mean(work.hardware_flops)
+    hfu = None if mfu is None else mfu * hardware / statistics.mean(work.flops)
     return {"hardware_flops_per_step": hardware, "hfu": hfu}
 
 
 def _means(of_ranks: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """Of each part over ranks; one that has none of a part spent nothing on it."""
+    """Return the mean of each part over ranks; a rank without the part counts as zero."""
     means = {}
     for kind in of_ranks[0]:
         keys = sorted({key for of_rank in of_ranks for key in of_rank[kind]})
@@ -234,7 +236,7 @@ def _means(of_ranks: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, d
 
 
 def _as_json(settings: Settings) -> dict[str, Any]:
-    """As JSON reads it back, lists for tuples; without what is not given, so that older baselines are of the same."""
+    """Return the settings as JSON, without None, so that older baselines compare equal."""
     lists = {"resolutions": [list(size) for size in settings.resolutions], "overrides": list(settings.overrides)}
     return {key: value for key, value in (asdict(settings) | lists).items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""Models behind OpenAI's chat protocol, and their replies, each asked and paid for once."""
+"""Endpoints with OpenAI's chat protocol, and their replies, which are saved."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from prism_megatron.files import JSONLines, read_json_lines
 from prism_megatron.observe.progress import ProgressBar
 from prism_megatron.types import IMAGE_PLACEHOLDER, Example, Message
 
-# Bad request, too large, unprocessable: this request's own fault. The client tries again what may pass (time-outs, 409,
-# 429, 5xx); the rest (a wrong key, an unknown model) is every request's fault and stops the command.
+# Bad request, too large, unprocessable: errors of one request. The client retries time-outs, 409, 429 and 5xx; any
+# other error (a wrong key, an unknown model) concerns every request and stops the command.
 _REFUSALS = (400, 413, 422)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind OpenAI's chat protocol. Prices are per million tokens; the key never leaves the environment."""
+    """Model with OpenAI's chat protocol. Prices are per million tokens; the key is read from the environment."""
 
     url: str
     model: str
@@ -37,19 +37,33 @@ class Endpoint:
     price_in: float = 0.0
     price_out: float = 0.0
 
-    def client(self, retries: int, timeout: float) -> openai.OpenAI:
+    def client(self, requests: Requests) -> openai.OpenAI:
         key = os.environ.get(self.key_variable, "")
         local = self.url.startswith(("http://localhost", "http://127.0.0.1"))
         if not key and not local:
             raise UserError(f"{self.url} needs a key; set the environment variable {self.key_variable}")
-        return openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=retries, timeout=timeout)
+        return openai.OpenAI(
+            base_url=self.url,
+            api_key=key or "none",
+            max_retries=requests.retries,
+            timeout=requests.timeout_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Options of the requests to all endpoints. ``retries`` are the openai client's, with its own back-off."""
+
+    workers: int = 32
+    retries: int = 8
+    timeout_seconds: float = 600.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One reply, as it is kept: ``kind`` is student, teacher or verifier, ``number`` counts the replies to ``request``.
+    """Reply of an endpoint: ``kind`` is student, teacher or verifier, ``number`` counts the replies to ``request``.
 
-    ``request`` is the hash of what was asked: model, chat, images and sampling, but not the address.
+    ``request`` is a hash of the model, chat, images and sampling options, but not of the address.
     """
 
     kind: str
@@ -65,7 +79,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an endpoint does not answer a row's prompt. It is not kept: nothing was paid, and it may be mended."""
+    """Reason why an endpoint refuses a row's prompt. It is not saved: it cost nothing, and may be resolved."""
 
     row_id: str
     reason: str
@@ -80,65 +94,58 @@ class _Question:
 
 
 class Answers:
-    """Replies so far, kept in a file that only grows: what is in it is not asked (or paid for) again."""
+    """Saved replies, in a file that only grows, so that no request is sent and paid for twice."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._kept: dict[tuple[str, str, str, int], Answer] = {}
+    def __init__(self, path: Path, requests: Requests) -> None:
+        self._path, self._requests = path, requests
+        self._saved: dict[tuple[str, str, str, int], Answer] = {}
         for record in read_json_lines(path, lambda value: isinstance(value, dict)):
             if "request" not in record:
                 raise UserError(
-                    f"{path} has replies without a hash of what was asked, so nobody knows what they answer; "
+                    f"{path} has replies without a hash of their request, so that nobody knows what they answer; "
                     "choose another --out, or move the file away"
                 )
-            self._keep(Answer(**record))
+            self._add(Answer(**record))
 
-    def _keep(self, answer: Answer) -> None:
-        self._kept[answer.kind, answer.row_id, answer.request, answer.number] = answer
+    def _add(self, answer: Answer) -> None:
+        self._saved[answer.kind, answer.row_id, answer.request, answer.number] = answer
 
     def ask(
-        self,
-        kind: str,
-        endpoint: Endpoint,
-        wanted: Sequence[tuple[Example, Sequence[Message]]],
-        workers: int,
-        client: openai.OpenAI,
-        samples: int = 1,
+        self, kind: str, endpoint: Endpoint, chats: Sequence[tuple[Example, Sequence[Message]]], samples: int = 1
     ) -> tuple[dict[str, list[Answer]], dict[str, str]]:
-        """Each row's replies by its id, and the reasons why the rows that have none were refused.
+        """Return the replies by row id, and the reasons of refusals by row id.
 
-        Asks what is not there yet and writes each reply when it comes. Raises openai.APIError where an endpoint keeps
-        failing, once the replies that were under way are written.
+        Sends the requests without a saved reply, and saves each reply when it arrives. Raises openai.APIError if an
+        endpoint keeps failing, after saving the replies to requests that were already sent.
         """
         questions = [
             _Question(row, chat, number, request)
-            for row, chat in wanted
+            for row, chat in chats
             for request in [_request_hash(endpoint, chat, row.images)]
             for number in range(samples)
         ]
-        open_ = [q for q in questions if (kind, q.row.id, q.request, q.number) not in self._kept]
-        refused = self._ask_open(kind, endpoint, open_, workers, client) if open_ else {}
+        unanswered = [q for q in questions if (kind, q.row.id, q.request, q.number) not in self._saved]
+        refusals = self._send(kind, endpoint, unanswered) if unanswered else {}
         replies: dict[str, list[Answer]] = {}
         for question in questions:
-            if question.row.id not in refused:
-                answer = self._kept[kind, question.row.id, question.request, question.number]
+            if question.row.id not in refusals:
+                answer = self._saved[kind, question.row.id, question.request, question.number]
                 replies.setdefault(question.row.id, []).append(answer)
-        return replies, refused
+        return replies, refusals
 
-    def _ask_open(
-        self, kind: str, endpoint: Endpoint, open_: Sequence[_Question], workers: int, client: openai.OpenAI
-    ) -> dict[str, str]:
-        refused: dict[str, str] = {}
+    def _send(self, kind: str, endpoint: Endpoint, questions: Sequence[_Question]) -> dict[str, str]:
+        client = endpoint.client(self._requests)
+        refusals: dict[str, str] = {}
         failure: openai.APIError | None = None
         stopped = threading.Event()
 
         def reply(question: _Question) -> Answer | Refusal | None:
             return None if stopped.is_set() else _reply(kind, endpoint, client, question)
 
-        bar = ProgressBar(kind, len(open_), with_lines=True)
-        with JSONLines(self._path) as file, bar, ThreadPoolExecutor(workers) as pool:
+        bar = ProgressBar(kind, len(questions), with_lines=True)
+        with JSONLines(self._path) as file, bar, ThreadPoolExecutor(self._requests.workers) as pool:
             try:
-                for done, future in enumerate(as_completed([pool.submit(reply, q) for q in open_]), 1):
+                for done, future in enumerate(as_completed([pool.submit(reply, q) for q in questions]), 1):
                     try:
                         answer = future.result()
                     except openai.APIError as error:
@@ -146,33 +153,33 @@ class Answers:
                         stopped.set()
                         continue
                     if isinstance(answer, Refusal):
-                        refused[answer.row_id] = answer.reason
+                        refusals[answer.row_id] = answer.reason
                     elif answer is not None:
-                        self._keep(answer)
+                        self._add(answer)
                         file.append(asdict(answer))
                     if failure is None:
                         bar.update(done)
             finally:
-                stopped.set()  # an interrupt does not wait for all that is queued
+                stopped.set()  # on an interrupt, do not wait for queued requests
         if failure is not None:
             raise failure
-        return refused
+        return refusals
 
     def cost(self, kind: str, endpoint: Endpoint) -> dict[str, float]:
-        """All that was paid for in this folder, for this run or one before it."""
-        answers = [a for a in self._kept.values() if a.kind == kind and a.model == endpoint.model]
+        """Return the requests, tokens and price of all replies in this folder, earlier runs included."""
+        answers = [a for a in self._saved.values() if a.kind == kind and a.model == endpoint.model]
         tokens_in, tokens_out = sum(a.tokens_in for a in answers), sum(a.tokens_out for a in answers)
         price = (tokens_in * endpoint.price_in + tokens_out * endpoint.price_out) / 1e6
         return {"requests": len(answers), "tokens_in": tokens_in, "tokens_out": tokens_out, "price": price}
 
 
 def _request_hash(endpoint: Endpoint, chat: Sequence[Message], images: Sequence[bytes]) -> str:
-    asked = [
+    content = [
         *(endpoint.model, endpoint.max_tokens, endpoint.temperature),
         [[message.role, message.content] for message in chat],
         [hashlib.sha256(image).hexdigest() for image in images],
     ]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _reply(kind: str, endpoint: Endpoint, client: openai.OpenAI, question: _Question) -> Answer | Refusal:
@@ -200,7 +207,7 @@ def _reply(kind: str, endpoint: Endpoint, client: openai.OpenAI, question: _Ques
 
 
 def _chat(messages: Sequence[Message], images: Sequence[bytes]) -> Any:
-    """OpenAI's messages, each placeholder replaced by its image."""
+    """Return OpenAI's messages, with each placeholder replaced by its image."""
     remaining = iter(images)
     chat = []
     for message in messages:

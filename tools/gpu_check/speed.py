@@ -123,7 +123,8 @@ def discriminator(scale: Scale) -> Variants:
     for precision in ("fp32", "bf16") if scale.dry else ("bf16",):
         sizes, samples = ({}, 2) if scale.dry else (scale.cut(2), 16)
         folder = scale.folder / precision
-        yield precision, partial(discriminator_bench.measure, "tiny_align", folder, samples, 2, 2, precision, sizes)
+        settings = discriminator_bench.Settings("tiny_align", samples, 2, 2, precision, sizes)
+        yield precision, partial(discriminator_bench.measure, settings, folder)
 
 
 def sync(scale: Scale) -> Variants:

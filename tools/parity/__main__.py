@@ -1,10 +1,9 @@
-"""Does our Qwen3-VL compute what HF's does, at any parallel layout?
+"""Compare the trainer's Qwen3-VL with HF transformers' at any parallel layout.
 
     python -m tools.parity --hf runs/tiny/base --tp 2 --pp 2 --gradients
 
-Starts its own ranks, runs HF and ours on the same chats in float32 and prints one JSON line with the largest
-differences, absolute and relative to the largest value compared. Exit status 1 past the tolerance, 2 for what cannot be
-run.
+Starts ranks, runs both models on the same chats in float32 and prints one JSON line with the largest differences,
+absolute and relative to the largest value compared. Exit status 1 means beyond the tolerance, 2 a user error.
 """
 
 from __future__ import annotations
@@ -29,7 +28,9 @@ def main() -> int:
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--inputs", type=Path, help="JSON Lines, one chat in HF's messages format per line")
-    parser.add_argument("--dump", type=Path, help="write our logits: row_0 [tokens, vocabulary], input_ids_0, ...")
+    parser.add_argument(
+        "--dump", type=Path, help="file for the trainer's logits: row_0 [tokens, vocabulary], input_ids_0"
+    )
     parser.add_argument("--gradients", action="store_true", help="compare gradients too")
     arguments = parser.parse_args()
     try:
@@ -40,7 +41,7 @@ def main() -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Compare, print, dump; the exit status."""
+    """Compare, print and dump. Returns the exit status."""
     import torch
     from safetensors.torch import save_file
 

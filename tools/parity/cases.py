@@ -17,7 +17,7 @@ GRADIENT_TOLERANCE = 1e-4  # relative to the largest entry of each tensor
 
 @dataclass(frozen=True)
 class Case:
-    """How our side is run. ``batching``: single (one row a micro-batch), packed or padded (all rows of a rank)."""
+    """Run of the trainer. ``batching``: single (one row per micro-batch), packed or padded (all rows of a rank)."""
 
     ranks: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -26,7 +26,7 @@ class Case:
     gradients: bool = True
     distributed_optimizer: bool = False
     moe_aux_loss_coeff: float = 0.0
-    experts: str = ""  # dedicated or shared: the checkpoint upcycled to a discriminator, and not the policy
+    experts: str = ""  # dedicated or shared: run the checkpoint upcycled to a discriminator, not the policy
     precision: str = "fp32"
 
     @property
@@ -43,14 +43,14 @@ class Case:
 
 
 def training_sequence(row: EncodedPrompt, spec: InputSpec) -> TrainingSequence:
-    """Trained on everything after its last image (or its first token)."""
+    """Return the row as a training sequence with loss on all tokens after its last image (or first token)."""
     visual = (spec.image_token_id, spec.video_token_id)
     start = 1 + max((i for i, token in enumerate(row.token_ids) if token in visual), default=0)
     return TrainingSequence(EncodedPrompt(row.token_ids[:start], row.visuals), row.token_ids[start:])
 
 
 def compare(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Any]:
-    """Largest differences: logits and log-probabilities over all rows, gradients tensor by tensor.
+    """Return the largest differences: of logits and log-probabilities over all rows, of gradients per tensor.
 
     ``*_relative`` divides by the largest value of the reference (for gradients, of the same tensor).
     """

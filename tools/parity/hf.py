@@ -23,10 +23,17 @@ def hf_results(
     dtype: torch.dtype = torch.float32,
     device: torch.device = _CPU,
 ) -> dict[str, Tensor]:
-    """Logits of every row and gradients of the mean trained token's loss, from HF's model, one row at a time.
+    """Return logits, log-probabilities and entropies of every row, and gradients of the mean loss, from HF's model.
 
-    Everything comes back in float32 on the CPU. ``aux_coeff`` adds the load-balancing loss, written down here once more
-    from HF's own router logits.
+    Rows run one at a time; results are float32 on the CPU.
+
+    Args:
+        checkpoint: HF directory.
+        rows: encoded chats.
+        gradients: whether to compute gradients, and with them log-probabilities and entropies.
+        aux_coeff: coefficient of the load-balancing loss, computed here from HF's router logits.
+        dtype: of the model.
+        device: of the model.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -61,13 +68,13 @@ def hf_results(
         for name, parameter in hf.named_parameters():
             assert parameter.grad is not None, name
             gradient = parameter.grad.float().cpu()
-            # Stacked experts are held transposed to how they are stored.
+            # HF's stacked experts are transposed in the checkpoint.
             results[f"grad:{name}"] = gradient.mT if ".mlp.experts." in name else gradient
     return results
 
 
 def _switch_loss(router_logits: Tensor, topk: int) -> Tensor:
-    """E * sum_e f_e P_e over the tokens of a row, f counting every chosen expert."""
+    """Return E * sum_e f_e P_e over the tokens of a row; f counts every chosen expert."""
     probs = router_logits.float().softmax(-1)
     chosen = torch.zeros_like(probs).scatter(1, probs.topk(topk, dim=-1).indices, 1.0)
     return probs.shape[1] * (chosen.mean(0) * probs.mean(0)).sum()
@@ -81,8 +88,8 @@ def _hf_inputs(row: EncodedPrompt, spec: InputSpec) -> dict[str, Tensor]:
         (False, "pixel_values", "image_grid_thw"),
         (True, "pixel_values_videos", "video_grid_thw"),
     ):
-        shown = [v for v in row.visuals if v.is_video == is_video]
-        if shown:
-            inputs[pixels] = torch.cat([v.patches for v in shown])
-            inputs[grid] = torch.tensor([v.grid for v in shown])
+        visuals = [v for v in row.visuals if v.is_video == is_video]
+        if visuals:
+            inputs[pixels] = torch.cat([v.patches for v in visuals])
+            inputs[grid] = torch.tensor([v.grid for v in visuals])
     return inputs

@@ -1,4 +1,4 @@
-"""What `tools/parity` compares on: chats in HF's messages format, encoded once for every side."""
+"""Inputs of the parity check: chats in HF's messages format, encoded once for both sides."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prism_megatron.types import EncodedPrompt, Visual
 
 
 def default_chats() -> list[list[dict[str, Any]]]:
-    """Text alone, an image, images of two sizes, a video, and a long text answer, in HF's messages format."""
+    """Return chats with text only, an image, images of two sizes, videos, and a long text answer."""
     scenes = sample_scenes(6, ShapesConfig())
     small, wide, tall = scenes[0], scenes[1].resize((160, 64)), scenes[2].resize((64, 128))
     frames = [scene.resize((64, 96)) for scene in scenes[2:6]]
@@ -49,9 +49,9 @@ def default_chats() -> list[list[dict[str, Any]]]:
 
 
 def read_chats(path: Path) -> list[list[dict[str, Any]]]:
-    """One chat per line, in HF's messages format, images by path (relative to the file).
+    """Read one chat per line in HF's messages format, with images by path relative to the file.
 
-    Raises UserError naming the line that is not one.
+    Raises UserError with the number of a line that is not a chat.
     """
     chats = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -76,7 +76,7 @@ def encode_rows(checkpoint: Path, chats: Sequence[Sequence[dict[str, Any]]]) -> 
 
 
 def save_rows(rows: Sequence[EncodedPrompt], path: Path) -> None:
-    """Rows for the ranks to read, so that all see the very same numbers."""
+    """Write rows for the ranks, so that all have the same numbers."""
     tensors: dict[str, Tensor] = {}
     for number, row in enumerate(rows):
         tensors[f"{number}.ids"] = torch.tensor(row.token_ids)

@@ -35,13 +35,13 @@ def main() -> int:
     parser.add_argument("--model", choices=SIZES, default="8b")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--costs", type=Path, default=COSTS / "h100.json", help="unit costs, each with its source")
-    parser.add_argument("--rows", type=int, help="of the global batch (the recipe's)")
-    parser.add_argument("--image", default="1024x768", help="of each row, WIDTHxHEIGHT")
-    parser.add_argument("--text-tokens", type=int, default=128, help="of each row's prompt, beside its image")
+    parser.add_argument("--rows", type=int, help="of the global batch (default: the recipe's)")
+    parser.add_argument("--image", default="1024x768", help="WIDTHxHEIGHT of each row's image")
+    parser.add_argument("--text-tokens", type=int, default=128, help="of each row's prompt, without its image")
     parser.add_argument("--response-tokens", type=int, default=1024, help="of each row")
-    parser.add_argument("--top", type=int, default=10, help="layouts shown")
+    parser.add_argument("--top", type=int, default=10, help="number of layouts to print")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--check", nargs="+", type=Path, help="results of benchmarks on one machine; plan nothing")
+    parser.add_argument("--check", nargs="+", type=Path, help="results on one machine; predict these only")
     parser.add_argument("overrides", nargs="*", help="of the SFT recipe, for example max_tokens_per_microbatch=16384")
     arguments = parser.parse_intermixed_args()
     try:
@@ -69,20 +69,20 @@ def plan(arguments: argparse.Namespace) -> int:
     plans, reasons = ranked(config, sizes, rows, world_size, costs)
     if not plans:
         raise UserError(f"no layout of {world_size} GPUs can train {arguments.model}: {reasons[-1]}")
-    shown = [found.row() for found in plans[: arguments.top]]
+    table = [found.row() for found in plans[: arguments.top]]
     if arguments.json:
-        print(json.dumps({"assumed": json.loads(arguments.costs.read_text()), "layouts": shown}))
+        print(json.dumps({"assumed": json.loads(arguments.costs.read_text()), "layouts": table}))
         return 0
     print(f"{arguments.model}, {world_size} GPUs, {rows.count} rows of {rows.tokens // rows.count} tokens a step;")
-    print(f"{len(plans)} layouts fit, {len(reasons)} do not. On paper; assumed:")
+    print(f"{len(plans)} layouts fit, {len(reasons)} do not. Predicted with these costs:")
     for name, cost in json.loads(arguments.costs.read_text()).items():
         print(f"  {name} {cost['value']:g}: {cost['source']}")
-    print(as_table(shown))
+    print(as_table(table))
     return 0
 
 
 def equal_rows(arguments: argparse.Namespace, config: SFTConfig, sizes: HFSizes) -> Rows:
-    """The global batch: every row an image, a prompt and a response of the sizes asked for."""
+    """Return the global batch: every row has an image, a prompt and a response of the requested sizes."""
     ((width, height),) = harness.resolutions(arguments.image)
     merge = sizes.vision["spatial_merge_size"]
     unit = sizes.vision["patch_size"] * merge

@@ -1,4 +1,4 @@
-"""Unit costs of a machine from its benchmarks, and how far predictions of its other runs and syncs are off."""
+"""Fit unit costs of a machine to its benchmarks, and compare predictions with its other runs and syncs."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _FREE = Costs(
     inter_bytes_per_second=math.inf,
     sync_bytes_per_second=math.inf,
 )
-_CALIBRATION = 3  # of the unit costs of compute are fitted, so as many single-rank runs are needed
+_CALIBRATION = 3  # unit costs of compute to fit, and so the number of single-rank runs that are needed
 
 
 def check(paths: Sequence[Path]) -> str:
-    """A table of measured and predicted step times. Raises UserError where there is too little to fit to."""
+    """Return a table of measured and predicted step times. Raises UserError if there are too few runs to fit."""
     results = {path.stem: harness.read_baseline(path) for path in paths}
     runs = training_runs(results)
     collectives = next((r for r in results.values() if r["benchmark"] == "collectives"), None)
@@ -61,14 +61,14 @@ def check(paths: Sequence[Path]) -> str:
         measured = runs[name]["ours"]["step_seconds"]["median"]
         lines.append(_line(name, measured, error, name in fitted))
     syncs = {name: result for name, result in results.items() if result["benchmark"] == "sync"}
-    lines += [f"{'new weights to the engine':32s} {head}"] if syncs else []
-    for name, error in refit_errors(syncs, costs).items():
+    lines += [f"{'weight sync to the engine':32s} {head}"] if syncs else []
+    for name, error in sync_errors(syncs, costs).items():
         lines.append(_line(name, syncs[name]["push"]["seconds"]["median"], error, syncs[name]["ranks"] == 1))
     return "\n".join(lines)
 
 
 def training_runs(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The runs of tools.bench.train that are of SFT and whose rows can be made again."""
+    """Return the runs of tools.bench.train that are of SFT and whose rows can be made again."""
     return {
         name: result
         for name, result in results.items()
@@ -84,7 +84,7 @@ def _line(name: str, measured: float, error: float, fitted: bool) -> str:
 
 
 def errors(runs: Mapping[str, Mapping[str, Any]], costs: Costs) -> dict[str, float]:
-    """(predicted - measured) / measured of each run's step."""
+    """Return (predicted - measured) / measured of each run's step."""
     return {
         name: predicted(result, costs).total / result["ours"]["step_seconds"]["median"] - 1
         for name, result in runs.items()
@@ -92,43 +92,45 @@ def errors(runs: Mapping[str, Mapping[str, Any]], costs: Costs) -> dict[str, flo
 
 
 def predicted(result: Mapping[str, Any], costs: Costs) -> StepTime:
-    """What a measured run should have taken."""
+    """Predict the step time of a measured run."""
     config, sizes, rows, memory = _run(result)
     return predict(config, sizes, rows, result["ranks"], costs, memory)
 
 
-def refit_errors(syncs: Mapping[str, Mapping[str, Any]], costs: Costs) -> dict[str, float]:
-    """(predicted - measured) / measured of each run of tools.bench.sync: the push of all weights.
+def sync_errors(syncs: Mapping[str, Mapping[str, Any]], costs: Costs) -> dict[str, float]:
+    """Return (predicted - measured) / measured of the push of each run of tools.bench.sync.
 
-    Raises UserError where none is of one rank, to which the cost of loading is fitted.
+    Raises UserError if none is of one rank, to which the cost of loading is fitted.
     """
     if not syncs:
         return {}
-    alone = [result for result in syncs.values() if result["ranks"] == 1]
-    if not alone:
+    single_rank = [result for result in syncs.values() if result["ranks"] == 1]
+    if not single_rank:
         raise UserError(
             f"the cost of loading is fitted to a run of tools.bench.sync on one rank; got only {', '.join(syncs)}"
         )
-    seconds = sum(result["push"]["seconds"]["median"] for result in alone)
-    costs = replace(costs, sync_bytes_per_second=sum(result["weight_bytes"] for result in alone) / seconds)
-    return {name: _refit(result, costs) / result["push"]["seconds"]["median"] - 1 for name, result in syncs.items()}
+    seconds = sum(result["push"]["seconds"]["median"] for result in single_rank)
+    costs = replace(costs, sync_bytes_per_second=sum(result["weight_bytes"] for result in single_rank) / seconds)
+    return {
+        name: _sync_seconds(result, costs) / result["push"]["seconds"]["median"] - 1 for name, result in syncs.items()
+    }
 
 
-def _refit(result: Mapping[str, Any], costs: Costs) -> float:
-    """What a measured push should have taken."""
+def _sync_seconds(result: Mapping[str, Any], costs: Costs) -> float:
+    """Predict the seconds of a measured push."""
     sizes = sizes_of(sync.model_overrides(result["config"]["hidden"], result["config"]["layers"]))
     config = replace(tiny_rlvr(), parallel=ParallelConfig(tensor_model_parallel_size=result["ranks"]))
     row = Rows(1, Workload([1], [0], 1))  # a push does not depend on rows
-    return predict(config, sizes, row, result["ranks"], costs, Memory()).refit
+    return predict(config, sizes, row, result["ranks"], costs, Memory()).weight_sync
 
 
 def calibrate(runs: Sequence[Mapping[str, Any]], collectives: Mapping[str, Any]) -> Costs:
-    """Unit costs from single-rank runs and exchanges between ranks."""
+    """Fit unit costs to single-rank runs and measured collectives."""
     rows, seconds = [], []
     for result in runs:
         if result["ranks"] != 1:
             raise UserError(f"unit costs are fitted to runs of one rank, not of {result['ranks']}")
-        # A step's time is linear in these three: what it would be if each were one and all else free.
+        # A step's time is linear in these three costs: predict it with each at 1 and all others at 0.
         each = (
             replace(_FREE, peak_flops=1.0),
             replace(_FREE, memory_bytes_per_second=1.0),
@@ -153,26 +155,26 @@ def calibrate(runs: Sequence[Mapping[str, Any]], collectives: Mapping[str, Any])
 
 
 def non_negative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Costs c >= 0 with rows @ c near ``seconds``, by least squares of relative errors; a negative one is set to 0."""
+    """Return c >= 0 with rows @ c near ``seconds``, by least squares of relative errors; negative costs become 0."""
     import torch
 
     matrix = torch.tensor(rows, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]
     scale = matrix.abs().amax(0).clamp(min=1e-300)
-    kept = list(range(matrix.shape[1]))
-    while kept:
-        found = torch.linalg.lstsq(matrix[:, kept] / scale[kept], torch.ones(len(rows), 1, dtype=torch.float64))
-        costs = (found.solution[:, 0] / scale[kept]).tolist()
+    columns = list(range(matrix.shape[1]))
+    while columns:
+        found = torch.linalg.lstsq(matrix[:, columns] / scale[columns], torch.ones(len(rows), 1, dtype=torch.float64))
+        costs = (found.solution[:, 0] / scale[columns]).tolist()
         if min(costs) >= 0:
-            return [costs[kept.index(i)] if i in kept else 0.0 for i in range(matrix.shape[1])]
-        kept.pop(costs.index(min(costs)))
+            return [costs[columns.index(i)] if i in columns else 0.0 for i in range(matrix.shape[1])]
+        columns.pop(costs.index(min(costs)))
     raise UserError("the calibrating runs fit no positive cost; measure them again on a quiet machine")
 
 
 def _run(result: Mapping[str, Any]) -> tuple[SFTConfig, HFSizes, Rows, Memory]:
-    """Configuration, sizes, rows and memory of a run, as it was asked for."""
-    asked = dict(result["config"])
-    asked |= {"resolutions": tuple(map(tuple, asked["resolutions"])), "overrides": tuple(asked["overrides"])}
-    settings = Settings(**asked)
+    """Return configuration, sizes, rows and estimated memory of a run."""
+    options = dict(result["config"])
+    options |= {"resolutions": tuple(map(tuple, options["resolutions"])), "overrides": tuple(options["overrides"])}
+    settings = Settings(**options)
     config, sizes = read_sft_config(settings, Path("nowhere")), model_sizes(settings.size)
     count = config.global_batch_size
     if settings.images == "shapes":
@@ -186,7 +188,7 @@ def _run(result: Mapping[str, Any]) -> tuple[SFTConfig, HFSizes, Rows, Memory]:
 
 
 def _built_in(settings: Settings, count: int) -> Workload:
-    """The first global batch of the built-in task, ``count`` rows, made and encoded again."""
+    """Return the work of the built-in task's first global batch, made and encoded again."""
     from prism_megatron.stages.batcher import workload
     from prism_megatron.stages.setup import load_processor
 

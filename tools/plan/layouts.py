@@ -20,7 +20,7 @@ _DEGREES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout and what it is predicted to take."""
+    """Layout with its predicted memory, step time, speed and MFU."""
 
     config: StageConfig
     memory: Memory
@@ -45,7 +45,7 @@ class Plan:
             "bubble s": round(step.bubble, 2),
             "communication s": round(step.communication, 2),
             "optimizer s": round(step.optimizer, 3),
-            "refit s": round(step.refit, 2),
+            "weight sync s": round(step.weight_sync, 2),
             "GB": round(self.memory.total / 1e9, 1),
         }
 
@@ -53,7 +53,7 @@ class Plan:
 def ranked(
     config: SFTConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs
 ) -> tuple[list[Plan], list[str]]:
-    """Layouts that fit, fastest first, and why others do not."""
+    """Return the layouts that fit, fastest first, and the reasons why others do not."""
     plans, reasons = [], []
     for candidate in layouts(config, sizes):
         try:
@@ -76,9 +76,9 @@ def of_layout(config: StageConfig, sizes: HFSizes, rows: Rows, world_size: int, 
 
 
 def layouts(config: SFTConfig, sizes: HFSizes) -> Iterator[SFTConfig]:
-    """Every product of degrees, with and without recomputation; most are refused later.
+    """Yield every product of degrees, with and without recomputation; most do not fit.
 
-    Experts are whole or cut as the rest of a layer. Pipeline stages are equal where the layers divide.
+    Experts are unsharded or sharded like the rest of a layer. Pipeline stages are equal if the layers divide.
     """
     experts = (1, 2, 4, 8, 16) if sizes.num_experts else (1,)
     for tp, pp, cp, ep, recompute in itertools.product(_DEGREES, _DEGREES, (1, 2, 4), experts, (False, True)):
@@ -100,7 +100,7 @@ def layouts(config: SFTConfig, sizes: HFSizes) -> Iterator[SFTConfig]:
 
 
 def ends(layers: int, stages: int) -> tuple[int, int]:
-    """Layers of the first and last pipeline stage, which also hold the vision tower and the head; 0: all equal."""
+    """Return layers of the first and last pipeline stage, which also have vision tower and output layer; 0: equal."""
     if layers % stages == 0:
         return 0, 0
     left = layers - math.ceil(layers / stages) * (stages - 2)

@@ -211,4 +211,4 @@ def test_estimate_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     ]
     assert sum(line.startswith("total") for line in lines) == 5
     assert run(monkeypatch, SFT_32B, "--estimate", "parallel.tensor_model_parallel_size=4") == 2
-    assert re.search(r"the fullest GPU needs \d+ GB of 80", capsys.readouterr().err)
+    assert re.search(r"the most loaded GPU needs \d+ GB of 80", capsys.readouterr().err)

@@ -142,13 +142,13 @@ def test_trainer_and_engine_share_a_gpu_or_are_refused(sizes: dict[str, HFSizes]
         return estimate(config, 8, sizes["8b"], sizes["2b"])
 
     stays, sleeps = (memory(f"rollout.sleep_level={level}", "max_tokens_per_microbatch=60000") for level in (0, 1))
-    assert stays.activations > stays.push
+    assert stays.activations > stays.weight_sync
     assert stays.total - sleeps.total == pytest.approx(
-        min(stays.engine - sleeps.asleep, stays.activations - stays.push)
+        min(stays.engine - sleeps.engine_asleep, stays.activations - stays.weight_sync)
     )
     greedy = memory("rollout.sleep_level=1", "rollout.gpu_memory_utilization=0.95")
     with pytest.raises(
-        ValueError, match=r"needs \d+ GB of 80(?s:.)*engine +76.0 GB(?s:.)*lower rollout.gpu_memory_util"
+        ValueError, match=r"needs \d+ GB of 80(?s:.)*rollout engine +76.0 GB(?s:.)*lower rollout.gpu_memory_util"
     ):
         greedy.check()
 
@@ -158,7 +158,7 @@ def test_a_push_holds_all_experts_of_a_layer_twice_and_vllm_its_part_of_them(siz
     config = qwen3_vl.rlvr_grpo("30b_a3b", "bf16")
     experts = 2 * 128 * 3 * 2048 * 768
     cut = config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
-    push = estimate(config, 32, sizes["30b_a3b"], sizes["2b"]).push
+    push = estimate(config, 32, sizes["30b_a3b"], sizes["2b"]).weight_sync
     assert 0 < push - (2 + 1 / cut) * experts < config.rollout.sync_bucket_mib << 19
 
 

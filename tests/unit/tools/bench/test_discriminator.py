@@ -10,7 +10,7 @@ from tools.bench import discriminator
 
 
 def test_each_way_gives_its_spread_speed_and_memory(tmp_path: Path) -> None:
-    result = discriminator.measure("tiny_align", tmp_path, samples=1, prompts=1, rounds=2)
+    result = discriminator.measure(discriminator.Settings("tiny_align", samples=1, prompts=1, rounds=2), tmp_path)
     assert result["sequences"] == 4, "two branches of a response and of a demonstration"
     tokens = result["mean_tokens"]["prompt"] + result["mean_tokens"]["response"]
     for way in ("packed", "one_at_a_time"):

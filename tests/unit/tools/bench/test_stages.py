@@ -92,7 +92,10 @@ def test_made_up_responses_are_as_long_as_asked_and_differ(tiny_checkpoint: Path
             Settings("tiny_align", "tiny_moe"),
             "tiny_moe has 4 experts, and the discriminator is made from a model without",
         ),
-        (mock("tiny_align", *REPLAYED), "replay.prompts .2. encodes past images anew, and --images mock has none"),
+        (
+            mock("tiny_align", *REPLAYED),
+            "replay.prompts .2. encodes past images again, which --images mock does not have",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(settings: Settings, message: str, tmp_path: Path) -> None:
@@ -118,4 +121,4 @@ def test_replay_is_full_from_the_first_step(tmp_path: Path) -> None:
     done = prepared.training.step(0)
     groups.shutdown()
     assert isinstance(prepared.config, AlignConfig)
-    assert done.measured[names.REPLAYED_PAIRS] == 2 * prepared.config.replay.responses_per_iteration
+    assert done.metrics[names.REPLAYED_PAIRS] == 2 * prepared.config.replay.responses_per_iteration

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tools.bench.inputs import Settings
-from tools.bench.train import Spent, _as_json, speed, with_recomputed
+from tools.bench.train import Work, _as_json, speed, with_recomputed
 
 
 def test_rates_are_those_of_each_steps_own_tokens_and_operations() -> None:
-    spent = Spent(tokens=[100, 200], flops=[1e12, 2e12], hardware_flops=[1.2e12, 2.4e12])
+    spent = Work(tokens=[100, 200], flops=[1e12, 2e12], hardware_flops=[1.2e12, 2.4e12])
     found = speed(spent, seconds=[1.0, 2.0], ranks=2)
     assert found["tokens_per_second"] == pytest.approx(100)
     assert found["tokens_per_second_per_rank"] == pytest.approx(50)

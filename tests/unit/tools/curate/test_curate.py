@@ -16,8 +16,8 @@ import openai
 import pytest
 
 from prism_megatron.types import Example, Message
-from tools.curate.curation import curate
-from tools.curate.endpoint import Endpoint
+from tools.curate.curation import Settings, curate
+from tools.curate.endpoint import Endpoint, Requests
 
 RIGHT = "<caption>a</caption><think>b</think><answer>4</answer>"
 TOO_LONG = "This model's maximum context length is 512 tokens"
@@ -95,9 +95,8 @@ def rows(count: int, **changed: Any) -> list[Example]:
 
 def run(server: Server, pool: list[Example], out: Path, workers: int = 4, **changed: Endpoint) -> dict[str, Any]:
     roles = {role: changed.get(role, server.endpoint(role)) for role in ("student", "teacher", "verifier")}
-    options: dict[str, Any] = {"samples": 2, "band": (0.2, 0.8), "workers": workers}
-    options["client_of"] = lambda asked: asked.client(retries=3, timeout=300.0)
-    return curate(pool, out, **roles, **options)
+    settings = Settings(**roles, samples=2, requests=Requests(workers=workers, retries=3, timeout_seconds=300.0))
+    return curate(pool, out, settings)
 
 
 def kept(out: Path) -> list[dict[str, Any]]:

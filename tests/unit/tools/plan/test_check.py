@@ -12,7 +12,7 @@ from prism_megatron.convert.qwen3_vl import policy_table
 from tools.bench import sync
 from tools.bench.inputs import sizes_of
 from tools.bench.tables import BASELINES
-from tools.plan.check import calibrate, check, errors, refit_errors, training_runs
+from tools.plan.check import calibrate, check, errors, sync_errors, training_runs
 
 WITHIN = 0.3  # of the measured step: two ranks on two shared cores disturb each other
 
@@ -34,7 +34,7 @@ def a_sync(ranks: int, layers: int, seconds: float) -> dict[str, Any]:
     return {"benchmark": "sync", "config": {"hidden": 128, "layers": layers}, **measured}
 
 
-def test_the_refit_is_predicted_beside_the_measured_push(tmp_path: Path) -> None:
+def test_the_weight_sync_is_predicted_beside_the_measured_push(tmp_path: Path) -> None:
     """Loading at 1 GB a second, whatever the size; a second rank adds what it gathers, as collectives were measured."""
     small, large = a_sync(1, 2, 0.0), a_sync(1, 8, 0.0)
     for result in (small, large):
@@ -44,16 +44,16 @@ def test_the_refit_is_predicted_beside_the_measured_push(tmp_path: Path) -> None
     costs = calibrate([json.loads((BASELINES / f"{name}.json").read_text()) for name in names], collectives)
     gathered = costs.intra_latency + large["weight_bytes"] / 2 / costs.intra_bytes_per_second
     two = a_sync(2, 8, large["weight_bytes"] / 1e9 + gathered)
-    off = refit_errors({"small": small, "large": large, "two": two}, costs)
+    off = sync_errors({"small": small, "large": large, "two": two}, costs)
     assert off == pytest.approx(dict.fromkeys(("small", "large", "two"), 0.0), abs=1e-6)
 
     (tmp_path / "sync_two.json").write_text(json.dumps(two))
     (tmp_path / "sync.json").write_text(json.dumps(large))
     paths = [*(BASELINES / f"{name}.json" for name in names), BASELINES / "collectives.json"]
     lines = check([*paths, tmp_path / "sync.json", tmp_path / "sync_two.json"]).splitlines()
-    assert lines[-3].startswith("new weights to the engine")
+    assert lines[-3].startswith("weight sync to the engine")
     assert lines[-2].startswith("sync ")
     assert lines[-2].endswith("+0% (fitted)")
     assert lines[-1].startswith("sync_two ")
     with pytest.raises(ValueError, match=r"fitted to a run of tools\.bench\.sync on one rank; got only two"):
-        refit_errors({"two": two}, costs)
+        sync_errors({"two": two}, costs)
