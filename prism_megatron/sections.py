@@ -152,7 +152,7 @@ class RolloutConfig(Section):
 
 @dataclass
 class DatasetConfig(Section):
-    """How data files are read.
+    """Options of reading data files.
 
     An index of each data set is built once, in ``cache``: ``data_cache`` of ``run.dir`` where it is empty. A row that
     cannot be used is listed in ``skipped_rows.jsonl`` of the stage's folder with ``bad_rows`` skip, and ends the stage
@@ -160,6 +160,13 @@ class DatasetConfig(Section):
     Pictures of a data set of up to ``check_images_max_rows`` rows are decoded once when the index is built; those of a
     larger one are checked as they are used. ``workers`` processes of each rank read and encode the rows of the next
     iterations; 0: the rank does it itself, when they are due.
+
+    A row longer than what the engine takes, or in SFT than a micro-batch, is left out and listed in that file with
+    ``overlong`` drop, and ends the stage with error. With truncate SFT cuts the demonstration; prompts are not
+    cut but dropped.
+
+    ``columns`` are of files with names of their own, each "name=column": ``messages=dialog``. Paths of images start
+    from ``image_root``, and may not leave it, or else from the folder of their file.
     """
 
     cache: str = setting("", OPTIONAL_PATH)
@@ -167,6 +174,15 @@ class DatasetConfig(Section):
     max_bad_fraction: float = setting(0.001, between(0, 1))
     check_images_max_rows: int = setting(20_000, at_least(0))
     workers: int = setting(0, at_least(0))
+    columns: list[str] = field(default_factory=list, metadata=ruled(None))
+    image_root: str = setting("", OPTIONAL_PATH)
+    overlong: str = setting("drop", one_of("drop", "truncate", "error"))
+
+    def check(self, at: str) -> None:
+        for column in self.columns:
+            name, equals, stored = column.partition("=")
+            if not (name.strip() and equals and stored.strip()):
+                raise UserError(f"{at}columns must be of the form name=column, got {column!r}; write messages=dialog")
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""From data files to packed batches."""
+"""Reading of data files, and packed batches of their rows."""

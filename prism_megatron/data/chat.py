@@ -160,8 +160,8 @@ class ChatProcessor:
                     open_answer = None
                 continue
             parts = re.split(f"{mark}a([0-9]+){mark}", piece)
-            for place, part in enumerate(parts):
-                if place % 2:
+            for i, part in enumerate(parts):
+                if i % 2:
                     open_answer = len(ids)
                     ids += self.encode_text(messages[int(part)].content)
                 elif part:
@@ -176,7 +176,7 @@ class ChatProcessor:
 
     @property
     def max_pixels(self) -> int:
-        """To how many pixels larger images are scaled down."""
+        """The most pixels of an image; larger ones are scaled down."""
         return int(self._processor.image_processor.size["longest_edge"])
 
     @property
@@ -186,20 +186,24 @@ class ChatProcessor:
         return int(processor.patch_size * processor.merge_size)
 
     def image_tokens(self, width: int, height: int) -> int:
-        """How many tokens stand for an image of this size in pixels."""
+        """The number of tokens of an image of this size in pixels."""
         patches: int = self._processor.image_processor.get_number_of_image_patches(height, width)
         return patches // self.input_spec.merge_size**2
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Tokens of what somebody wrote, none of them special: ``<|im_end|>`` spelled out is text, too."""
+        """Tokens of a written text, none of them special: ``<|im_end|>`` spelled out is text, too."""
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def response_ids(self, text: str) -> tuple[int, ...]:
+        """Tokens of a whole response, its terminator included."""
+        return (*self.encode_text(text), self.terminator_id)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Their text, without tokens that have none."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def has_text(self, token_ids: Sequence[int]) -> bool:
-        """Whether each of them is in its text: none is special, none beyond the tokenizer's vocabulary."""
+        """Tell if the text shows every token: none is special, none beyond the tokenizer's vocabulary."""
         return self._special_ids.isdisjoint(token_ids) and max(token_ids, default=0) < self._num_ids
 
     def encode_prompts(
@@ -211,7 +215,7 @@ class ChatProcessor:
     ) -> list[EncodedPrompt]:
         """Encode prompts with their images, each distinct image once; image tokens become one per merged patch.
 
-        With ``train_answers`` the loss is on the answers in them, too. ``trace`` is told the source of each row whose
+        With ``train_answers`` the loss is on the answers in them, too. ``trace`` gets the source of each row whose
         images are decoded. Raises UserError where a prompt's placeholders and its images are not as many.
         """
         rows = list(rows)  # those of a data set are read anew each time
@@ -252,8 +256,8 @@ class ChatProcessor:
         videos = iter(_visuals(encoded.get("pixel_values_videos"), encoded.get("video_grid_thw"), is_video=True))
         parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
         kinds = [kind for part in parts for kind in ("image", "video") if kind in part or part.get("type") == kind]
-        shown = tuple(next(images if kind == "image" else videos) for kind in kinds)
-        return EncodedPrompt(tuple(encoded["input_ids"][0].tolist()), shown)
+        visuals = tuple(next(images if kind == "image" else videos) for kind in kinds)
+        return EncodedPrompt(tuple(encoded["input_ids"][0].tolist()), visuals)
 
     def _encode_images(self, images: Sequence[Image]) -> list[Visual]:
         if not images:

@@ -26,6 +26,7 @@ from prism_megatron.data.fields import (
     answer_text,
     chat_field,
     check_prompt,
+    listed_images,
     optional_text,
     refuse_unsupported,
     row_id,
@@ -33,16 +34,25 @@ from prism_megatron.data.fields import (
     text_field,
 )
 from prism_megatron.data.index import RowFormat
-from prism_megatron.data.lazy import ReadOptions, Rows, read_rows
+from prism_megatron.data.layouts import (
+    PROMPTS,
+    SFT_COLUMNS,
+    SFT_OTHERS,
+    TRUTHS,
+    demonstration_turns,
+    ground_truth,
+    prompt_turns,
+)
+from prism_megatron.data.lazy import Rows, read_rows
 from prism_megatron.data.response import SYSTEM_PROMPT, Response, parse_response
-from prism_megatron.data.rows import Columns, Row, required
+from prism_megatron.data.rows import Columns, ReadOptions, Row, required
 from prism_megatron.data.sources import Data
 from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.types import IMAGE_PLACEHOLDER, Example, Message, PreferencePair
 
-_RLVR_KEYS = (("prompt",), ("reward_model", "answer"))
-_RLVR_OTHERS = ("extra_info", *COMMON_COLUMNS)
+_RLVR_KEYS = (PROMPTS, TRUTHS)
+_RLVR_OTHERS = ("extra_info", "input", "history", "system", *COMMON_COLUMNS)
 _TEACHER_KEYS = ("teacher_caption", "teacher_cot", "teacher_response")
 _PAIR_TEXTS = ("teacher_caption", "teacher_cot", "student_caption", "student_cot")
 _NO_OPTIONS = ReadOptions()
@@ -52,10 +62,11 @@ _NO_OPTIONS = ReadOptions()
 
 
 def read_sft(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[Example]:
-    """Read demonstrations in sharegpt form (spec 1.2).
+    """Read demonstrations (spec 1.2).
 
     A row has ``conversations`` or ``messages`` (``from``/``value`` or ``role``/``content`` turns, the last one the
-    demonstration, in any form) and optionally ``images``, ``system`` and ``id``.
+    demonstration, in any form), or a question and an answer as ``data/layouts.py`` names them, and optionally
+    ``images``, ``system`` and ``id``.
     """
     return read_rows(path, _SFT, options)
 
@@ -70,7 +81,7 @@ def read_alignment(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[Examp
 
 
 def read_rlvr(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[Example]:
-    """Read an RLVR set (spec 1.4): prompts with a verifiable answer."""
+    """Read an RLVR set (spec 1.4): prompts with a verifiable answer, in columns that ``data/layouts.py`` names."""
     return read_rows(path, _RLVR, options)
 
 
@@ -99,7 +110,7 @@ def read_pairs(path: Data, options: ReadOptions = _NO_OPTIONS) -> Rows[Preferenc
 
 
 def write_pairs(path: str | Path, pairs: Sequence[PreferencePair]) -> None:
-    """Write warm-up pairs so that ``read_pairs`` gives them back; images go to a folder beside the file, once each."""
+    """Write warm-up pairs so that ``read_pairs`` gives them back; images go to a folder next to the file, once each."""
     path = Path(path)
     image_dir = path.parent / f"{path.stem}_images"
     image_dir.mkdir(parents=True, exist_ok=True)
@@ -168,22 +179,22 @@ def _column(structs: list[dict[str, Any]]) -> pa.Array:
 def _sft_example(row: Row, images: Images) -> Example:
     fields, source = row.fields, row.source
     refuse_unsupported(fields, source)
-    messages, in_chat = chat_field(required(fields, ("conversations", "messages"), source), source)
+    messages, in_chat = chat_field(demonstration_turns(fields, len(listed_images(fields)), source), source)
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise UserError(f"{source}: the last turn must be the assistant's demonstration, after a user's turn")
     *prompt, demonstration = messages
-    if system := optional_text(fields, "system", source):
+    if (system := optional_text(fields, "system", source)) and prompt[0].role != "system":
         prompt.insert(0, Message("system", system))
     if not demonstration.content.strip():
         raise UserError(f"{source}: the last turn, the demonstration, is blank; correct or drop the row")
     response = parse_response(demonstration.content)
-    shown = images.of_row(row, in_chat)
-    check_prompt(prompt, shown, source)
+    encoded = images.of_row(row, in_chat)
+    check_prompt(prompt, encoded, source)
     data_source = optional_text(fields, "data_source", source)
     return Example(
         id=row_id(row, {}, data_source),
         messages=tuple(prompt),
-        images=shown,
+        images=encoded,
         source=source,
         response=demonstration.content,
         answer=response.answer.strip() if response else None,
@@ -197,19 +208,18 @@ def _rlvr_example(row: Row, images: Images) -> Example:
     fields, source = row.fields, row.source
     refuse_unsupported(fields, source)
     extra = struct_field(fields.get("extra_info"), "extra_info", source)
-    messages, in_chat = chat_field(required(fields, ("prompt",), source), source)
-    shown = images.of_row(row, in_chat)
-    check_prompt(messages, shown, source)
+    messages, in_chat = chat_field(prompt_turns(fields, len(listed_images(fields)), source), source)
+    encoded = images.of_row(row, in_chat)
+    check_prompt(messages, encoded, source)
     reward_model = struct_field(fields.get("reward_model"), "reward_model", source)
-    answer = answer_text(reward_model.get("ground_truth"), "reward_model.ground_truth", source)
-    answer = answer or answer_text(fields.get("answer"), "answer", source)
+    answer = ground_truth(fields, source)
     if answer is None:
         raise UserError(f"{source}: no answer; fill reward_model.ground_truth (the verifier compares with it)")
     data_source = optional_text(fields, "data_source", source)
     return Example(
         id=row_id(row, extra, data_source),
         messages=messages,
-        images=shown,
+        images=encoded,
         source=source,
         answer=answer,
         equivalent_answers=_equivalents(reward_model.get("equivalent_answers"), source),
@@ -239,12 +249,12 @@ def _preference_pair(row: Row, images: Images) -> PreferencePair:
     texts = {key: text_field(required(fields, (key,), source), key, source) for key in _PAIR_TEXTS}
     prompt = required(fields, ("prompt", "question"), source)
     if isinstance(prompt, str):
-        shown = images.of_row(row)
-        messages = _question(prompt, fields, len(shown), source)
+        encoded = images.of_row(row)
+        messages = _question(prompt, fields, len(encoded), source)
     else:
         messages, in_chat = chat_field(prompt, source)
-        shown = images.of_row(row, in_chat)
-    check_prompt(messages, shown, source)
+        encoded = images.of_row(row, in_chat)
+    check_prompt(messages, encoded, source)
     teacher, student = (
         _parse_demonstration(f"{texts[f'{side}_caption']}\n{texts[f'{side}_cot']}", f"{source}, {side}")
         for side in ("teacher", "student")
@@ -252,7 +262,7 @@ def _preference_pair(row: Row, images: Images) -> PreferencePair:
     return PreferencePair(
         id=row_id(row, {}, optional_text(fields, "data_source", source)),
         messages=messages,
-        images=shown,
+        images=encoded,
         source=source,
         teacher_caption=teacher.caption_block,
         teacher_reasoning=teacher.reasoning_block,
@@ -261,7 +271,7 @@ def _preference_pair(row: Row, images: Images) -> PreferencePair:
     )
 
 
-_SFT = RowFormat(Columns((("conversations", "messages"),), ("system", *COMMON_COLUMNS)), _sft_example)
+_SFT = RowFormat(Columns((SFT_COLUMNS,), (*SFT_OTHERS, *COMMON_COLUMNS)), _sft_example)
 _RLVR = RowFormat(Columns(_RLVR_KEYS, _RLVR_OTHERS), _rlvr_example)
 _POOL = RowFormat(Columns(_RLVR_KEYS, ("teacher_response", *_RLVR_OTHERS)), _pool_example)
 _ALIGNMENT = RowFormat(Columns((*_RLVR_KEYS, *((key,) for key in _TEACHER_KEYS)), _RLVR_OTHERS), _alignment_example)

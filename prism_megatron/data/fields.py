@@ -22,8 +22,8 @@ VIDEO_PLACEHOLDER = "<video>"
 
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _UNSUPPORTED = ("video", "videos", "audio", "audios")
-# Every reader asks parquet files for these, too: to find pictures and ids, and to refuse what it cannot show.
-COMMON_COLUMNS = ("id", "image", "images", "data_source", *_UNSUPPORTED)
+# Every reader asks parquet files for these, too: to find pictures and ids, and to refuse videos and audio.
+COMMON_COLUMNS = ("id", "qid", "image", "images", "data_source", *_UNSUPPORTED)
 
 _quote = reprlib.Repr(maxstring=80, maxother=80).repr
 
@@ -89,9 +89,9 @@ def chat_field(turns: Any, source: str) -> tuple[tuple[Message, ...], list[Any]]
         raise UserError(f"{source}: a chat is a non-empty list of turns, got {_quote(turns)}")
     messages, images = [], list[Any]()
     for turn in turns:
-        message, shown = _turn(turn, source)
+        message, named = _turn(turn, source)
         messages.append(message)
-        images += shown
+        images += named
     return tuple(messages), images
 
 
@@ -124,9 +124,9 @@ def _turn(turn: Any, source: str) -> tuple[Message, list[Any]]:
         return Message(_ROLES[role], text_field(content, "a turn's text", source)), []
     texts, images = [], []
     for part in content:
-        text, shown = _part(part, source)
+        text, named = _part(part, source)
         texts.append(text)
-        images += shown
+        images += named
     return Message(_ROLES[role], "".join(texts)), images
 
 
@@ -137,10 +137,10 @@ def _part(part: Any, source: str) -> tuple[str, list[Any]]:
     if kind == "text":
         return text_field(fields.get("text"), "a text part", source), []
     if kind in ("image", "image_url"):
-        shown = _first(fields, ("image", "image_url", "url", "path", "bytes"))
-        if isinstance(shown, dict) and "url" in shown:
-            shown = shown["url"]
-        return IMAGE_PLACEHOLDER, [] if shown is None else [shown]
+        named = _first(fields, ("image", "image_url", "url", "path", "bytes"))
+        if isinstance(named, dict) and "url" in named:
+            named = named["url"]
+        return IMAGE_PLACEHOLDER, [] if named is None else [named]
     raise UserError(f"{source}: cannot read the content part {_quote(part)}; a part is of type text or image")
 
 
@@ -149,6 +149,12 @@ def _first(fields: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 
 # Images ---------------------------------------------------------------------------------------------------------------
+
+
+def listed_images(fields: Mapping[str, Any]) -> list[Any]:
+    """The images in a row's own column, as they stand there."""
+    listed = from_json(_first(fields, ("images", "image")))
+    return [] if listed is None else listed if isinstance(listed, list) else [listed]
 
 
 class Images:
@@ -162,10 +168,9 @@ class Images:
 
         A picture is a path relative to the data file, bytes, a struct of ``bytes`` and ``path``, or a data: URL.
         """
-        listed = from_json(_first(row.fields, ("images", "image")))
-        if listed and named_in_chat:
+        items = listed_images(row.fields)
+        if items and named_in_chat:
             raise UserError(f"{row.source}: images in a column and in the chat's parts; give them in one place")
-        items = [] if listed is None else listed if isinstance(listed, list) else [listed]
         return tuple(self._image(item, number, row) for number, item in enumerate(items or named_in_chat))
 
     def embedded(self, encoded: bytes, source: str) -> bytes:
@@ -203,7 +208,12 @@ class Images:
             raise UserError(f"{row.source}: image {name} is on the web; download it and give its path")
         # Plain strings: a Path for each of a million pictures is slower than reading it.
         path = unquote(name.removeprefix("file://")) if name.startswith("file://") else name
-        return self.stored(os.path.join(os.path.dirname(row.file), path), name, row)
+        if not row.image_root:
+            return self.stored(os.path.join(os.path.dirname(row.file), path), name, row)
+        file = os.path.normpath(os.path.join(row.image_root, path))
+        if not file.startswith(os.path.join(os.path.normpath(row.image_root), "")):
+            raise UserError(f"{row.source}: image {name} is outside of image_root ({row.image_root}); correct the path")
+        return self.stored(file, name, row)
 
 
 class ImageSizes(Images):
@@ -262,7 +272,8 @@ def _read(file: str, name: str, row: Row) -> bytes:
             return opened.readall()
     except FileNotFoundError as fault:
         raise UserError(
-            f"{row.source}: image {file} does not exist; paths are relative to {row.file.name}'s folder"
+            f"{row.source}: image {file} does not exist; paths are relative to "
+            + (f"{row.file.name}'s folder" if not row.image_root else f"image_root ({row.image_root})")
         ) from fault
     except (OSError, ValueError) as fault:  # a folder, no permission, a name that no file can have
         raise UserError(f"{row.source}, image {name}: cannot be read ({fault}); correct the path") from fault
@@ -279,9 +290,10 @@ def _decoded(text: str, source: str) -> bytes:
 
 
 def row_id(row: Row, extra: Mapping[str, Any], data_source: str | None) -> str:
-    """``id``, else ``extra_info.index``, which counts anew in each data source, else file and row number."""
-    if (given := _id_text(row.fields.get("id"), "id", row.source)) is not None:
-        return given
+    """``id`` or ``qid``, else ``extra_info.index``, which counts anew in each data source, else file and row number."""
+    for name in ("id", "qid"):
+        if (given := _id_text(row.fields.get(name), name, row.source)) is not None:
+            return given
     if (index := _id_text(extra.get("index"), "extra_info.index", row.source)) is not None:
         return index if data_source is None else f"{data_source}/{index}"
     return f"{row.file.name}/{row.number}"

@@ -1,4 +1,4 @@
-"""Whether an HF directory has the files that its tokenizer and its image processor are made from, whole."""
+"""Checks of an HF directory: it has all files of its tokenizer and its image processor, undamaged."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def check_processor_files(directory: Path) -> None:
     """Raise UserError for a file that is missing or not JSON. The large ones are only looked for."""
     for choices in _NEEDED:
         if not any(all((directory / name).is_file() for name in names) for names in choices):
-            wanted = " or ".join(" and ".join(names) for names in choices)
-            raise UserError(f"{directory} has no {wanted}; give the directory of a whole HF Qwen3-VL checkpoint")
+            needed = " or ".join(" and ".join(names) for names in choices)
+            raise UserError(f"{directory} has no {needed}; give the directory of a whole HF Qwen3-VL checkpoint")
     for name in _READ_AS_JSON:
         if (directory / name).exists():
             read_json_object(directory / name)

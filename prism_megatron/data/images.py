@@ -86,9 +86,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     """Pixels as RGB. Raises whatever Pillow does for a damaged file."""
     image.load()
     if image.has_transparency_data:
-        shown = image.convert("RGBA")
-        white = Image.new("RGB", shown.size, "white")
-        white.paste(shown, mask=shown.getchannel("A"))
+        rgba = image.convert("RGBA")
+        white = Image.new("RGB", rgba.size, "white")
+        white.paste(rgba, mask=rgba.getchannel("A"))
         return white
     if image.mode == "RGB":
         return image

@@ -36,7 +36,7 @@ from prism_megatron.data.row_files import (
     is_parquet,
     json_locations,
 )
-from prism_megatron.data.rows import Columns, Row
+from prism_megatron.data.rows import Columns, ReadOptions, Row
 from prism_megatron.errors import UserError
 from prism_megatron.types import Example, PreferencePair
 
@@ -58,7 +58,7 @@ _MAX_PROCESSES = 32
 
 @dataclass(frozen=True)
 class RowFormat[R: (Example, PreferencePair)]:
-    """How the rows of a kind of data file become records. ``record_of`` is a function of a module."""
+    """The columns of a kind of data file, and the function, of a module, that makes a record of a row."""
 
     columns: Columns
     record_of: Callable[[Row, Images], R]
@@ -113,19 +113,19 @@ def _source(file: Path, is_list: bool, number: int) -> str:
     return f"{file}, {'row' if is_list else 'line'} {number}"
 
 
-def load_index(files: Sequence[Path], row_format: RowFormat[Any], cache: Path, check_images_max_rows: int) -> Index:
+def load_index(files: Sequence[Path], row_format: RowFormat[Any], cache: Path, options: ReadOptions) -> Index:
     """The index in the folder ``cache``, built there first where it is not. Processes of a node wait for one of them.
 
     Raises UserError for a file that cannot be read at all.
     """
-    folder = cache / _key(files, row_format, check_images_max_rows)
+    folder = cache / _key(files, row_format, options)
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
                 try:
-                    build_index(files, row_format, unfinished, check_images_max_rows)
+                    build_index(files, row_format, unfinished, options)
                     with contextlib.suppress(OSError):  # another node was faster, on a file system without locks
                         unfinished.rename(folder)
                 finally:
@@ -133,14 +133,16 @@ def load_index(files: Sequence[Path], row_format: RowFormat[Any], cache: Path, c
     return _read_index(files, folder)
 
 
-def build_index(files: Sequence[Path], row_format: RowFormat[Any], folder: Path, check_images_max_rows: int) -> None:
+def build_index(files: Sequence[Path], row_format: RowFormat[Any], folder: Path, options: ReadOptions) -> None:
     """Write the index of ``files`` to ``folder``. Raises UserError for a file that cannot be read at all."""
     tasks: list[_Task] = []
     is_list = []
+    needed = tuple(tuple(options.stored_names(names)) for names in row_format.columns.needed)
+    columns = Columns(needed, tuple(options.stored_names(row_format.columns.others)))
     for number, file in enumerate(files):
         parquet = is_parquet(file)
         copy = folder / f"{number}.arrow" if parquet else None
-        rows = json_locations(file) if copy is None else copy_parquet(file, row_format.columns, copy)
+        rows = json_locations(file) if copy is None else copy_parquet(file, columns, copy)
         if not len(rows):
             raise UserError(f"{file}: empty data set; check that the file was written to its end")
         is_list.append(parquet or is_json_list(file))
@@ -151,7 +153,7 @@ def build_index(files: Sequence[Path], row_format: RowFormat[Any], folder: Path,
     count = sum(len(task.rows) for task in tasks)
     if count > _ROWS_PER_PROCESS:
         print(f"{files[0]}{' ..' * (len(files) > 1)}: checking {count} rows, this once", flush=True)
-    check = functools.partial(_check_rows, row_format, count <= check_images_max_rows)
+    check = functools.partial(_check_rows, row_format, options, count <= options.check_images_max_rows)
     with _mapper(count) as mapped:
         parts = list(mapped(check, tasks))
     _write_index(folder, is_list, parts)
@@ -174,7 +176,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Checked:
-    """What was found about the rows of a task; ``faults`` by their number in it."""
+    """The result of a task; ``faults`` by the number of the row in it."""
 
     entries: np.ndarray
     ids: list[str]
@@ -183,7 +185,7 @@ class _Checked:
     faults: dict[int, str]
 
 
-def _check_rows(row_format: RowFormat[Any], check_images: bool, task: _Task) -> _Checked:
+def _check_rows(row_format: RowFormat[Any], options: ReadOptions, check_images: bool, task: _Task) -> _Checked:
     opened = JsonFile(task.file) if task.arrow is None else ArrowFile(task.arrow)
     images = _sizes_of_process(check_images)
     entries = np.zeros(len(task.rows), ENTRY)
@@ -198,7 +200,8 @@ def _check_rows(row_format: RowFormat[Any], check_images: bool, task: _Task) -> 
         source = _source(task.file, task.is_list, number)
         images.of_last_row = None
         try:
-            row = Row(opened.fields(start, length, source), task.file, number, source)
+            fields = options.renamed(opened.fields(start, length, source))
+            row = Row(fields, task.file, number, source, options.image_root)
             record = row_format.record_of(row, images)
         except UserError as fault:
             faults[i] = str(fault)
@@ -307,10 +310,13 @@ def _unique(ids: Sequence[str]) -> list[str]:
     return result
 
 
-def _key(files: Sequence[Path], row_format: RowFormat[Any], check_images_max_rows: int) -> str:
-    """What decides the content of an index: the files, which format they are read in, and the code that does."""
+def _key(files: Sequence[Path], row_format: RowFormat[Any], options: ReadOptions) -> str:
+    """Checksum of all that decides the content of an index: the files, their format, and the code that reads them."""
     digest = hashlib.sha256(_code())
-    digest.update(f"{row_format.record_of.__name__} {row_format.columns} {check_images_max_rows}".encode())
+    digest.update(
+        f"{row_format.record_of.__name__} {row_format.columns} {options.check_images_max_rows} "
+        f"{options.columns} {options.image_root}".encode()
+    )
     for file in files:
         status = file.stat()
         stamp = f"{file.resolve()}\0{file.name}\0{status.st_size} {status.st_mtime_ns} {status.st_ino}\0"
@@ -321,7 +327,7 @@ def _key(files: Sequence[Path], row_format: RowFormat[Any], check_images_max_row
 @functools.cache
 def _code() -> bytes:
     """Checksum of the modules that read rows: what they let pass may change with them."""
-    names = ("dataset", "fields", "images", "index", "response", "row_files", "rows")
+    names = ("dataset", "fields", "images", "index", "layouts", "response", "row_files", "rows")
     content = b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in names)
     return hashlib.sha256(content).digest()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +14,7 @@ import numpy as np
 from prism_megatron.data.fields import Images
 from prism_megatron.data.index import Index, RowFormat, load_index
 from prism_megatron.data.row_files import RowFile
-from prism_megatron.data.rows import Row, Trace, raise_faults
+from prism_megatron.data.rows import ReadOptions, Row, Trace, raise_faults
 from prism_megatron.data.sources import Data, data_files
 from prism_megatron.errors import UserError
 from prism_megatron.types import Example, PreferencePair
@@ -22,24 +22,19 @@ from prism_megatron.types import Example, PreferencePair
 SKIPPED = "skipped_rows.jsonl"
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How data files are read; ``sections.DatasetConfig`` explains each. Without ``cache`` the index is temporary."""
-
-    cache: Path | None = None
-    skip_bad_rows: bool = False
-    max_bad_fraction: float = 0.0
-    check_images_max_rows: int = 20_000
+class OverlongRow(UserError):
+    """A row that is too long. It is skipped where overlong rows are dropped, however many there are."""
 
 
 class SkippedRows:
-    """Which rows of a data set are skipped, and why: counted, listed, and limited."""
+    """The rows of a data set that are skipped, and why: counted, listed, and limited."""
 
     def __init__(self, index: Index, options: ReadOptions) -> None:
         self._index = index
         self._limit = options.max_bad_fraction * len(index) if options.skip_bad_rows else 0
         self._faults = dict(index.faults)
-        self._new: dict[int, str] = {}
+        self._overlong: set[int] = set()
+        self._new: dict[int, tuple[str, bool]] = {}
         self._path: Path | None = None
         self._reports_new = True
         self._check_limit()
@@ -47,9 +42,17 @@ class SkippedRows:
     def __contains__(self, number: int) -> bool:
         return number in self._faults
 
-    def add(self, number: int, fault: str) -> None:
+    def drop(self, faults: Mapping[int, str]) -> None:
+        """Skip rows that are too long. They are not counted among the bad ones."""
+        self._faults |= faults
+        self._overlong |= set(faults)
+
+    def add(self, number: int, fault: str, is_overlong: bool) -> None:
         """Skip a row from now on. Raises UserError where no more may be skipped."""
-        self._faults[number] = self._new[number] = fault
+        self._faults[number] = fault
+        self._new[number] = (fault, is_overlong)
+        if is_overlong:
+            self._overlong.add(number)
         self._check_limit()
         if self._reports_new:
             print(f"skipped a row: {fault}", flush=True)
@@ -57,8 +60,8 @@ class SkippedRows:
                 with self._path.open("a") as file:
                     file.write(self._line(number))
 
-    def collect(self) -> dict[int, str]:
-        """Those added since the last call, by their number; they are not reported from now on."""
+    def collect(self) -> dict[int, tuple[str, bool]]:
+        """Those added since the last call, by their number, for :meth:`add`; they are not reported from now on."""
         new, self._new, self._reports_new = self._new, {}, False
         return new
 
@@ -71,8 +74,9 @@ class SkippedRows:
                 file.writelines(map(self._line, self._faults))
 
     def _check_limit(self) -> None:
-        if len(self._faults) > self._limit or len(self._faults) == len(self._index):
-            raise_faults(list(self._faults.values()), len(self._index))
+        bad = [fault for number, fault in self._faults.items() if number not in self._overlong]
+        if len(bad) > self._limit or len(self._faults) == len(self._index):
+            raise_faults(bad or list(self._faults.values()), len(self._index))
 
     def _line(self, number: int) -> str:
         return json.dumps({"source": self._index.source(number), "fault": self._faults[number]}) + "\n"
@@ -86,10 +90,11 @@ class Rows[R: (Example, PreferencePair)](Sequence[R]):
     epoch. Else, or beyond the limit, the error is raised.
     """
 
-    def __init__(self, index: Index, row_format: RowFormat[R], numbers: np.ndarray, skipped: SkippedRows) -> None:
+    def __init__(self, index: Index, row_format: RowFormat[R], options: ReadOptions, skipped: SkippedRows) -> None:
         self.row_index = index
-        self.numbers = numbers  # of the rows in the index
+        self.numbers = np.delete(np.arange(len(index)), list(index.faults))  # of the rows in the index
         self._format: RowFormat[R] = row_format
+        self._options = options
         self._skipped = skipped
         self._checks: list[Callable[[R], None]] = []
         self._files: dict[int, RowFile] = {}
@@ -105,9 +110,7 @@ class Rows[R: (Example, PreferencePair)](Sequence[R]):
     def __getitem__(self, key: slice) -> Rows[R]: ...
     def __getitem__(self, key: int | slice) -> R | Rows[R]:
         if isinstance(key, slice):
-            part = Rows(self.row_index, self._format, self.numbers[key], self._skipped)
-            part._checks, part._files = self._checks, self._files
-            return part
+            return self._part(self.numbers[key])
         if not -len(self) <= key < len(self):
             raise IndexError(key)
         for position in range(key, key + len(self)):
@@ -117,8 +120,18 @@ class Rows[R: (Example, PreferencePair)](Sequence[R]):
             try:
                 return self._row(number)
             except UserError as fault:
-                self._skipped.add(number, str(fault))
+                self._skipped.add(number, str(fault), isinstance(fault, OverlongRow))
         raise UserError(f"{self.row_index.source(int(self.numbers[key]))}: neither it nor another row can be used")
+
+    def without(self, faults: Mapping[int, str]) -> Rows[R]:
+        """The rows but for those at these positions, which are too long: what is wrong with each is reported."""
+        self._skipped.drop({int(self.numbers[position]): fault for position, fault in faults.items()})
+        return self._part(np.delete(self.numbers, list(faults)))
+
+    def _part(self, numbers: np.ndarray) -> Rows[R]:
+        part = Rows(self.row_index, self._format, self._options, self._skipped)
+        part.numbers, part._checks, part._files = numbers, list(self._checks), self._files
+        return part
 
     def ids(self) -> Iterator[str]:
         """The id of each row, none of them read."""
@@ -136,15 +149,15 @@ class Rows[R: (Example, PreferencePair)](Sequence[R]):
         """
         self._skipped.report(path, known=known, new=new)
 
-    def collect_skipped(self) -> dict[int, str]:
-        """Faults of rows skipped since the last call, for :meth:`skip_all` of another process, which reports them."""
+    def collect_skipped(self) -> dict[int, tuple[str, bool]]:
+        """Rows skipped since the last call, for :meth:`skip_all` of another process, which reports them."""
         return self._skipped.collect()
 
-    def skip_all(self, faults: Mapping[int, str]) -> None:
+    def skip_all(self, skipped: Mapping[int, tuple[str, bool]]) -> None:
         """Skip rows that another process found. Raises UserError beyond the limit."""
-        for number, fault in faults.items():
+        for number, (fault, is_overlong) in skipped.items():
             if number not in self._skipped:
-                self._skipped.add(number, fault)
+                self._skipped.add(number, fault, is_overlong)
 
     def _row(self, number: int) -> R:
         index, entry = self.row_index, self.row_index.entries[number]
@@ -153,7 +166,8 @@ class Rows[R: (Example, PreferencePair)](Sequence[R]):
             self._files[file] = index.open(file)
         source = index.source(number)
         fields = self._files[file].fields(int(entry["start"]), int(entry["length"]), source)
-        row = Row(fields, index.files[file], int(entry["number"]), source)
+        options = self._options
+        row = Row(options.renamed(fields), index.files[file], int(entry["number"]), source, options.image_root)
         record: R = self._format.record_of(row, self._read if is_known else self._read_and_check)
         record = replace(record, id=index.ids[number])
         for check in self._checks if not is_known else ():
@@ -168,24 +182,23 @@ def read_rows[R: (Example, PreferencePair)](data: Data, row_format: RowFormat[R]
     """The rows of all files. Raises UserError that quotes the first bad rows and counts all, if too many are."""
     files = data_files(data)
     if options.cache is not None:
-        index = load_index(files, row_format, options.cache, options.check_images_max_rows)
+        index = load_index(files, row_format, options.cache, options)
     else:
         temporary = tempfile.TemporaryDirectory(prefix="prism-rows-")
-        index = load_index(files, row_format, Path(temporary.name), options.check_images_max_rows)
+        index = load_index(files, row_format, Path(temporary.name), options)
         index = replace(index, temporary=temporary)
-    skipped = SkippedRows(index, options)
-    return Rows(index, row_format, np.delete(np.arange(len(index)), list(index.faults)), skipped)
+    return Rows(index, row_format, options, SkippedRows(index, options))
 
 
 def read_row[R: (Example, PreferencePair)](rows: Sequence[R], position: int, trace: Trace) -> R:
-    """``rows[position]``; ``trace`` is told its source before it is read."""
+    """``rows[position]``; ``trace`` gets its source before it is read."""
     if isinstance(rows, Rows):
         trace(rows.row_index.source(int(rows.numbers[position])))
     return rows[position]
 
 
 def positions_by_id[R: (Example, PreferencePair)](rows: Sequence[R], ids: Collection[str]) -> dict[str, int]:
-    """At which positions the rows of these ids are."""
+    """Positions of the rows with these ids."""
     searched = set(ids)
     if not searched:
         return {}

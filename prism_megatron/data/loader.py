@@ -1,4 +1,4 @@
-"""Which rows an iteration sees: a pure function of the iteration, so there is no loader state to save or lose."""
+"""The rows of an iteration: a pure function of the iteration, so there is no loader state to save or lose."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prism_megatron.observe import metrics as names
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a stage goes through its rows. ``str`` of it is what the stage prints when it starts."""
+    """The number of times a stage goes through its rows. ``str`` of it is what the stage prints when it starts."""
 
     stage: str
     num_rows: int

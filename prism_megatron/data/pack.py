@@ -35,7 +35,7 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class Padding:
-    """To what each sequence and the whole batch are padded: what context and sequence parallelism can cut."""
+    """Multiples that each sequence and the whole batch are padded to, for context and sequence parallelism."""
 
     sequence_multiple: int = 1
     batch_multiple: int = 1
@@ -100,7 +100,7 @@ def pack(sequences: Sequence[TrainingSequence], spec: InputSpec, padding: Paddin
 
 
 def pack_shared(sequences: Sequence[TrainingSequence], spec: InputSpec, padding: Padding = NO_PADDING) -> PackedBatch:
-    """As :func:`pack`, with a prompt that several sequences of a branch start from laid down, and computed, once.
+    """Pack as :func:`pack` does, but a prompt that several sequences of a branch share only once, so computed once.
 
     Every such prompt is a sequence of its own, and so is every response, whose ``prefix`` is its prompt. What stands
     there for training (targets, mask) is of no use. Sequences must not be padded one by one.
@@ -141,26 +141,26 @@ def split_by_tokens(
     """
     groups: list[list[int]] = []
     room = 0
-    held: set[tuple[int, int | None]] = set()
+    prompts: set[tuple[int, int | None]] = set()
     for index, sequence in enumerate(sequences):
         if len(sequence) > max_tokens:
             raise UserError(
                 f"a sequence of {len(sequence)} tokens does not fit max_tokens_per_microbatch ({max_tokens}); raise it"
             )
         prompt = _prompt_of(sequence)
-        new = len(sequence.response_ids) if share_prompts and prompt in held else len(sequence)
+        new = len(sequence.response_ids) if share_prompts and prompt in prompts else len(sequence)
         if not groups or new > room:
             groups.append([])
-            held.clear()
+            prompts.clear()
             room, new = max_tokens, len(sequence)
         groups[-1].append(index)
-        held.add(prompt)
+        prompts.add(prompt)
         room -= new
     return groups
 
 
 def _prompt_of(sequence: TrainingSequence) -> tuple[int, int | None]:
-    """What is the same for sequences of a branch that start from the same prompt."""
+    """A key that is the same for sequences of a branch that start from the same prompt."""
     return id(sequence.prompt), sequence.branch
 
 

@@ -15,8 +15,8 @@ def mrope_positions(token_ids: Sequence[int], visuals: Sequence[Visual], spec: I
     """Positions (time, height, width) of every token, [3, L] int64.
 
     Text advances all three axes together. The tokens of an image, or of one frame of a video, share a time step and
-    spread over height and width from the position where it starts; text goes on after its longer side. (Frames are told
-    apart by the timestamps written between them.) Raises UserError when the visual tokens in the sequence are not
+    spread over height and width from the position where it starts; text goes on after its longer side. (The
+    timestamps written between frames distinguish them.) Raises UserError when the visual tokens in the sequence are not
     those that ``visuals`` need, and when a position lies outside the model's table.
     """
     visual_tokens = (spec.image_token_id, spec.video_token_id)
@@ -52,7 +52,7 @@ def mrope_positions(token_ids: Sequence[int], visuals: Sequence[Visual], spec: I
 
 
 def _frames(visuals: Sequence[Visual], spec: InputSpec) -> Iterator[tuple[str, int, int, int]]:
-    """What each run of visual tokens shows: its name, its merged height and width, and its token."""
+    """The name of each run of visual tokens, its merged height and width, and its token."""
     merge = spec.merge_size
     for number, visual in enumerate(visuals):
         time, height, width = visual.grid

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import itertools
 import multiprocessing
+import os
 import pickle
 import signal
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from prism_megatron.data.lazy import Rows
 from prism_megatron.data.rows import Trace, no_trace
@@ -28,7 +34,8 @@ def prefetch[Item](
 ) -> Iterator[Item]:
     """``make(iteration, trace)`` for each iteration, made ahead by ``workers`` processes, or, with 0, when it is due.
 
-    ``make`` depends on the iteration and the data only, so that the number of workers changes no number.
+    ``make`` depends on the iteration and the data only, so that the number of workers changes no number. (torch's
+    DataLoader would do, but for a worker that dies: its signal handler raises wherever the trainer happens to be.)
 
     Args:
         make: Reads and encodes the rows of an iteration. Runs in another process: its tensors are copied, on the CPU.
@@ -38,86 +45,105 @@ def prefetch[Item](
 
     Raises:
         UserError: as ``make`` did.
-        RuntimeError: a worker died. A line on stderr names the row it worked on.
+        BrokenProcessPool: a worker died. A line on stderr names the rows that were worked on.
     """
     if not workers:
         for iteration in iterations:
             yield make(iteration, no_trace)
         return
-    jobs = _Jobs(make, rows, [multiprocessing.RawArray("c", _SOURCE_BYTES) for _ in range(workers)])
-    loader = DataLoader(
-        jobs,
-        batch_size=None,
-        sampler=iterations,
-        num_workers=workers,
-        prefetch_factor=_AHEAD,
-        collate_fn=_unchanged,
-        worker_init_fn=jobs.start,
-        multiprocessing_context="fork",
-        generator=torch.Generator(),  # or the loader would draw from the trainer's
+    context = multiprocessing.get_context("fork")  # nothing is copied or imported again
+    sources = [multiprocessing.RawArray("c", _SOURCE_BYTES) for _ in range(workers)]
+    numbers = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(workers, context, _start, (make, rows, sources, numbers, os.getpid()))
+    upcoming = iter(iterations)
+    pending: deque[Future[_Prepared]] = deque(
+        pool.submit(_prepare, iteration) for iteration in itertools.islice(upcoming, workers * _AHEAD)
     )
     try:
-        for prepared in loader:
+        while pending:
+            prepared = pending.popleft().result()
+            pending.extend(pool.submit(_prepare, iteration) for iteration in itertools.islice(upcoming, 1))
             rows.skip_all(prepared.skipped)
             if prepared.fault is not None:
                 raise UserError(prepared.fault)
             yield prepared.item()
-    except RuntimeError:
-        jobs.name_rows()
+    except BrokenProcessPool:
+        named = "; ".join(filter(None, (source.value.decode(errors="replace") for source in sources)))
+        print(f"a data worker died; the workers' rows were: {named}", file=sys.stderr)
         raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _unchanged(item: Any) -> Any:
-    return item
+# In a worker ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """The objects that a worker process works with: its part of a fork's memory."""
+
+    make: Callable[[int, Trace], Any]
+    rows: Rows[Any]
+    source: Any
+
+    def trace(self, source: str) -> None:
+        self.source.value = source.encode()[: _SOURCE_BYTES - 1]
+
+
+_worker: _Worker | None = None
+
+
+def _start(make: Callable[[int, Trace], Any], rows: Rows[Any], sources: list[Any], numbers: Any, parent: int) -> None:
+    """Prepare a worker for its first job. The trainer alone listens to Ctrl-C and reports rows."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _worker = _Worker(make, rows, sources[numbers.get()])
+    rows.collect_skipped()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent, however that ended, is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _prepare(iteration: int) -> _Prepared:
+    worker = _worker
+    assert worker is not None
+    content, pickler, fault = io.BytesIO(), None, None
+    try:
+        item = worker.make(iteration, worker.trace)
+        pickler = _Pickler(content)
+        pickler.dump(item)
+    except UserError as mistake:
+        fault = str(mistake)
+    tensors = pickler.tensors if pickler else []
+    joined = torch.cat(tensors) if tensors else torch.empty(0)
+    lengths = [len(tensor) for tensor in tensors]
+    return _Prepared(content.getvalue(), joined, lengths, fault, worker.rows.collect_skipped())
+
+
+# Between processes ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a worker sends: an object without its tensors, these in one, or the user's mistake; and skipped rows."""
+    """The result that a worker sends: an object, its tensors apart in one, or the user's mistake; and skipped rows."""
 
     content: bytes
     tensors: Tensor
     lengths: list[int]
     fault: str | None
-    skipped: dict[int, str]
+    skipped: dict[int, tuple[str, bool]]
 
     def item(self) -> Any:
         return _Unpickler(self.content, torch.split(self.tensors, self.lengths)).load()
-
-
-class _Jobs(Dataset[_Prepared]):
-    """Iterations by number, as a torch data set. ``sources`` are in shared memory, one of each worker."""
-
-    def __init__(self, make: Callable[[int, Trace], Any], rows: Rows[Any], sources: list[Any]) -> None:
-        self._make, self._rows, self._sources = make, rows, sources
-
-    def start(self, worker: int) -> None:
-        """In a worker, before its first job: the trainer alone listens to signals and reports rows."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._rows.collect_skipped()
-
-    def __getitem__(self, iteration: int) -> _Prepared:
-        content, pickler, fault = io.BytesIO(), None, None
-        try:
-            item = self._make(iteration, self._trace)
-            pickler = _Pickler(content)
-            pickler.dump(item)
-        except UserError as mistake:
-            fault = str(mistake)
-        tensors = pickler.tensors if pickler else []
-        joined = torch.cat(tensors) if tensors else torch.empty(0)
-        skipped = self._rows.collect_skipped()
-        return _Prepared(content.getvalue(), joined, [len(tensor) for tensor in tensors], fault, skipped)
-
-    def _trace(self, source: str) -> None:
-        worker = get_worker_info()
-        assert worker is not None
-        self._sources[worker.id].value = source.encode()[: _SOURCE_BYTES - 1]
-
-    def name_rows(self) -> None:
-        """Print which row each worker last began to work on."""
-        rows = [source.value.decode(errors="replace") for source in self._sources]
-        print(f"a data worker ended; the workers' rows were: {'; '.join(filter(None, rows))}", file=sys.stderr)
 
 
 class _Pickler(pickle.Pickler):

@@ -53,7 +53,7 @@ class RowFile(Protocol):
 
 
 def is_parquet(file: Path) -> bool:
-    """Whether a file is parquet, by its first bytes or its name."""
+    """Tell if a file is parquet, by its first bytes or its name."""
     with file.open("rb") as opened:
         return opened.read(4) == b"PAR1" or file.suffix in PARQUET
 
@@ -72,7 +72,7 @@ class JsonFile:
 
 
 def is_json_list(file: Path) -> bool:
-    """Whether a JSON file is one list, and not lines. Raises UserError for what is no UTF-8 text."""
+    """Tell if a JSON file is one list, and not lines. Raises UserError for what is no UTF-8 text."""
     with file.open("rb") as opened:
         head = opened.read(4096)
     for magic, what in _FOREIGN.items():
@@ -157,7 +157,7 @@ class ArrowFile:
 
 
 def parquet_footer(file: Path, columns: Columns) -> pq.FileMetaData:
-    """What a parquet file says of itself. Raises UserError where it is none, empty or lacks one of ``columns``."""
+    """Read the footer of a parquet file. Raises UserError where it is none, empty or lacks one of ``columns``."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from prism_megatron.errors import UserError
 
-Trace = Callable[[str], None]  # is told the source of a row before it is worked on
+Trace = Callable[[str], None]  # gets the source of a row before it is worked on
 
 _QUOTED_FAULTS = 5
 
 
 def no_trace(source: str) -> None:
-    """The trace of one who does not want to know."""
+    """A trace that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,29 @@ class Row:
     file: Path
     number: int
     source: str
+    image_root: str = ""  # the folder that paths of images start from; empty: the file's
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Options of reading data files, as ``sections.DatasetConfig`` has them. Without ``cache`` it is temporary."""
+
+    cache: Path | None = None
+    skip_bad_rows: bool = False
+    max_bad_fraction: float = 0.0
+    check_images_max_rows: int = 20_000
+    columns: tuple[str, ...] = ()
+    image_root: str = ""
+
+    def renamed(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields of a row under the names that readers know: each of ``columns`` is "name=column"."""
+        pairs = [column.partition("=")[::2] for column in self.columns]
+        return {**fields, **{name: fields.get(column) for name, column in pairs}} if pairs else fields
+
+    def stored_names(self, names: Sequence[str]) -> list[str]:
+        """Names in the file of the columns that readers know as ``names``."""
+        renames = dict(column.split("=", 1) for column in self.columns)
+        return [renames.get(name, name) for name in names]
 
 
 def raise_faults(faults: Sequence[str], count: int) -> None:

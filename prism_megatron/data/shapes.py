@@ -103,8 +103,8 @@ def write_shapes_data(out_dir: str | Path, config: ShapesConfig) -> None:
     """Write the four data files. Does nothing where the manifest says that this very config was already written."""
     out_dir = Path(out_dir)
     manifest = out_dir / MANIFEST
-    wanted = json.dumps(asdict(config), indent=2) + "\n"
-    if manifest.is_file() and manifest.read_text() == wanted:
+    manifest_text = json.dumps(asdict(config), indent=2) + "\n"
+    if manifest.is_file() and manifest.read_text() == manifest_text:
         return
     if manifest.is_file():
         manifest.unlink()  # until the new files are whole, there is no data set here
@@ -120,7 +120,7 @@ def write_shapes_data(out_dir: str | Path, config: ShapesConfig) -> None:
     write_prompts(out_dir / "alignment.parquet", alignment)
     write_prompts(out_dir / "rlvr_candidates.parquet", rlvr)
     _write_sft(out_dir, config, unseen)
-    write_atomic(manifest, wanted)
+    write_atomic(manifest, manifest_text)
 
 
 def scene_of(example: Example) -> Scene:

@@ -43,8 +43,8 @@ class Thing:
         return f"{self.color} {self.shape}"
 
     @property
-    def place(self) -> str:
-        return place_name(self.row, self.column)
+    def cell(self) -> str:
+        return cell_name(self.row, self.column)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What the scene shows, whatever its look: scenes are told apart by it when the splits are drawn."""
+        """The content of the scene, whatever its look: it distinguishes scenes when the splits are drawn."""
         return " ".join(f"{t.row}{t.column}{t.color}-{t.shape}" for t in self.things)
 
     def at(self, row: int, column: int) -> Thing | None:
@@ -105,12 +105,12 @@ class Question:
         return " ".join([text, *(f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False))])
 
 
-def place_name(row: int, column: int) -> str:
+def cell_name(row: int, column: int) -> str:
     return f"{ROWS[row]} {COLUMNS[column]}"
 
 
 def matches(condition: str, thing: Thing) -> bool:
-    """Whether an object satisfies a condition: every word of one of its alternatives is its colour or shape."""
+    """Tell if an object satisfies a condition: every word of one of its alternatives is its colour or shape."""
     return any(
         all(word in (thing.color, thing.shape) for word in alternative.split())
         for alternative in condition.split(" or ")
@@ -118,7 +118,7 @@ def matches(condition: str, thing: Thing) -> bool:
 
 
 def lies(first: Thing, relation: str, second: Thing) -> bool:
-    """Whether the first object is left of, right of, above or below the second, in whichever row or column."""
+    """Tell if the first object is left of, right of, above or below the second, in whichever row or column."""
     rows, columns = RELATIONS[relation]
     return (first.row - second.row) * rows + (first.column - second.column) * columns > 0
 

@@ -54,14 +54,14 @@ def solve(scene: Scene, question: Question) -> Solution:
                 steps.append(f"{question.operator.join(str(scene.count(term)) for term in question.terms)}={result}")
         case "position":
             first_thing, second_thing = (_find(scene, term) for term in question.terms)
-            steps = [f"{thing.name}: {thing.place}" for thing in (first_thing, second_thing)]
+            steps = [f"{thing.name}: {thing.cell}" for thing in (first_thing, second_thing)]
             result = "yes" if lies(first_thing, question.operator, second_thing) else "no"
         case _:
             reference = _find(scene, question.terms[0])
             rows, columns = RELATIONS[question.operator]
             target = scene.at(reference.row + rows, reference.column + columns)
             assert target is not None, f"no neighbour in {scene} for {question}"
-            steps = [f"{reference.name}: {reference.place}", f"{target.place}: {target.name}"]
+            steps = [f"{reference.name}: {reference.cell}", f"{target.cell}: {target.name}"]
             result = target.name
     answer = LETTERS[question.options.index(result)] if question.options else result
     return Solution(tuple(steps), result, answer)

@@ -33,8 +33,8 @@ def _named(name: str) -> list[Path]:
         inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
         lines, tables = ([p for p in inside if p.suffix in suffixes] for suffixes in (JSON, PARQUET))
         if bool(lines) == bool(tables):
-            held = "both JSON and parquet files" if lines else "no .jsonl, .json or .parquet file"
-            raise UserError(f"{name} holds {held}; name the file, or a pattern such as '{name}/*.parquet'")
+            contents = "both JSON and parquet files" if lines else "no .jsonl, .json or .parquet file"
+            raise UserError(f"{name} holds {contents}; name the file, or a pattern such as '{name}/*.parquet'")
         return lines or tables
     if found := sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file()):
         return found

@@ -29,7 +29,7 @@ from prism_megatron.stages.discriminator import DiscriminatorObjective, discrimi
 from prism_megatron.stages.evaluate import export_and_evaluate, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step
 from prism_megatron.stages.replay import Replay
-from prism_megatron.stages.rollouts import Sampler, check_prompts, gallery_row, start_engine
+from prism_megatron.stages.rollouts import Sampler, fit_prompts, gallery_row, start_engine
 from prism_megatron.stages.setup import (
     TrainableModel,
     load_discriminator,
@@ -51,14 +51,13 @@ def run_align(config: AlignConfig) -> None:
 
     Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
-    rows = read_alignment(config.data, read_options(config))
+    processor = load_processor(config)
+    rows = fit_prompts(read_alignment(config.data, read_options(config)), processor, config)
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config, config.discriminator.num_experts) as stage:
         log_line(passes)
         report_skipped(stage, rows)
-        processor = load_processor(config)
-        check_prompts(rows, processor, config.rollout)
         batcher = Batcher.from_config(processor.input_spec, config)
         models = load_align_models(config, processor)
         trained = {"policy": models.policy, "discriminator": models.discriminator}

@@ -20,7 +20,7 @@ from prism_megatron.errors import UserError
 from prism_megatron.observe.progress import ProgressBar
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel
-from prism_megatron.stages.rollouts import Sampler, check_prompts, start_engine
+from prism_megatron.stages.rollouts import Sampler, fit_prompts, start_engine
 from prism_megatron.stages.setup import (
     load_processor,
     log_line,
@@ -40,18 +40,18 @@ def run_collect(config: CollectConfig) -> None:
 
     Raises UserError for invalid settings or data.
     """
-    demonstrations = read_alignment(config.alignment_data, read_options(config))
-    candidates = read_rlvr(config.candidates, read_options(config))[: config.num_candidates or None]
+    processor = load_processor(config)
+    demonstrations = fit_prompts(read_alignment(config.alignment_data, read_options(config)), processor, config)
+    candidates = fit_prompts(read_rlvr(config.candidates, read_options(config)), processor, config)
+    candidates = candidates[: config.num_candidates or None]
     if is_converted(Path(config.model.hf_checkpoint)):
         raise UserError(
             f"model.hf_checkpoint {config.model.hf_checkpoint} is converted for Megatron; collecting needs the HF "
             "directory (tools/convert.py megatron-to-hf makes one)"
         )
     with open_stage(config) as stage:
-        processor = load_processor(config)
-        for rows in (demonstrations, candidates):
-            report_skipped(stage, rows)
-            check_prompts(rows, processor, config.rollout)
+        report_skipped(stage, demonstrations)
+        report_skipped(stage, candidates)
         sampler = Sampler(start_engine(config, Path(config.model.hf_checkpoint)), processor, config)
         gc.enable()  # train.py disables it during imports and reading
         pairs = collect_pairs(sampler, demonstrations, config)

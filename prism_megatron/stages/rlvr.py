@@ -19,7 +19,7 @@ from prism_megatron.stages.batcher import Batcher, total_tokens
 from prism_megatron.stages.dynamic_sampling import LeftoverGroup, RolloutBatch, sample_groups
 from prism_megatron.stages.evaluate import export_and_evaluate, response_metrics
 from prism_megatron.stages.policy import policy_gradient_step
-from prism_megatron.stages.rollouts import Sampler, check_prompts, gallery_row, start_engine
+from prism_megatron.stages.rollouts import Sampler, fit_prompts, gallery_row, start_engine
 from prism_megatron.stages.setup import (
     load_policy,
     load_processor,
@@ -37,14 +37,13 @@ def run_rlvr(config: RLVRConfig) -> None:
 
     Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
-    rows = read_rlvr(config.data, read_options(config))
+    processor = load_processor(config)
+    rows = fit_prompts(read_rlvr(config.data, read_options(config)), processor, config)
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config) as stage:
         log_line(passes)
         report_skipped(stage, rows)
-        processor = load_processor(config)
-        check_prompts(rows, processor, config.rollout)
         batcher = Batcher.from_config(processor.input_spec, config)
         policy = load_policy(config)
         reference = load_reference(config) if config.kl_coeff else None

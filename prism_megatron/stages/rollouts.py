@@ -13,7 +13,8 @@ from torch import Tensor
 from prism_megatron import config as cfg
 from prism_megatron.convert.transfer import export_manifest, export_weights
 from prism_megatron.data.chat import ChatProcessor
-from prism_megatron.data.lengths import check_image_counts, check_lengths
+from prism_megatron.data.lazy import Rows
+from prism_megatron.data.lengths import LengthLimit, fit_image_counts, fit_lengths
 from prism_megatron.data.samples import Sample
 from prism_megatron.data.seeds import sample_seed
 from prism_megatron.method import FIXED, Judge
@@ -23,7 +24,7 @@ from prism_megatron.rollout.interface import Engine, EngineConfig, Sampling
 from prism_megatron.rollout.subprocess_engine import SubprocessEngine
 from prism_megatron.rollout.weight_sync import WeightSync
 from prism_megatron.stages.setup import TrainableModel
-from prism_megatron.types import Example, RolloutRequest
+from prism_megatron.types import Example, PreferencePair, RolloutRequest
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ class PolicyWeights:
         return export_weights(self.policy.chunks, self.policy.table, self.bucket_bytes)
 
 
-def check_prompts(rows: Sequence[Example], processor: ChatProcessor, rollout: cfg.RolloutConfig) -> None:
-    """Raise UserError naming the rows whose prompts the engine would reject."""
-    check_image_counts(rows, rollout.images_per_prompt)
+def fit_prompts[R: (Example, PreferencePair)](
+    rows: Rows[R], processor: ChatProcessor, config: cfg.StageConfig
+) -> Rows[R]:
+    """Return the rows whose prompts the engine takes; raise UserError naming the others if they are not dropped."""
+    rollout, drop = config.rollout, config.dataset.overlong != "error"
     room = rollout.max_model_len - rollout.max_response_tokens
-    check_lengths(rows, processor, room, "raise rollout.max_model_len, or drop the row")
+    rows = fit_image_counts(rows, rollout.images_per_prompt, drop=drop)
+    return fit_lengths(rows, processor, LengthLimit(room, "raise rollout.max_model_len, or drop the row"), drop=drop)
 
 
 def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:

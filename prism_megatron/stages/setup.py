@@ -27,9 +27,9 @@ from prism_megatron.convert.transfer import export_manifest, export_weights, loa
 from prism_megatron.convert.upcycle import UpcycledWeights, upcycled_config
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import check_rlvr
-from prism_megatron.data.lazy import SKIPPED, ReadOptions, Rows, read_row
+from prism_megatron.data.lazy import SKIPPED, Rows, read_row
 from prism_megatron.data.loader import batch_indices, shard_for_rank
-from prism_megatron.data.rows import Trace, no_trace
+from prism_megatron.data.rows import ReadOptions, Trace, no_trace
 from prism_megatron.errors import UserError
 from prism_megatron.files import write_atomic
 from prism_megatron.model.build import build_discriminator, build_policy, wrap_for_training
@@ -247,6 +247,7 @@ def _with_optimizer(chunks: Sequence[nn.Module], optimizer: cfg.OptimizerConfig)
 
 
 def load_processor(config: cfg.StageConfig) -> ChatProcessor:
+    check_hidden_size(config, read_sizes(Path(config.model.hf_checkpoint)))
     return ChatProcessor(Path(config.model.hf_checkpoint))
 
 
@@ -264,6 +265,8 @@ def read_options(config: cfg.StageConfig) -> ReadOptions:
         skip_bad_rows=dataset.bad_rows == "skip",
         max_bad_fraction=dataset.max_bad_fraction,
         check_images_max_rows=dataset.check_images_max_rows,
+        columns=tuple(dataset.columns),
+        image_root=dataset.image_root,
     )
 
 

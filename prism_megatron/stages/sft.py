@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from prism_megatron.config import SFTConfig
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_sft
-from prism_megatron.data.lengths import check_lengths
+from prism_megatron.data.lazy import Rows
+from prism_megatron.data.lengths import LengthLimit, fit_lengths
 from prism_megatron.data.loader import count_passes
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.data.prefetch import prefetch
@@ -40,24 +42,23 @@ def run_sft(config: SFTConfig) -> None:
 
     Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
-    rows = read_sft(config.data, read_options(config))
+    processor = load_processor(config)
+    rows = fit_demonstrations(read_sft(config.data, read_options(config)), processor, config)
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config) as stage:
         log_line(passes)
         report_skipped(stage, rows)
-        processor = load_processor(config)
-        every = config.train_answers == "every"
-        room, remedy = config.max_tokens_per_microbatch, "raise max_tokens_per_microbatch, or drop the row"
-        check_lengths(rows, processor, room, remedy, demonstrations=True, train_answers=every)
         batcher = Batcher.from_config(processor.input_spec, config)
         policy = load_policy(config)
         models = {"policy": policy}
         stage.resume(models)
 
+        limit = length_limit(config)
+
         def prepare(iteration: int, trace: Trace) -> tuple[list[str], list[TrainingSequence]]:
             local_rows = local_batch(rows, config.global_batch_size, iteration, run.seed, trace)
-            sequences = demonstrations(local_rows, processor, train_answers=every, trace=trace)
+            sequences = demonstrations(local_rows, processor, limit, trace)
             return [row.id for row in local_rows], sequences
 
         iterations = range(stage.start, run.train_iters)
@@ -96,17 +97,36 @@ def _peak() -> float | None:
     return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
+def length_limit(config: SFTConfig) -> LengthLimit:
+    """Return how long a prompt with its demonstration may be."""
+    remedy = "raise max_tokens_per_microbatch, or drop the row"
+    every = config.train_answers == "every"
+    return LengthLimit(config.max_tokens_per_microbatch, remedy, demonstrations=True, train_answers=every)
+
+
+def fit_demonstrations(rows: Rows[Example], processor: ChatProcessor, config: SFTConfig) -> Rows[Example]:
+    """Return the rows that fit a micro-batch; raise UserError naming the others if they are not dropped.
+
+    With ``dataset.overlong`` truncate a row fits if its prompt and one more token do.
+    """
+    limit, overlong = length_limit(config), config.dataset.overlong
+    if overlong == "truncate":
+        limit = replace(limit, room=limit.room - 1, demonstrations=False)
+    return fit_lengths(rows, processor, limit, drop=overlong != "error")
+
+
 def demonstrations(
-    rows: Sequence[Example], processor: ChatProcessor, *, train_answers: bool = True, trace: Trace = no_trace
+    rows: Sequence[Example], processor: ChatProcessor, limit: LengthLimit | None = None, trace: Trace = no_trace
 ) -> list[TrainingSequence]:
     """Encode the prompt and demonstration of each row; the loss is on the demonstration and its terminator.
 
-    With ``train_answers`` the loss includes earlier answers in the prompt and their terminators.
+    It is on the answers in the prompt, too, as ``limit`` says, which also truncates demonstrations.
     """
-    rows = list(rows)  # a lazy data set reads its rows on every access
-    prompts = processor.encode_prompts(rows, train_answers=train_answers, trace=trace)
+    rows = list(rows)  # those of a data set are read anew each time
+    prompts = processor.encode_prompts(rows, train_answers=limit is None or limit.train_answers, trace=trace)
     sequences = []
     for row, prompt in zip(rows, prompts, strict=True):
         assert row.response is not None, "read_sft raises for rows without a demonstration"
-        sequences.append(TrainingSequence(prompt, (*processor.encode_text(row.response), processor.terminator_id)))
+        room = None if limit is None else limit.room - len(prompt.token_ids)
+        sequences.append(TrainingSequence(prompt, processor.response_ids(row.response)[:room]))
     return sequences

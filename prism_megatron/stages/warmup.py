@@ -13,6 +13,7 @@ from prism_megatron.data.rows import Trace, no_trace
 from prism_megatron.observe import metrics as names
 from prism_megatron.stages.batcher import Batcher, total_tokens
 from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step
+from prism_megatron.stages.rollouts import fit_prompts
 from prism_megatron.stages.setup import (
     load_discriminator,
     load_processor,
@@ -34,13 +35,13 @@ def run_warmup(config: WarmupConfig) -> None:
 
     Raises UserError for invalid settings or data, and Preempted after a preempted stage has saved.
     """
-    rows = read_pairs(config.data, read_options(config))
+    processor = load_processor(config)
+    rows = fit_prompts(read_pairs(config.data, read_options(config)), processor, config)
     config, passes = count_passes(config, len(rows))
     run = config.run
     with open_stage(config, config.discriminator.num_experts) as stage:
         log_line(passes)
         report_skipped(stage, rows)
-        processor = load_processor(config)
         batcher = Batcher.from_config(processor.input_spec, config)
         discriminator = load_discriminator(config, config.optimizer)
         models = {"discriminator": discriminator}

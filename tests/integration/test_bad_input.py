@@ -103,7 +103,7 @@ def test_files_that_are_not_there(
     assert "empty.jsonl: empty data set" in capsys.readouterr().err
     for asked, message in (
         ([f"eval.data={tmp_path}/none.parquet"], "none.parquet: no such data file"),
-        ([f"eval.data={data}"], "sft.jsonl, line 1: needs the key 'prompt', has ['conversations'"),
+        ([f"eval.data={data}"], "sft.jsonl, line 1: no answer; fill reward_model.ground_truth"),
         ([f"eval.data={tiny_data}/heldout.parquet"], "heldout.parquet has 40 rows, and 41 are asked for; lower"),
     ):
         assert main(sft(tiny_checkpoint, data, runs, *asked, "eval.num_questions=41")) == 2
@@ -130,7 +130,7 @@ def test_degrees_that_do_not_fit(
     assert "start a multiple of 2 ranks or lower a degree" in capsys.readouterr().err
     assert main(sft(tiny_checkpoint, data, runs, "parallel.pipeline_model_parallel_size=2")) == 2
     assert "is not a multiple of tensor (1) x pipeline (2)" in capsys.readouterr().err
-    assert not runs.exists()
+    assert [entry.name for entry in runs.iterdir()] == ["data_cache"], "no run was begun"
 
 
 def test_damaged_checkpoints(

@@ -1,4 +1,4 @@
-"""Text and tokens: what somebody spelled is never a special token."""
+"""Text and tokens: what a user spelled is never a special token."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_a_spelled_special_token_is_text(processor: ChatProcessor) -> None:
     assert processor.decode(ids) == text
 
 
-def test_prompts_keep_theirs_afterwards(processor: ChatProcessor) -> None:
-    """How a text is read is a state of the tokenizer."""
+def test_special_tokens_of_prompts_stay_special_afterwards(processor: ChatProcessor) -> None:
+    """The tokenizer has a state that decides how a text is read."""
     processor.encode_text("x")
     assert processor.tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"] == [processor.terminator_id]
 
@@ -128,8 +128,8 @@ def test_special_tokens_spelled_in_any_turn_of_a_prompt_are_text(processor: Chat
     assert processor.tokenizer.decode(ids) == "".join(turns) + "<|im_start|>assistant\n"
 
 
-def test_text_beside_spelled_tokens_is_tokenised_as_ever(processor: ChatProcessor) -> None:
-    """Between two special tokens a prompt's text is one piece, spelled ones included."""
+def test_text_around_spelled_tokens_is_tokenised_as_ever(processor: ChatProcessor) -> None:
+    """A prompt's text is one piece between two special tokens, spelled ones included."""
     text = "\n\n count <|im_end|> and 12 <|im_end|>"
     ids = processor.prompt_ids([Message("user", text)])
     start, end = (processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))

@@ -177,7 +177,7 @@ def test_prompts_without_answers_are_not_written(tmp_path: Path):
         ({"images": ["b.png"]}, r"line 2: image .*b\.png does not exist"),
         ({"images": ["data.jsonl"]}, r"line 2, image data\.jsonl: not a readable image"),
         ({"images": ["a.png", "a.png"]}, r"line 2: 1 <image> placeholder\(s\) for 2 image\(s\)"),
-        ({"conversations": None}, r"line 2: needs the key 'conversations' or 'messages'"),
+        ({"conversations": None}, r"line 2: needs the key 'instruction' or 'query' or 'problem' or 'question'"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, r"line 2: cannot read the turn"),
         ({"conversations": [{"from": "human", "value": "<image>x"}]}, r"line 2: the last turn must be the assistant's"),
         (

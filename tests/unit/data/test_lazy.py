@@ -15,8 +15,9 @@ import pytest
 from prism_megatron.data import index as indexing
 from prism_megatron.data.dataset import read_alignment, read_rlvr, read_sft
 from prism_megatron.data.fields import Images
-from prism_megatron.data.lazy import ReadOptions, positions_by_id
+from prism_megatron.data.lazy import positions_by_id
 from prism_megatron.data.row_files import json_locations
+from prism_megatron.data.rows import ReadOptions
 from prism_megatron.errors import UserError
 
 CUT_PNG = b"\x89PNG\r\n\x1a\n cut"

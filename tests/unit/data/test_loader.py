@@ -32,8 +32,8 @@ def test_epochs_are_as_many_iterations_as_show_every_row(num_rows: int, epochs: 
     assert to_yaml(counted) == to_yaml(configured), "a run is known by what was asked for"
     assert passes.metrics(0) == {ROWS: 0, EPOCHS: 0}
     assert passes.metrics(iterations)[EPOCHS] == 16 * iterations / num_rows >= epochs
-    shown = [row for i in range(iterations) for row in batch_indices(num_rows, 16, i, seed=1)]
-    assert all(shown.count(row) >= epochs for row in range(num_rows))
+    seen = [row for i in range(iterations) for row in batch_indices(num_rows, 16, i, seed=1)]
+    assert all(seen.count(row) >= epochs for row in range(num_rows))
 
 
 def test_iterations_given_are_those_run() -> None:

@@ -74,10 +74,10 @@ def test_text_alone_and_nothing_at_all_carry_a_blank_image() -> None:
     assert nothing.last_tokens.tolist() == []
 
 
-def test_a_prompt_is_laid_down_once_a_branch_for_all_that_go_on_from_it() -> None:
+def test_a_prompt_is_packed_once_a_branch_for_all_that_go_on_from_it() -> None:
     shared = prompt(5, IMAGE)
-    told = [((6, 7), 0), ((6,), 1), ((7,), 0)]
-    batch = pack_shared([TrainingSequence(shared, ids, branch) for ids, branch in told], SPEC, Padding(1, 4))
+    recorded = [((6, 7), 0), ((6,), 1), ((7,), 0)]
+    batch = pack_shared([TrainingSequence(shared, ids, branch) for ids, branch in recorded], SPEC, Padding(1, 4))
     assert batch.tokens.tolist() == [5, IMAGE, 6, 7, 5, IMAGE, 6, 7]
     assert batch.cu_seqlens.tolist() == [0, 2, 4, 6, 7, 8]
     assert batch.prefix is not None
@@ -107,7 +107,7 @@ def test_split_keeps_order_and_budget() -> None:
         split_by_tokens(sequences, 5)
 
 
-def test_a_prompt_that_is_laid_down_once_takes_its_room_once() -> None:
+def test_a_prompt_that_is_packed_once_takes_its_room_once() -> None:
     shared, other = EncodedPrompt((1,) * 5), EncodedPrompt((1,) * 5)
     sequences = [TrainingSequence(shared, (6,) * 2, branch) for branch in (0, 1) * 4]
     assert split_by_tokens(sequences, 26) == [[0, 1, 2], [3, 4, 5], [6, 7]]  # three times seven
@@ -130,7 +130,7 @@ def test_what_is_split_with_shared_prompts_is_packed_within_the_budget() -> None
             assert len(pack_shared([sequences[i] for i in group], SPEC).tokens) <= 12
 
 
-def test_a_long_prompt_does_not_keep_its_answers_apart() -> None:
+def test_a_long_prompt_does_not_separate_its_answers() -> None:
     shared = EncodedPrompt((1,) * 2000)
     sequences = [TrainingSequence(shared, (6,) * 100, 0) for _ in range(122)]
     assert [len(group) for group in split_by_tokens(sequences, 8192, share_prompts=True)] == [61, 61]

@@ -1,4 +1,4 @@
-"""What a picture looks like to trainer and engine, and which pictures are refused."""
+"""Pixels that trainer and engine see of a picture, and which pictures are refused."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def exif(orientation: Any) -> Image.Exif:
 def test_orientation_is_applied_once(made: Any, form: str, orientation: int) -> None:
     encoded = made.encoded(scene(), form, exif=exif(orientation), **({"lossless": True} if form == "WEBP" else {}))
     check_image(encoded, "x")
-    shown = decode_image(encoded)
-    assert image_size(encoded) == shown.size == ((60, 80) if orientation > 4 else (80, 60))
+    pixels = decode_image(encoded)
+    assert image_size(encoded) == pixels.size == ((60, 80) if orientation > 4 else (80, 60))
     expected = ImageOps.exif_transpose(Image.open(made.file(encoded, "x"))).convert("RGB")
-    assert shown.tobytes() == expected.tobytes()
-    assert not shown.info
-    assert ImageOps.exif_transpose(shown).tobytes() == shown.tobytes()
+    assert pixels.tobytes() == expected.tobytes()
+    assert not pixels.info
+    assert ImageOps.exif_transpose(pixels).tobytes() == pixels.tobytes()
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
@@ -82,9 +82,9 @@ def drawing(mode: str) -> Image.Image:
 def test_what_is_transparent_is_white(made: Any, form: str, mode: str) -> None:
     encoded = made.encoded(drawing(mode), form, **({"lossless": True} if form == "WEBP" else {}))
     check_image(encoded, "x")
-    shown = array(decode_image(encoded))
-    assert (shown[:, 20:] == 255).all()
-    assert (shown[:, 10:14] == 0).all()
+    pixels = array(decode_image(encoded))
+    assert (pixels[:, 20:] == 255).all()
+    assert (pixels[:, 10:14] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_every_ordinary_mode_looks_as_it_did(made: Any, form: str, mode: str) ->
 def test_deep_grey_keeps_its_shades(made: Any, values: np.ndarray, form: str) -> None:
     encoded = made.encoded(Image.fromarray(values.reshape(60, 80)), form)
     check_image(encoded, "x")
-    shown = array(decode_image(encoded))[..., 0].ravel()
-    assert abs(shown - np.linspace(0, 255, 4800)).max() <= 1
+    pixels = array(decode_image(encoded))[..., 0].ravel()
+    assert abs(pixels - np.linspace(0, 255, 4800)).max() <= 1
 
 
 def test_one_bit_and_one_pixel(made: Any) -> None:
@@ -188,7 +188,7 @@ def test_of_an_animation_the_first_frame(made: Any) -> None:
     ],
 )
 def test_cut_off_pictures_are_refused_by_the_reader(made: Any, form: str, options: dict[str, Any]) -> None:
-    """In half: always. By two bytes: unless every pixel is there."""
+    """A half is always refused; all but two bytes are, unless every pixel is there."""
     noise = Image.frombytes("RGB", (160, 160), random.Random(0).randbytes(3 * 160 * 160))
     whole = made.encoded(noise, form, **options)
     half = made.parquet(made.rlvr(images=[{"bytes": whole[: len(whole) // 2], "path": None}]))

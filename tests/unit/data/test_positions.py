@@ -34,7 +34,7 @@ def test_frames_of_a_video_stand_one_after_the_other_with_their_timestamps() -> 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shown", "message"),
+    ("tokens", "visuals", "message"),
     [
         ([1, IMAGE, 2], [visual(1, 4, 4)], "image 0 needs 4 visual tokens, the sequence has fewer"),
         ([1, 2], [visual(1, 2, 2)], "sequence came with 1 images but does not show image 0"),
@@ -45,9 +45,9 @@ def test_frames_of_a_video_stand_one_after_the_other_with_their_timestamps() -> 
         ([1] * 65, [], r"a sequence of 65 positions does not fit the model's max_position_embeddings \(64\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(tokens: list[int], shown: list[Visual], message: str) -> None:
+def test_what_does_not_fit_is_refused(tokens: list[int], visuals: list[Visual], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mrope_positions(tokens, shown, SPEC)
+        mrope_positions(tokens, visuals, SPEC)
 
 
 def test_equal_to_hf_padded_or_not(tiny_checkpoint: Path) -> None:
@@ -68,11 +68,11 @@ def test_equal_to_hf_padded_or_not(tiny_checkpoint: Path) -> None:
         real = torch.zeros_like(ids)
         for number, row in enumerate(rows):
             count = len(row.token_ids)
-            place = slice(0, count) if side == "right" else slice(longest - count, longest)
-            ids[number, place], real[number, place] = torch.tensor(row.token_ids), 1
+            position = slice(0, count) if side == "right" else slice(longest - count, longest)
+            ids[number, position], real[number, position] = torch.tensor(row.token_ids), 1
         kinds = (ids == spec.image_token_id).int() + 2 * (ids == spec.video_token_id).int()
         grids = [[v.grid for row in rows for v in row.visuals if v.is_video == video] for video in (False, True)]
-        theirs, _ = hf.get_rope_index(ids, kinds, *(torch.tensor(g) for g in grids), attention_mask=real)
+        hf_positions, _ = hf.get_rope_index(ids, kinds, *(torch.tensor(g) for g in grids), attention_mask=real)
         for number, row in enumerate(rows):
             ours = mrope_positions(row.token_ids, row.visuals, spec)
-            assert torch.equal(ours, theirs[:, number, real[number].bool()])
+            assert torch.equal(ours, hf_positions[:, number, real[number].bool()])

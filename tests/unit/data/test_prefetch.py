@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
 import torch
 
 from prism_megatron.data.dataset import read_sft
-from prism_megatron.data.lazy import ReadOptions, read_row
+from prism_megatron.data.lazy import read_row
 from prism_megatron.data.prefetch import prefetch
+from prism_megatron.data.rows import ReadOptions
 from prism_megatron.errors import UserError
 from prism_megatron.types import EncodedPrompt, Visual
 
@@ -30,9 +32,9 @@ def prompts(rows: Any) -> Any:
     """Two rows an iteration; both show one image, a tensor of the iteration's number, and one has another."""
 
     def make(iteration: int, trace: Any) -> list[tuple[str, EncodedPrompt]]:
-        shown, own = (Visual(torch.full((rows_, 6), float(iteration)), (1, rows_, 1)) for rows_ in (4, 8))
+        shared, own = (Visual(torch.full((rows_, 6), float(iteration)), (1, rows_, 1)) for rows_ in (4, 8))
         read = [read_row(rows, (2 * iteration + i) % len(rows), trace) for i in range(2)]
-        return [(read[0].id, EncodedPrompt((1, 2), (shown,))), (read[1].id, EncodedPrompt((3,), (shown, own)))]
+        return [(read[0].id, EncodedPrompt((1, 2), (shared,))), (read[1].id, EncodedPrompt((3,), (shared, own)))]
 
     return make
 
@@ -80,7 +82,7 @@ def test_a_worker_that_dies_names_its_row(made: Any, capfd: pytest.CaptureFixtur
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
+    with pytest.raises(BrokenProcessPool):
         list(prefetch(dies, rows, range(6), 1))
     assert capfd.readouterr().err.endswith("data.jsonl, line 8\n")
 
@@ -89,5 +91,6 @@ def test_a_bug_in_a_worker_keeps_its_traceback(made: Any) -> None:
     def wrong(iteration: int, trace: Any) -> int:
         return 1 // iteration
 
-    with pytest.raises(ZeroDivisionError, match="in wrong"):
+    with pytest.raises(ZeroDivisionError) as caught:
         list(prefetch(wrong, rows_of(made), range(1), 1))
+    assert "in wrong" in str(caught.value.__cause__)

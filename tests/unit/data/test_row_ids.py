@@ -16,11 +16,11 @@ def ids(made: Any, *rows: dict[str, Any]) -> list[str]:
 def test_an_index_that_each_source_counts_from_zero(made: Any) -> None:
     rows = [made.rlvr(data_source=source, extra_info={"index": i}) for source in "ab" for i in (0, 1)]
     assert ids(made, *rows) == ["a/0", "a/1", "b/0", "b/1"]
-    assert ids(made, *rows[2:]) == ["b/0", "b/1"]  # whatever other source is beside it
+    assert ids(made, *rows[2:]) == ["b/0", "b/1"]  # whatever other source is with it
 
 
 @pytest.mark.parametrize("none", [None, "", float("nan")], ids=str)
-def test_no_id_is_the_place_in_the_file(made: Any, none: Any) -> None:
+def test_no_id_is_the_position_in_the_file(made: Any, none: Any) -> None:
     path = made.jsonl(*[made.sft(id=none)] * 2)
     assert [row.id for row in read_sft(path)] == ["data.jsonl/1", "data.jsonl/2"]
 

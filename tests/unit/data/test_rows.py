@@ -213,7 +213,9 @@ def test_a_flipped_byte_in_a_written_page_is_found(made: Any) -> None:
 def test_missing_columns_are_named(made: Any) -> None:
     row = made.rlvr()
     del row["reward_model"], row["answer"]
-    with pytest.raises(UserError, match=r"column\(s\) \['reward_model or answer'\] missing, has \['images'"):
+    with pytest.raises(
+        UserError, match=r"column\(s\) \['reward_model or answer or solution or ground_truth'\] missing, has \['images'"
+    ):
         read_rlvr(made.parquet(row))
 
 
