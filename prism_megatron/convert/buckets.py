@@ -14,19 +14,14 @@ from torch import Tensor
 
 from prism_megatron.convert.export_plan import Bucket, Unit
 from prism_megatron.parallel import groups
-from prism_megatron.parallel.host_memory import HostMemory
 
 
 @dataclass(frozen=True)
 class Route:
-    """Who has parameters of a kind: for every member of ``group`` its part of the experts and of each matrix.
-
-    ``memory`` is what the members share, if they can.
-    """
+    """Who has parameters of a kind: for every member of ``group`` its part of the experts and of each matrix."""
 
     group: Any
     places: list[tuple[int, int]]
-    memory: HostMemory | None = None
 
 
 def route_of(kind: str) -> Route:
@@ -41,7 +36,7 @@ def route_of(kind: str) -> Route:
         places = [(0, 0)] * group.size()
         mine = (parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank())
         dist.all_gather_object(places, mine, group=group)
-    return Route(group, places, HostMemory.create(group) if len(places) > 1 else None)
+    return Route(group, places)
 
 
 def gather_bucket(
@@ -94,8 +89,6 @@ def _gather(
 
 def _over_members(own: Sequence[Tensor], route: Route) -> Tensor:
     """What every member of the group has, end to end: [members, n]. Collective."""
-    if route.memory is not None:
-        return route.memory.gather(own)
     buffer = own[0].new_empty(len(route.places), sum(part.numel() for part in own))
     mine = buffer[0 if route.group is None else route.group.rank()]
     torch.cat([part.flatten() for part in own], out=mine)

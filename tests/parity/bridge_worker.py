@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,7 +27,6 @@ from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.shapes import ShapesConfig, sample_scenes
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks
-from prism_megatron.parallel.host_memory import HostMemory
 from prism_megatron.types import EncodedPrompt, Example, Message, Rollout, RolloutRequest
 
 LAYOUTS = {
@@ -127,10 +125,7 @@ def push(engine: Any, checkpoint: Path, parallel: ParallelConfig, version: int) 
             exported[name] = tensor.clone()
             yield name, tensor
 
-    with pytest.MonkeyPatch.context() as patched:
-        if parallel.sequence_parallel:  # which weights know nothing of: as ranks of several hosts do it
-            patched.setattr(HostMemory, "create", lambda group: None)
-        engine.update_weights(remembered(), WeightSync(version, export_manifest(model, table), with_checksums=True))
+    engine.update_weights(remembered(), WeightSync(version, export_manifest(model, table), with_checksums=True))
     assert exported.keys() == changed.keys()
     assert all(torch.equal(tensor, changed[name]) for name, tensor in exported.items())
     return exported
@@ -152,7 +147,6 @@ def memory(checkpoint: Path) -> dict[str, int]:
     from tools.bench.harness import extra_peak_bytes, release_freed
 
     has_experts = read_sizes(checkpoint).num_experts is not None
-    # Over tensor-parallel ranks in memory that they share; down the pipeline through none but each rank's own.
     parallel = LAYOUTS["pp2" if has_experts else "tp2"]
     parallel_state.destroy_model_parallel()
     groups.initialize(parallel, seed=1)
