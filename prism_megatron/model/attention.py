@@ -1,4 +1,4 @@
-"""Attention over packed sequences where there is no Transformer Engine."""
+"""Attention over packed sequences without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 from prism_megatron.model.packed import PackedContext
 from prism_megatron.parallel.context import gather_sequence
 
-_PADDED_TO = 1.5  # times its length a sequence is padded at most, to attend together with longer ones
+_MAX_PADDING = 1.5  # padded over real length, for a sequence in a batch with longer ones
 
 
 class PackedSDPA(MegatronModule):
-    """Scaled dot-product attention over packed sequences, one after the other.
+    """Scaled dot-product attention over packed sequences, one at a time.
 
-    A sequence that goes on from another (its prefix) sees all of it; those of one prefix attend together. Under context
-    parallelism keys and values are gathered, and a rank's queries see those that stand before them.
+    A sequence with a prefix, another sequence that it continues, attends to all of it; sequences with the same prefix
+    run as batches. Under context parallelism keys and values are gathered, and a rank's queries attend to earlier ones.
     """
 
     def __init__(
@@ -52,9 +52,18 @@ class PackedSDPA(MegatronModule):
         packed_seq_params: PackedSeqParams,
         **kwargs: Any,
     ) -> Tensor:
-        """query [T', heads, d], key and value [T', groups, d] -> [T', heads * d].
+        """Compute attention.
 
-        The mask's type is known already; Transformer Engine's attention asks for it, so this one does.
+        Args:
+            query: [T', heads, d].
+            key: [T', groups, d].
+            value: [T', groups, d].
+            attention_mask: Not used.
+            attn_mask_type: Not used; part of Megatron's interface, like the mask.
+            packed_seq_params: The sequence lengths, and prefixes if it is a :class:`PackedContext`.
+
+        Returns:
+            [T', heads * d].
         """
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         lengths = [end - start for start, end in pairwise(bounds)]
@@ -62,13 +71,14 @@ class PackedSDPA(MegatronModule):
             return self._over_context(query, key, value, bounds, packed_seq_params)
         if (prefix := getattr(packed_seq_params, "prefix", None)) is not None:
             return self._after_prefixes(query, key, value, bounds, prefix.tolist())
-        # Split, not sliced: each slice's gradient would be as long as the whole batch, zeros around it.
-        each = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        return torch.cat([self._attend(q[None], k[None], v[None])[0] for q, k, v in each])
+        # Split, not sliced: the gradient of a slice is as long as the whole batch, padded with zeros.
+        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        return torch.cat([self._attend(q[None], k[None], v[None])[0] for q, k, v in parts])
 
     def _over_context(
         self, query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int], context: PackedSeqParams
     ) -> Tensor:
+        """Attend under context parallelism; arguments as in :meth:`forward`, ``bounds`` [N + 1] of the whole batch."""
         parts = self.config.context_parallel_size
         assert self.causal
         assert isinstance(context, PackedContext)
@@ -81,40 +91,47 @@ class PackedSDPA(MegatronModule):
         queries = query.split([length // parts for length in lengths])
         attended = []
         for number, (start, end) in enumerate(pairwise(bounds)):
-            mine = context.token_index[start // parts : end // parts, None]
-            mask = mine >= torch.arange(start, end, device=key.device)
+            local_tokens = context.token_index[start // parts : end // parts, None]
+            mask = local_tokens >= torch.arange(start, end, device=key.device)
             attended.append(self._attend(queries[number][None], keys[number][None], values[number][None], mask)[0])
         return torch.cat(attended)
 
     def _after_prefixes(
         self, query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int], prefix: Sequence[int]
     ) -> Tensor:
-        """Sequences that go on from the same one attend together, each padded to the longest of them.
+        """Attend with prefixes: sequences that continue the same one run as batches, padded to the longest.
 
-        Padding stands behind a sequence's last token, where the causal mask hides it, and repeats it: what is not
-        finite in one sequence must not come into another by way of a weight of zero.
+        Padding repeats a sequence's last token and comes after it, where the causal mask hides it: a value that is not
+        finite must not reach another sequence through a weight of zero.
+
+        Args:
+            query: [T, heads, d].
+            key: [T, groups, d].
+            value: [T, groups, d].
+            bounds: Start of each sequence and end of the last, [N + 1].
+            prefix: The sequence that each sequence continues, -1 for none, [N].
         """
         device = query.device
         starts = torch.tensor(bounds, device=device)
         lengths = starts.diff()
-        place = torch.empty(len(query), dtype=torch.long, device=device)  # of each token, in what was attended
+        row_of_token = torch.empty(len(query), dtype=torch.long, device=device)  # in the concatenated outputs
         attended, rows = [], 0
-        for before, members in _together(prefix, bounds):
-            along = torch.arange(int(lengths[members].max()), device=device)
-            own = starts[members, None] + along.minimum(lengths[members, None] - 1).clamp(min=0)
+        for before, members in _batches(prefix, bounds):
+            steps = torch.arange(int(lengths[members].max()), device=device)
+            own = starts[members, None] + steps.minimum(lengths[members, None] - 1).clamp(min=0)
             first, end = (bounds[before], bounds[before + 1]) if before >= 0 else (0, 0)
             shared = torch.arange(first, end, device=device).expand(len(members), -1)
-            seen = torch.cat((shared, own), dim=1)
-            mask = query.new_full((len(along), seen.shape[1]), float("-inf")).triu(end - first + 1)
-            out = self._attend(_rows(query, own), _rows(key, seen), _rows(value, seen), mask)
+            visible = torch.cat((shared, own), dim=1)
+            mask = query.new_full((len(steps), visible.shape[1]), float("-inf")).triu(end - first + 1)
+            out = self._attend(_rows(query, own), _rows(key, visible), _rows(value, visible), mask)
             attended.append(out.flatten(0, 1))
-            real = along < lengths[members, None]
-            place[own[real]] = rows + real.flatten().nonzero()[:, 0]
+            real = steps < lengths[members, None]
+            row_of_token[own[real]] = rows + real.flatten().nonzero()[:, 0]
             rows += own.numel()
-        return torch.cat(attended).index_select(0, place)
+        return torch.cat(attended).index_select(0, row_of_token)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """query [B, L, heads, d], key and value [B, K, groups, d], mask [L, K] -> [B, L, heads * d]."""
+        """Attend with query [B, L, heads, d], key and value [B, K, groups, d] and mask [L, K]: [B, L, heads * d]."""
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -128,12 +145,12 @@ class PackedSDPA(MegatronModule):
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [T, ...] at ``index`` [B, L] -> [B, L, ...]; faster than indexing on a CPU, which copies a number at a time."""
+    """Select rows of ``x`` [T, ...] at ``index`` [B, L]: [B, L, ...]. On a CPU it is faster than indexing."""
     return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
 
 
-def _together(prefix: Sequence[int], bounds: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """The sequences that go on from each (-1: from none), in groups of similar length."""
+def _batches(prefix: Sequence[int], bounds: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Yield each prefix (-1 for none) with sequences that continue it, in batches of similar length."""
     after: dict[int, list[int]] = defaultdict(list)
     lengths = [end - start for start, end in pairwise(bounds)]
     for number, before in enumerate(prefix):
@@ -141,7 +158,7 @@ def _together(prefix: Sequence[int], bounds: Sequence[int]) -> Iterator[tuple[in
     for before, members in after.items():
         group: list[int] = []
         for number in sorted(members, key=lambda i: -lengths[i]):
-            if group and lengths[group[0]] > _PADDED_TO * lengths[number]:
+            if group and lengths[group[0]] > _MAX_PADDING * lengths[number]:
                 yield before, group
                 group = []
             group.append(number)

@@ -80,7 +80,7 @@ def is_main_rank() -> bool:
 
 
 def is_first_of_replica() -> bool:
-    """Whether this rank is the first of those that hold one copy of the model and see the same rows."""
+    """Return whether this rank is the first of the ranks that share one copy of the model and its rows."""
     from megatron.core import parallel_state
 
     model_parallel_rank = dist.get_rank(parallel_state.get_model_parallel_group())

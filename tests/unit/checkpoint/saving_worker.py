@@ -1,9 +1,9 @@
-"""Saves in a loop, to be killed. Everything is imported once; each run is forked from there.
+"""Saves in a loop until it is killed. Modules are imported once; each run is a fork.
 
-    saving_worker.py kill DIR REPORT SEED RUNS    runs that are killed at random moments, each resuming the one before
+    saving_worker.py kill DIR REPORT SEED RUNS    runs that are killed at random moments, each resuming the last one
     saving_worker.py full DIR REPORT              a disk that is full, then not
 
-Weights and optimizer state of iteration i are all functions of i, so what was loaded can be told from what should be.
+Weights and optimizer state are functions of the iteration, so that loaded state can be checked.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def killed_runs(directory: Path, rng: random.Random, count: int) -> list[dict[str, Any]]:
-    """At least ``count`` runs, and as many more as it takes until a quarter of that fell into saves and were saved."""
+    """Repeat ``count`` runs until a quarter of ``count`` was killed during a save and as many saves were finished."""
     runs: list[dict[str, Any]] = []
     while len(runs) < 10 * count:
         seconds = seconds_per_save(directory)
@@ -56,26 +56,26 @@ def killed_runs(directory: Path, rng: random.Random, count: int) -> list[dict[st
 
 
 def seconds_per_save(directory: Path) -> float:
-    """How long a save takes on this machine now, so that kills fall into saves."""
+    """Measure the time of a save, so that kills can be timed to interrupt one."""
     pid, lines = fork_run(directory)
     with lines:
         lines.readline()  # it has started
-        began = time.monotonic()
+        start_time = time.monotonic()
         lines.readline(), lines.readline()
-        seconds = (time.monotonic() - began) / 2
+        seconds = (time.monotonic() - start_time) / 2
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return seconds
 
 
 def one_run(directory: Path, rng: random.Random, longest: float) -> dict[str, Any]:
-    """Fork a run, kill it, and tell what it resumed from, what it finished and what it was doing."""
+    """Fork a run and kill it; return what it resumed from, what it finished and whether it was saving."""
     delay, whole_group = rng.uniform(0, longest), rng.random() < 0.5
     pid, lines = fork_run(directory)
     with lines:
         resumed = json.loads(lines.readline() or "null")
         time.sleep(delay)
-        # With only the trainer killed, its writer goes on beside the next run.
+        # If only the trainer is killed, its writer continues during the next run.
         (os.killpg if whole_group else os.kill)(pid, signal.SIGKILL)
         unfinished = len(list(directory.glob(".iter_*.partial")))
         os.waitpid(pid, 0)

@@ -1,4 +1,4 @@
-"""Killed, damaged or out of space: the newest checkpoint that is whole is found, and nothing else is ever loaded."""
+"""After kills, damage and a full disk the newest intact checkpoint is loaded, and no other one."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def run_worker(prefix: list[str], *arguments: str, timeout: float = 900) -> None
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:  # type: ignore[type-arg]
-    """The checkpoints of many runs, each killed and taken up by the next, and what each run found and did."""
+    """Run many times, each run killed and resumed by the next; return the checkpoints and each run's report."""
     directory = tmp_path_factory.mktemp("killed") / "checkpoints"
     report = directory.with_name("report.json")
     run_worker([], "kill", str(directory), str(report), str(SEED), str(KILLS))
     return directory, json.loads(report.read_text())
 
 
-def test_every_killed_run_is_taken_up_where_it_was(killed: tuple[Path, list[dict]]) -> None:  # type: ignore[type-arg]
+def test_every_killed_run_is_resumed_from_its_last_save(killed: tuple[Path, list[dict]]) -> None:  # type: ignore[type-arg]
     directory, runs = killed
     assert len(runs) >= KILLS
     finished = 0
@@ -65,13 +65,13 @@ def test_a_damaged_file_is_never_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rng = random.Random(damage)
-    older, newer = two_whole(killed[0], tmp_path / "whole")
+    older, newer = two_intact(killed[0], tmp_path / "intact")
     names = sorted(path.name for path in newer.iterdir())
     assert {".metadata", "metadata.json", "manifest.json", "__0_0.distcp"} <= set(names)
     for name in names:
         for trial in range(8 if damage == "flipped" else 1):
             directory = tmp_path / f"{name}-{trial}"
-            shutil.copytree(tmp_path / "whole", directory, copy_function=os.link)
+            shutil.copytree(tmp_path / "intact", directory, copy_function=os.link)
             damage_file(directory / newer.name / name, damage, rng)
             assert first_fault(directory / newer.name) is not None, (name, trial)
             assert Checkpointer(directory, keep=2).latest() == int(older.name[5:])
@@ -81,12 +81,12 @@ def test_a_damaged_file_is_never_loaded(
             assert name in said
 
 
-def two_whole(directory: Path, copy: Path) -> tuple[Path, Path]:
-    """A directory of the two newest whole checkpoints; a run may have been killed while it removed an older one."""
-    whole = [path for path in sorted(directory.glob("iter_*")) if first_fault(path) is None][-2:]
-    for path in whole:
+def two_intact(directory: Path, copy: Path) -> tuple[Path, Path]:
+    """Copy the two newest intact checkpoints; a run may have been killed while it removed an older one."""
+    intact = [path for path in sorted(directory.glob("iter_*")) if first_fault(path) is None][-2:]
+    for path in intact:
         shutil.copytree(path, copy / path.name)
-    return whole[0], whole[1]
+    return intact[0], intact[1]
 
 
 def damage_file(path: Path, damage: str, rng: random.Random) -> None:
@@ -103,8 +103,8 @@ def damage_file(path: Path, damage: str, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
-def test_nothing_whole_is_an_error(killed: tuple[Path, list[dict]], tmp_path: Path) -> None:  # type: ignore[type-arg]
-    two_whole(killed[0], tmp_path)
+def test_no_intact_checkpoint_is_an_error(killed: tuple[Path, list[dict]], tmp_path: Path) -> None:  # type: ignore[type-arg]
+    two_intact(killed[0], tmp_path)
     for path in tmp_path.glob("iter_*/.metadata"):
         path.unlink()
     with pytest.raises(
@@ -119,7 +119,7 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert Checkpointer(tmp_path, keep=2).latest() == 0
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_earlier_checkpoints_intact(tmp_path: Path) -> None:
     small = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=64m tmpfs {tmp_path}"
     if shutil.which("unshare") is None or subprocess.run([*small, mount], check=False, capture_output=True).returncode:

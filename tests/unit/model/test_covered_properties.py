@@ -1,4 +1,4 @@
-"""What published models differ in is in the tiny models that every suite runs on."""
+"""Properties in which published models differ are covered by the tiny models that every suite runs on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.models import SUITES, VARIANTS, sizes_of
 
 ROOT = Path(__file__).parents[3]
 PUBLISHED = sorted((ROOT / "recipes" / "published").glob("*.json"))
-# No published size has these, checkpoints that users make do.
+# Properties of checkpoints that users make, and of no published size.
 ALSO = {
     ("vocabulary is even", False),
     ("depth is even", False),
@@ -28,7 +28,7 @@ ALSO = {
 
 
 def properties(config: dict[str, Any]) -> set[tuple[str, Any]]:
-    """Everything in which models may differ for the code that reads, cuts or runs them, as (what, value)."""
+    """Return the properties of a config that matter to code that reads, shards or runs it, as (name, value)."""
     text, vision = config["text_config"], config["vision_config"]
     levels = vision["deepstack_visual_indexes"]
     steps = {after - before for before, after in itertools.pairwise(levels)}
@@ -65,24 +65,24 @@ def properties(config: dict[str, Any]) -> set[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda path: path.stem)
-def test_what_a_published_size_has_some_tiny_model_has(published: Path) -> None:
+def test_properties_of_a_published_size_are_covered(published: Path) -> None:
     covered = set().union(*(properties(sizes_of(name)) for name in VARIANTS))
     assert properties(json.loads(published.read_text())) - covered == set()
 
 
-def test_what_users_make_some_tiny_model_has() -> None:
+def test_properties_of_other_checkpoints_are_covered() -> None:
     covered = set().union(*(properties(sizes_of(name)) for name in VARIANTS))
     assert covered >= ALSO
 
 
-def test_every_tiny_model_has_something_of_its_own() -> None:
+def test_every_tiny_model_covers_a_property_alone() -> None:
     for name in VARIANTS:
         others = set().union(*(properties(sizes_of(other)) for other in VARIANTS if other != name))
         assert properties(sizes_of(name)) - others, name
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_every_suite_runs_on_all_of_them(suite: str) -> None:
+def test_every_suite_runs_on_all_tiny_models(suite: str) -> None:
     source = (ROOT / suite).read_text()
     for name in VARIANTS:
         # The session's tiny checkpoint, and what is trained from it, is the tied one.

@@ -1,4 +1,4 @@
-"""Counted operations against those torch sees in real passes of tiny models."""
+"""Operation counts compared with those that torch counts in forward and backward passes of tiny models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def counted(model: Any, sequences: list[TrainingSequence]) -> int:
 
 
 def expected(text: dict[str, Any], work: Workload, freeze: list[str], recompute: bool) -> float:
-    """What we count, but with the half of each attention square that a causal mask hides, which torch does compute."""
+    """Return our count plus the masked half of causal attention, which torch's math kernel computes."""
     flops = training_flops(text, VISION, work, freeze, recompute)
     layers, width = text["num_hidden_layers"], text["num_attention_heads"] * text["head_dim"]
     hidden_half = 4 * layers * width * sum(n * (n - 1) // 2 for n in work.sequence_lengths)
@@ -63,7 +63,7 @@ def _attention(text: dict[str, Any], work: Workload) -> float:
         (["language_model", "vision"], True),
     ],
 )
-def test_policy_as_torch_counts_it(moe: bool, freeze: list[str], recompute: bool) -> None:
+def test_policy_count_is_torchs(moe: bool, freeze: list[str], recompute: bool) -> None:
     from prism_megatron.model.build import build_policy
     from prism_megatron.model.sizes import HFSizes
 
@@ -75,38 +75,36 @@ def test_policy_as_torch_counts_it(moe: bool, freeze: list[str], recompute: bool
     assert counted(model, [sequence(), sequence()]) == pytest.approx(expected(text, work, freeze, recompute), rel=0.01)
 
 
-def test_discriminator_as_torch_counts_it() -> None:
+def test_discriminator_count_is_torchs() -> None:
     from prism_megatron.model.build import build_discriminator
     from prism_megatron.model.sizes import HFSizes
 
-    wanted = DiscriminatorConfig("", num_experts=4, topk=2, upcycle_noise=0.0, load_balance_coeff=0)
-    (model,) = build_discriminator(ModelConfig(""), ParallelConfig(), wanted, HFSizes(TEXT, VISION, True))
+    settings = DiscriminatorConfig("", num_experts=4, topk=2, upcycle_noise=0.0, load_balance_coeff=0)
+    (model,) = build_discriminator(ModelConfig(""), ParallelConfig(), settings, HFSizes(TEXT, VISION, True))
     text = TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": TEXT["intermediate_size"]}
     work = Workload([PROMPT + RESPONSE] * 2, [PATCHES] * 2, scored_sequences=2, score_heads=2)
     assert counted(model, [sequence(0), sequence(1)]) == pytest.approx(expected(text, work, [], False), rel=0.01)
 
 
-def test_packing_pays_for_what_tokens_see_only() -> None:
-    apart, together = (training_flops(TEXT, VISION, Workload(lengths, [])) for lengths in ([50, 50], [100]))
-    assert apart.parts["language"] == together.parts["language"]
-    assert together.parts["attention"] / apart.parts["attention"] == pytest.approx(100 * 101 / (2 * 50 * 51))
+def test_attention_counts_visible_tokens_only() -> None:
+    separate, joined = (training_flops(TEXT, VISION, Workload(lengths, [])) for lengths in ([50, 50], [100]))
+    assert separate.parts["language"] == joined.parts["language"]
+    assert joined.parts["attention"] / separate.parts["attention"] == pytest.approx(100 * 101 / (2 * 50 * 51))
 
 
-def test_what_is_known_or_never_read_is_not_paid_for() -> None:
+def test_shared_prefixes_and_unread_tokens_are_not_counted() -> None:
     text = TEXT | MOE_CONFIG
-    whole = training_flops(text, VISION, Workload([50, 50], []))
+    full = training_flops(text, VISION, Workload([50, 50], []))
     shared = training_flops(text, VISION, Workload([50, 50], [], known_prefixes=[20]))
-    assert shared.parts["language"] / whole.parts["language"] == pytest.approx(80 / 100)
-    assert shared.parts["attention"] / whole.parts["attention"] == pytest.approx(
-        (2 * 50 * 51 - 20 * 21) / (2 * 50 * 51)
-    )
+    assert shared.parts["language"] / full.parts["language"] == pytest.approx(80 / 100)
+    assert shared.parts["attention"] / full.parts["attention"] == pytest.approx((2 * 50 * 51 - 20 * 21) / (2 * 50 * 51))
     unread, one = (forward_flops(text, VISION, Workload([100], [], read_tokens=read)) for read in (0, 1))
     expert = 3 * text["hidden_size"] * text["moe_intermediate_size"]
     router = text["hidden_size"] * text["num_experts"]
     mlp = 2 * (text["num_experts_per_tok"] * expert + router)
     assert one.model - unread.model == mlp
     assert 3 * (unread.model + 100 * mlp) == pytest.approx(
-        whole.model - whole.parts["attention"] + 3 * unread.parts["attention"]
+        full.model - full.parts["attention"] + 3 * unread.parts["attention"]
     )
 
 

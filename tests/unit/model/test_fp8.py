@@ -1,4 +1,4 @@
-"""What FP8 asks of the machine and of the sizes, said before anything is built."""
+"""Requirements of FP8 on the machine and on model sizes are checked before anything is built."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sizes(name: str = "4b", **text: Any) -> Any:
     return HFSizes(config["text_config"] | text, config["vision_config"], True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have what is refused here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="FP8 may run on this machine")
 def test_a_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.precision fp8 needs Transformer Engine on a GPU; use bf16 or fp32"):
         check_hardware(fp8())

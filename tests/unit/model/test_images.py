@@ -1,4 +1,4 @@
-"""An image that several sequences show is encoded once, and its gradient is the sum of theirs."""
+"""An image in several sequences is encoded once, and its gradient is summed over them."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def test_a_shared_image_is_encoded_once(tiny_checkpoint: Path) -> None:
     (visual,) = row.visuals
     assert encoded == [len(visual.patches)]
 
-    apart: dict[str, Tensor] = {}
+    summed: dict[str, Tensor] = {}
     for answer in answers:
         for name, gradient in vision_gradients(model, [TrainingSequence(row, answer)], spec).items():
-            apart[name] = apart.get(name, torch.zeros_like(gradient)) + gradient
-    assert shared.keys() == apart.keys()
+            summed[name] = summed.get(name, torch.zeros_like(gradient)) + gradient
+    assert shared.keys() == summed.keys()
     for name, gradient in shared.items():
-        scale = apart[name].abs().max()
-        assert float((gradient - apart[name]).abs().max() / scale) < 1e-5, name
+        scale = summed[name].abs().max()
+        assert float((gradient - summed[name]).abs().max() / scale) < 1e-5, name
 
 
 def test_a_shared_images_gradient_is_the_same_every_time(tiny_checkpoint: Path) -> None:
-    """Resumed runs are bit-equal to others only if it is, also where threads compete for it."""
+    """A resumed run equals an uninterrupted one only if sums over threads have a fixed order."""
     model = built(tiny_checkpoint)
     spec = ChatProcessor(tiny_checkpoint).input_spec
     row = encode_rows(tiny_checkpoint, default_chats())[1]
@@ -105,6 +105,6 @@ def test_a_frozen_tensor_has_no_gradient_and_no_optimizer_state(tiny_checkpoint:
             assert not hasattr(parameter, "main_grad")
 
 
-def test_visual_records_are_told_apart_by_identity() -> None:
+def test_visuals_are_compared_by_identity() -> None:
     visual = Visual(torch.zeros(4, 2), (1, 2, 2))
     assert dataclasses.replace(visual) != visual

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of a few tokens at a time are those of all logits at once, gradients included."""
+"""Log-probabilities, entropy and gradients computed for a few tokens at a time equal those of all logits at once."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(scores.logprobs, expected)
     torch.testing.assert_close(scores.entropy, -(plain.exp() * plain).sum(-1))
     ours = torch.autograd.grad((scores.logprobs * slopes).sum(), (hidden, weight))
-    for mine, wanted in zip(ours, gradients, strict=True):
-        torch.testing.assert_close(mine, wanted)
+    for ours_of, expected_of in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(ours_of, expected_of)
 
 
-def test_rows_that_are_no_tokens_are_in_no_sum() -> None:
+def test_padding_rows_are_in_no_sum() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(11, 6)
-    filled_up = torch.cat((weight, torch.full((2, 6), float("nan")))).requires_grad_()
+    padded = torch.cat((weight, torch.full((2, 6), float("nan")))).requires_grad_()
     targets = torch.tensor([0, 10, 3, 4, 10])
     plain = logprobs.token_scores(hidden, weight, targets)
-    scores = logprobs.token_scores(hidden, filled_up, targets, padding=2)
+    scores = logprobs.token_scores(hidden, padded, targets, padding=2)
     assert torch.equal(scores.logprobs, plain.logprobs)
     assert torch.equal(scores.entropy, plain.entropy)
     scores.logprobs.sum().backward()
-    assert filled_up.grad is not None
-    assert filled_up.grad[:11].any(1).all()
-    assert not filled_up.grad[11:].any()
+    assert padded.grad is not None
+    assert padded.grad[:11].any(1).all()
+    assert not padded.grad[11:].any()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
 

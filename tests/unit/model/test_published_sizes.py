@@ -1,4 +1,4 @@
-"""The six published sizes, built without memory: every parameter has its place in HF's model, and none is missing."""
+"""The six published sizes, built on the meta device: our parameters correspond one to one to HF's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from prism_megatron.config import ModelConfig, ParallelConfig
 
 CONFIGS = Path(__file__).parents[3] / "recipes" / "published"
-# As the published checkpoints' own indexes count them, where known.
+# Number of parameters in the published checkpoints' indexes, where known.
 PUBLISHED = {"2b": 2_127_532_032, "4b": 4_437_815_808, "8b": 8_767_123_696}
 
 
@@ -35,14 +35,14 @@ def test_same_parameters_as_hf(size: str, tmp_path: Path) -> None:
     assert ours.keys() == rules.keys()
     for name, parameter in ours.items():
         assert parameter.numel() == rules[name].numel, name
-    theirs = {name: parameter.numel() for name, parameter in hf.named_parameters()}
-    held: dict[str, int] = {}
+    hf_sizes = {name: parameter.numel() for name, parameter in hf.named_parameters()}
+    converted: dict[str, int] = {}
     for rule in rules.values():
         for name, shape in zip(rule.hf, rule.shapes, strict=True):
-            held[name] = math.prod(shape)
-    assert held == theirs
+            converted[name] = math.prod(shape)
+    assert converted == hf_sizes
     total = sum(parameter.numel() for parameter in ours.values())
-    assert total == sum(theirs.values())
+    assert total == sum(hf_sizes.values())
     if size in PUBLISHED:
         assert total == PUBLISHED[size]
 

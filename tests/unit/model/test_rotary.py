@@ -1,4 +1,4 @@
-"""Angles of every rotary setting that is read, against those of transformers' own module for the same config.json."""
+"""Rotary angles of every supported setting equal those of transformers for the same config.json."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def test_angles_are_those_of_transformers(settings: dict[str, Any]) -> None:
     text = {"head_dim": 128, "max_position_embeddings": 131072, **settings}
     module = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(**text))
     positions = torch.stack((torch.arange(0, 900, 3), torch.arange(300) + 7, torch.arange(300).flip(0)))
-    theirs = module(torch.zeros(1), positions[:, None].clone())
+    hf_angles = module(torch.zeros(1), positions[:, None].clone())
     rotary = HFSizes(text, {}, False).rotary
-    for ours, reference in zip(mrope_cos_sin(positions, 128, rotary), theirs, strict=True):
+    for ours, reference in zip(mrope_cos_sin(positions, 128, rotary), hf_angles, strict=True):
         # Both round angles of up to 900 radians to float32.
         torch.testing.assert_close(ours[:, 0], reference[0], atol=2e-4, rtol=0)
     again = HFSizes(text | {"rope_scaling": None, "rope_parameters": rotary.rope_parameters()}, {}, False).rotary
-    assert again == rotary, "what the engine is given says the same"
+    assert again == rotary, "the settings that the engine gets are the same"
 
 
 def test_settings_differ() -> None:
-    """Each setting of the table moves angles: none of the comparisons above is of the same thing twice."""
+    """Settings of the table differ in their angles, so that no comparison above repeats another."""
     text = {"max_position_embeddings": 131072}
     distinct = {HFSizes(text | settings, {}, False).rotary for settings in SETTINGS.values()}
     same = {"as transformers 4 writes it", "section left out", "left out"}  # pairs with another entry

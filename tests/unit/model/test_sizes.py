@@ -1,4 +1,4 @@
-"""config.json: every key that is read is there and makes sense, or one line names it."""
+"""config.json: a key that is missing or has an invalid value is named in one line."""
 
 from __future__ import annotations
 

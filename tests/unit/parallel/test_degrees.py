@@ -1,4 +1,4 @@
-"""Parallel degrees that cannot work are refused with the remedy."""
+"""Parallel degrees that do not fit are refused with a remedy."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_accepted() -> None:
     check_degrees(ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2), 4, MOE)
 
 
-def test_an_engine_lies_over_ranks_with_the_same_rows() -> None:
+def test_an_engine_is_split_over_ranks_with_the_same_rows() -> None:
     tp2, pp2, dp2 = [0, 0, 1, 1], [0, 1, 0, 1], [0, 1]
     check_engine_ranks(tp2, 1)
     check_engine_ranks(tp2, 2)
