@@ -1,4 +1,4 @@
 #!/bin/bash
-# merge_logs.sh RUN_DIR/STAGE/logs/jobN/startM: the lines of all ranks in the order of their time (nodes' clocks differ).
-export LC_ALL=C # the order of the bytes, as they were stamped
+# merge_logs.sh RUN_DIR/STAGE/logs/jobN/startM: print the lines of all ranks in order of time (nodes' clocks may differ).
+export LC_ALL=C # byte order, like the time stamps
 exec sort -m -k1,2 "$1"/rank_*.log

@@ -1,9 +1,9 @@
 #!/bin/bash
-# The paper's pipeline for one size without NeMo-Run, each job waiting for the one before to end well:
+# Submit the paper's pipeline for one size without NeMo-Run; each job waits for the one before to succeed:
 #   slurm/pipeline.sh SIZE ALGORITHM [bf16|fp8] [sbatch's --option=value ...] [stage.key=value ...]
 #   slurm/pipeline.sh 8b grpo --account=my_account --partition=batch --time=04:00:00 rlvr.run.train_iters=40
-# TERM comes before the end of the time limit by GRACE_SECONDS of recipes/cluster.py, or as --signal=TERM@SECONDS says.
-# BF16 unless FP8 is asked for. Everything is under runs/PIPELINE/, as with recipes.launch.
+# TERM is sent GRACE_SECONDS (recipes/cluster.py) before the time limit, or --signal=TERM@SECONDS. BF16 is the default.
+# Everything is under runs/PIPELINE/, as with recipes.launch.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "error: say slurm/pipeline.sh SIZE ALGORITHM [bf16|fp8] [OPTIONS]; its head has an example" >&2; exit 2; }
 size=$1 algorithm=$2 precision=bf16

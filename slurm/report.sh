@@ -1,5 +1,5 @@
 #!/bin/bash
-# report.sh LOGS STAGE STATUS: why a job ended early; the first failing rank's traceback comes last.
+# report.sh LOGS STAGE STATUS: print why a job ended early; the traceback of the first rank to fail comes last.
 logs=$1 stage=$2 status=$3
 if ls "$logs"/unhealthy_* >/dev/null 2>&1; then
   echo "prism: $stage did not start, on nodes that are not healthy; logs: $logs"
@@ -19,7 +19,7 @@ if [ "$what" = stopped ]; then
 fi
 echo "prism: $stage failed; rank $rank on $host, GPU $gpu, was the first to end, with status $code; log: $log"
 [ "$code" -lt 128 ] || echo "prism: status $code is signal $((code - 128)): $(kill -l $((code - 128))); 9 is often memory"
-# A mistake that all ranks see is told by rank 0 only.
+# Only rank 0 prints a user error that all ranks have.
 [ "$code" -ne 2 ] || grep -q "error on rank" "$log" || log=$logs/rank_0000.log
 awk '/Traceback \(most recent call last\)/ { n = 0; found = 1 } { line[n++ % 60] = $0 }
      END { for (i = (n > 60 ? n - 60 : 0); i < n; i++) print line[i % 60] }' "$log"

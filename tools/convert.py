@@ -1,10 +1,10 @@
-"""Convert a whole checkpoint between HF and Megatron, tensor by tensor; no GPU, no ranks and little memory are needed.
+"""Convert a checkpoint between HF and Megatron tensor by tensor, without GPU or ranks and in little memory.
 
     python -m tools.convert hf-to-megatron --hf DIR --out DIR [--tp N] [--pp N] [--ep N]
     python -m tools.convert megatron-to-hf --megatron DIR --out DIR [--verify HF_DIR]
 
-A Megatron checkpoint loads at any parallel layout; --tp, --pp and --ep only choose the one it is stored for. Stopped
-anywhere, the same command goes on; --out appears when it is complete. What it holds is in its manifest.json.
+A Megatron checkpoint loads at any parallel layout; --tp, --pp and --ep only choose the stored shards. The same command
+continues an interrupted conversion. --out appears when it is complete; its manifest.json lists all tensors.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from prism_megatron.config import ParallelConfig
 from prism_megatron.convert.rules import PARTS
+from prism_megatron.errors import UserError
 from prism_megatron.observe.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. A user's mistake or a broken checkpoint is one line on stderr and exit status 2."""
+    """Run the command. A user error or a broken checkpoint is one line on stderr and exit status 2."""
     args = _parser().parse_args(arguments)
     try:
         with ProgressBar(args.command, is_bytes=True) as bar:
             done = _convert(args, bar.update)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for entry in done.tensors:
@@ -55,17 +56,19 @@ def _convert(args: argparse.Namespace, report: Report) -> Converted:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    there = commands.add_parser("hf-to-megatron", help="HF directory to a Megatron distributed checkpoint")
-    there.add_argument("--hf", type=Path, required=True, help="directory of the HF checkpoint")
-    there.add_argument("--tp", type=int, default=1, help="tensor-parallel size to store shards for")
-    there.add_argument("--pp", type=int, default=1, help="pipeline-parallel size: each stage begins a file")
-    there.add_argument("--ep", type=int, default=1, help="expert-parallel size; experts are always stored apart")
-    back = commands.add_parser("megatron-to-hf", help="Megatron distributed checkpoint to an HF directory")
-    back.add_argument("--megatron", type=Path, required=True, help="converted directory, or an iter_ one of a run")
-    back.add_argument("--template", type=Path, help="HF directory that gives config and tokenizer to an iter_ one")
-    back.add_argument("--part", choices=PARTS, help="which model, if the checkpoint holds several")
-    back.add_argument("--verify", type=Path, help="HF directory whose tensors the result must equal bit by bit")
-    for command in (there, back):
+    to_megatron = commands.add_parser("hf-to-megatron", help="HF directory to a Megatron distributed checkpoint")
+    to_megatron.add_argument("--hf", type=Path, required=True, help="directory of the HF checkpoint")
+    to_megatron.add_argument("--tp", type=int, default=1, help="tensor-parallel size to store shards for")
+    to_megatron.add_argument("--pp", type=int, default=1, help="pipeline-parallel size; each stage starts a new file")
+    to_megatron.add_argument("--ep", type=int, default=1, help="expert-parallel size to store shards for")
+    to_hf = commands.add_parser("megatron-to-hf", help="Megatron distributed checkpoint to an HF directory")
+    to_hf.add_argument(
+        "--megatron", type=Path, required=True, help="converted directory, or an iter_ directory of a run"
+    )
+    to_hf.add_argument("--template", type=Path, help="HF directory with config and tokenizer for an iter_ directory")
+    to_hf.add_argument("--part", choices=PARTS, help="model to export, if the checkpoint has several")
+    to_hf.add_argument("--verify", type=Path, help="HF directory whose tensors the result must equal bit by bit")
+    for command in (to_megatron, to_hf):
         command.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
     return parser
 

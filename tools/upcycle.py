@@ -1,9 +1,9 @@
-"""Make a discriminator of a dense Qwen3-VL: experts with noise, a router, score heads (spec 3.1, 3.2).
+"""Upcycle a dense Qwen3-VL to a discriminator: experts with noise, router, score heads (spec 3.1, 3.2).
 
     python -m tools.upcycle --hf DIR --out DIR --num-experts 4 --top-k 2 [--noise-std X --noise relative|absolute]
 
-Prints the language-model loss of --text before and after, in nats per token: experts that differ too much from the
-dense model show here. --init-score-head instead gives an already upcycled checkpoint the score heads it lacks.
+Prints the language-model loss of --text before and after, in nats per token, which rises if the experts differ too much
+from the dense model. --init-score-head instead adds missing score heads to an upcycled checkpoint.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ used to climb the stairs every evening to light the lamp; today most of them are
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. A user's mistake is one line on stderr and exit status 2."""
+    """Run the command. A user error is one line on stderr and exit status 2."""
     args = _parser().parse_args(arguments)
     try:
         text = args.text.read_text() if args.text else _TEXT
         before = language_model_loss(args.hf, text)
         upcycle(args)
         after = language_model_loss(args.out, text)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps({"out": str(args.out), "loss_before": before, "loss_after": after, "noise_std": args.noise_std}))
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def upcycle(args: argparse.Namespace) -> None:
-    """Write the discriminator's HF directory (spec 8.2), in the dtype of the dense model but for the score heads."""
+    """Write the discriminator's HF directory (spec 8.2), in the dense model's dtype except for the score heads."""
     import torch
 
     from prism_megatron.convert.hf_io import HFWeights, save_hf
@@ -54,7 +54,7 @@ def upcycle(args: argparse.Namespace) -> None:
     from prism_megatron.convert.transfer import check_source
 
     sizes = read_sizes(args.hf)
-    wanted = DiscriminatorConfig(
+    settings = DiscriminatorConfig(
         hf_checkpoint=str(args.hf),
         num_experts=args.num_experts,
         topk=args.top_k,
@@ -62,13 +62,13 @@ def upcycle(args: argparse.Namespace) -> None:
         upcycle_noise=args.noise_std,
         load_balance_coeff=args.load_balance_coeff,
     )
-    wanted.check("")
-    check_num_experts(wanted, sizes)
+    settings.check("")
+    check_num_experts(settings, sizes)
     if args.out.exists():
         raise UserError(f"{args.out} exists; remove it or give another --out")
     heads = 2 if args.experts == "dedicated" else 1
     with HFWeights(args.hf) as weights:
-        source, changes = _source(args, weights, sizes, wanted, heads)
+        source, changes = _source(args, weights, sizes, settings, heads)
         table = discriminator_table(sizes, args.num_experts, heads)
         check_source(table, source)
         dtype = weights.lazy("model.language_model.norm.weight").dtype
@@ -80,7 +80,7 @@ def upcycle(args: argparse.Namespace) -> None:
 
 
 def _source(
-    args: argparse.Namespace, weights: HFWeights, sizes: HFSizes, wanted: DiscriminatorConfig, heads: int
+    args: argparse.Namespace, weights: HFWeights, sizes: HFSizes, settings: DiscriminatorConfig, heads: int
 ) -> tuple[TensorSource, dict[str, object]]:
     from prism_megatron.convert.upcycle import UpcycledWeights, WithScoreHead, upcycled_config
 
@@ -88,20 +88,20 @@ def _source(
         if args.init_score_head:
             raise UserError(f"{args.hf} is dense: it gets score heads with its experts, without --init-score-head")
         changes = upcycled_config(sizes, args.num_experts, args.top_k, args.load_balance_coeff)
-        return UpcycledWeights(weights, sizes, wanted, args.seed, args.noise), dict(changes)
+        return UpcycledWeights(weights, sizes, settings, args.seed, args.noise), dict(changes)
     if not args.init_score_head:
         raise UserError(f"{args.hf} has experts already; --init-score-head gives it the score heads it may lack")
     return WithScoreHead(weights, heads, sizes.text["hidden_size"], args.seed), {}
 
 
 def language_model_loss(directory: Path, text: str) -> float:
-    """Mean cross-entropy of the text's next tokens, in nats, by transformers and in float32."""
+    """Return the mean cross-entropy of the text's tokens in nats, by transformers in float32."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
 
     read_sizes(directory)
-    logging.set_verbosity_error()  # it warns of the score heads, which this does not need
+    logging.set_verbosity_error()  # it would warn of the unused score heads
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = torch.tensor([tokenizer(text)["input_ids"]])

@@ -13,6 +13,7 @@ HEAVY = (
     *("torch", "torchvision", "megatron", "transformers", "vllm", "networkx", "sympy", "matplotlib", "tensorboard"),
     *("nemo_run", "torchx"),
 )
+SECONDS = 2.0  # of CPU time that a command may take
 WORKERS = ("tools.gpu_check.worker",)  # started by a command, never by a user
 
 
@@ -35,7 +36,7 @@ COMMANDS = [
 ]
 # Runs every command in one process. A heavy module is refused, so that the next command meets it anew.
 RUNNER = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, runpy, sys, time
 
 heavy, commands = json.loads(sys.argv[1])
 asked = []
@@ -54,7 +55,7 @@ results = []
 for module, *arguments in commands:
     asked.clear()
     sys.argv = [module, *arguments]
-    error = ""
+    error, start_time = "", time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -62,7 +63,8 @@ for module, *arguments in commands:
             error = "" if not end.code else f"exit status {end.code}"
         except Exception as raised:
             error = repr(raised)
-    results.append([" ".join([module, *arguments]), sorted(set(asked)), error])
+    seconds = time.process_time() - start_time
+    results.append([" ".join([module, *arguments]), sorted(set(asked)), error, seconds])
 print(json.dumps(results))
 """
 
@@ -78,6 +80,7 @@ def test_help_estimates_and_plans_import_nothing_heavy() -> None:
     )
     results = json.loads(done.stdout.splitlines()[-1])
     assert len(results) == len(COMMANDS)
-    ended = {command: error for command, _, error in results if error}
+    ended = {command: error for command, _, error, _ in results if error}
     assert ended == {"recipes.launch tiny_sft run.name=never": "exit status 1"}  # nothing has run
-    assert [(command, heavy) for command, heavy, _ in results if heavy] == []
+    assert [(command, heavy) for command, heavy, *_ in results if heavy] == []
+    assert [(command, seconds) for command, *_, seconds in results if seconds >= SECONDS] == []

@@ -186,7 +186,7 @@ def finish(result: Mapping[str, Any], arguments: argparse.Namespace, higher_is_b
         return 0
     try:
         worse = regressions(result, arguments.compare, higher_is_better, arguments.tolerance)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for line in worse:
@@ -216,7 +216,7 @@ def resolutions(text: str) -> tuple[tuple[int, int], ...]:
 def _baseline(path: str) -> dict[str, Any]:
     try:
         return read_baseline(Path(path))
-    except ValueError as error:
+    except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 

@@ -62,7 +62,7 @@ def main() -> int:
             return harness.start_ranks(arguments.ranks, "tools.bench.memory")
         with tempfile.TemporaryDirectory() as folder:
             result = measure(arguments.cases.split(","), arguments.overrides, Path(folder))
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result:

@@ -42,7 +42,7 @@ def main() -> int:
             _launch(arguments.run, arguments.overrides)
         result = measure(arguments.run)
         return harness.finish(result, arguments, rates(result))
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prism_megatron.errors import UserError
 from tools.bench import harness
 from tools.bench.inputs import Settings
 from tools.bench.train import prepare
@@ -43,7 +44,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = costs(settings, Path(folder), arguments.out / "trace.json")
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     (arguments.out / "costs.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -28,7 +28,7 @@ class StepTimers:
         return self._timers.setdefault(name, (_PassTimer if name == _PASS else _Timer)(self))
 
     def attach(self, model: Any) -> None:
-        """To a ``TrainableModel`` model, from now on."""
+        """Attach the timers to a ``TrainableModel``."""
         for chunk in model.chunks:
             chunk.config.timers = self
         if model.optimizer is not None:

@@ -44,7 +44,7 @@ def main() -> int:
     try:
         results = [harness.read_baseline(path) for path in arguments.results]
         write([{"facts": facts(result), "result": result} for result in results], arguments.out)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

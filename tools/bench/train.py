@@ -72,7 +72,7 @@ def main() -> int:
 
             return sweep(arguments.sweep, arguments)
         return run(arguments)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

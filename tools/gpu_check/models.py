@@ -1,4 +1,4 @@
-"""Models, rows and precisions of ``tools/gpu_check``."""
+"""Models, rows and precisions of the GPU check."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tools.bench.inputs import Settings, mock_row, mock_shape, model_overrides
 Variants = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 ROWS = 8  # of a timed step
-_SHOWN = Settings(images="mock", resolutions=((448, 448), (640, 480), (1024, 768), (1280, 720)), response_tokens=256)
-_SHOWN_DRY = replace(_SHOWN, resolutions=((64, 64), (96, 64)), response_tokens=16)
+_IMAGES = Settings(images="mock", resolutions=((448, 448), (640, 480), (1024, 768), (1280, 720)), response_tokens=256)
+_TINY_IMAGES = replace(_IMAGES, resolutions=((64, 64), (96, 64)), response_tokens=16)
 _INIT_STD = 0.02
-_TAKEN = 0.9  # of the GPU's memory: the estimate has never been measured on one
+_TAKEN = 0.9  # fraction of the GPU's memory; the estimate was never measured on a GPU
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is. ``layers`` is the depth of the decoder whose speed is measured, 0 what fits."""
+    """Sizes of the check. ``layers`` is the decoder depth of the timed parts, 0 for as many as fit."""
 
     dry: bool
     layers: int
@@ -43,11 +43,11 @@ class Scale:
 
     @property
     def precision(self) -> str:
-        """What FP8 is compared with; on a dry run float32, which BF16 is compared with."""
+        """Return the baseline precision: BF16 for FP8; in a dry run float32 for BF16."""
         return "fp32" if self.dry else "bf16"
 
-    def cut(self, layers: int) -> dict[str, dict[str, Any]]:
-        """4B's widths at a depth and vocabulary that are soon written, as ``make_tiny_model`` takes them."""
+    def shallow(self, layers: int) -> dict[str, dict[str, Any]]:
+        """Return 4B's widths with few layers and a small vocabulary, as ``make_tiny_model`` takes them."""
         if self.dry:
             return {"text_config": {"num_hidden_layers": layers}}
         sizes = model_overrides("4b")
@@ -55,8 +55,8 @@ class Scale:
         sizes["vision_config"] |= {"depth": 2, "deepstack_visual_indexes": [0, 1]}
         return sizes
 
-    def rivals(self) -> list[ModelConfig]:
-        """What is compared with ``precision``: every FP8 recipe this GPU has, BF16 on a dry run."""
+    def alternatives(self) -> list[ModelConfig]:
+        """Return the precisions to compare with ``precision``: the FP8 recipes, or BF16 in a dry run."""
         if self.dry:
             return [ModelConfig("", "bf16")]
         return [ModelConfig("", "fp8", FP8Config(recipe)) for recipe in RECIPES]
@@ -66,13 +66,13 @@ def label(model: ModelConfig) -> str:
     return f"fp8_{model.fp8.recipe}" if model.precision == "fp8" else model.precision
 
 
-def not_on_a_cpu(scale: Scale) -> Variants:
-    """On a dry run, of each FP8 recipe what would be switched on."""
+def fp8_settings(scale: Scale) -> Variants:
+    """Yield, in a dry run, Megatron's settings of each FP8 recipe."""
     for recipe in RECIPES if scale.dry else ():
-        yield f"fp8_{recipe}", partial(_would_be, ModelConfig("", "fp8", FP8Config(recipe)))
+        yield f"fp8_{recipe}", partial(_settings, ModelConfig("", "fp8", FP8Config(recipe)))
 
 
-def _would_be(model: ModelConfig) -> dict[str, Any]:
+def _settings(model: ModelConfig) -> dict[str, Any]:
     from prism_megatron.model.fp8 import megatron_settings
 
     return {"needs": "a GPU", "megatron": megatron_settings(model)}
@@ -86,49 +86,49 @@ def sft_config(checkpoint: Path, model: ModelConfig, lr: float) -> SFTConfig:
     return config
 
 
-def whole_model() -> HFSizes:
-    """4B's sizes."""
+def full_model() -> HFSizes:
+    """Return the sizes of 4B."""
     with tempfile.TemporaryDirectory() as folder:
         return published_sizes("4b", Path(folder))
 
 
 def step_bytes(layers: int, model: ModelConfig) -> float:
-    """What a timed step of 4B, ``layers`` deep, holds at its fullest, by ``recipes/estimate/memory.py``.
+    """Estimate the peak memory of a timed step of 4B with ``layers`` decoder layers.
 
-    36 layers, GiB: 8.3 weights (15.0 with FP8's copies), 16.5 gradients, 49.6 optimizer, 19.6 activations where layers
-    are recomputed (54 where they are not), 3.7 reserved: 98 in BF16, 105 in FP8, of an H200's 139. HF's float32
-    weights and optimizer (66), their rounded copies (8), all logits at once (19) and its activations (7) are as much.
+    With 36 layers, in GiB: 8.3 weights (15.0 with FP8 copies), 16.5 gradients, 49.6 optimizer, 19.6 activations with
+    recomputation (54 without), 3.7 reserved; in total 98 in BF16 and 105 in FP8, of an H200's 139. HF needs as much:
+    float32 weights and optimizer (66), their BF16 copies (8), all logits at once (19) and activations (7).
     """
-    whole = whole_model()
-    sizes = replace(whole, text=whole.text | {"num_hidden_layers": layers})
+    full = full_model()
+    sizes = replace(full, text=full.text | {"num_hidden_layers": layers})
     config = sft_config(Path(), model, 0.0)
     config.eval.num_questions = 0  # no engine
-    shapes = [mock_shape(_SHOWN, sizes, number) for number in range(ROWS)]
+    shapes = [mock_shape(_IMAGES, sizes, number) for number in range(ROWS)]
     tokens, patches = (sum(column) for column in zip(*shapes, strict=True))
-    return estimate(config, 1, sizes, sizes, Load(tokens, patches, ROWS * _SHOWN.response_tokens, 1)).total
+    return estimate(config, 1, sizes, sizes, Load(tokens, patches, ROWS * _IMAGES.response_tokens, 1)).total
 
 
 def fitting_layers(memory: float) -> int:
-    """The most decoder layers of 4B whose step, in whichever precision, fits a GPU of ``memory`` bytes."""
+    """Return the number of decoder layers of 4B whose step fits a GPU of ``memory`` bytes in every precision."""
     fp8 = ModelConfig("", "fp8", FP8Config(RECIPES[0]), recompute=True)
-    whole = whole_model()
-    levels = len(whole.vision["deepstack_visual_indexes"])  # of features, each added after a layer of its own
-    for layers in range(whole.text["num_hidden_layers"], levels - 1, -1):
+    full = full_model()
+    levels = len(full.vision["deepstack_visual_indexes"])  # of features, each added after its own layer
+    for layers in range(full.text["num_hidden_layers"], levels - 1, -1):
         if step_bytes(layers, fp8) <= _TAKEN * memory:
             return layers
     raise UserError(
-        f"a GPU of {memory / 2**30:.0f} GiB is too small to train a few layers of 4B; take one of 48 or more"
+        f"a GPU of {memory / 2**30:.0f} GiB is too small to train a few layers of 4B; use one of 48 or more"
     )
 
 
-def not_whole(layers: int) -> str | None:
-    """What to tell of a model of fewer layers than 4B has."""
-    whole = whole_model().text["num_hidden_layers"]
-    return f"{layers} of 4B's {whole} decoder layers, not the whole model" if layers < whole else None
+def note_on_depth(layers: int) -> str | None:
+    """Return a note if the model has fewer layers than 4B."""
+    full = full_model().text["num_hidden_layers"]
+    return f"{layers} of 4B's {full} decoder layers, not the full model" if layers < full else None
 
 
 def full_size(scale: Scale) -> Path:
-    """A checkpoint directory without weights that could be used: 4B's configuration ``scale.layers`` deep."""
+    """Write a checkpoint directory with 4B's configuration, ``scale.layers`` deep, and no usable weights."""
     directory = make_tiny_model(scale.folder / "full", seed=1)
     if not scale.dry:
         path = directory / "config.json"
@@ -141,7 +141,7 @@ def full_size(scale: Scale) -> Path:
 
 
 def random_policy(config: SFTConfig) -> TrainableModel:
-    """As ``load_policy``, with weights drawn in place: 4B's would take minutes to write and to read."""
+    """Build a policy with random weights in place, since writing and reading 4B's would take minutes."""
     from prism_megatron.convert.qwen3_vl import policy_table
     from prism_megatron.model.build import build_policy, wrap_for_training
     from prism_megatron.model.sizes import read_sizes
@@ -163,17 +163,17 @@ def random_policy(config: SFTConfig) -> TrainableModel:
 
 
 def rows_with_images(processor: ChatProcessor, scale: Scale, count: int) -> list[TrainingSequence]:
-    """Rows of made-up text and an image of a size that photographs and screenshots have."""
-    shown = _SHOWN_DRY if scale.dry else _SHOWN
-    return [mock_row(processor.input_spec, shown, number) for number in range(count)]
+    """Return mock rows with an image of the size of a photograph or screenshot."""
+    settings = _TINY_IMAGES if scale.dry else _IMAGES
+    return [mock_row(processor.input_spec, settings, number) for number in range(count)]
 
 
-def owners(rows: Sequence[Any]) -> list[str]:
+def sample_ids(rows: Sequence[Any]) -> list[str]:
     return [f"row {number}" for number in range(len(rows))]
 
 
 def task_rows(processor: ChatProcessor, folder: Path, count: int) -> list[TrainingSequence]:
-    """Rows of the built-in visual task."""
+    """Return encoded demonstrations of the built-in visual task."""
     from prism_megatron.data.dataset import read_sft
     from prism_megatron.data.shapes import ShapesConfig, write_shapes_data
     from prism_megatron.stages.sft import demonstrations
@@ -182,12 +182,12 @@ def task_rows(processor: ChatProcessor, folder: Path, count: int) -> list[Traini
     return demonstrations(read_sft(folder / "sft.jsonl"), processor)
 
 
-def not_on_this_gpu(model: ModelConfig) -> str | None:
-    """Why this GPU has not got a precision, if it has not."""
+def unsupported(model: ModelConfig) -> str | None:
+    """Return why this GPU does not support a precision, None if it does."""
     from prism_megatron.model.fp8 import check_hardware
 
     try:
         check_hardware(model)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return None

@@ -1,4 +1,4 @@
-"""What ``tools/gpu_check`` computes with the GPU's blocks that a CPU's cannot show: names, parity, FP8."""
+"""Numerics on a GPU: parameter names, parity with HF, and FP8."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tools.parity.hf import hf_results
 from tools.parity.inputs import default_chats, encode_rows
 from tools.parity.trainer import policy_results
 
-_NO_FURTHER = 2.0  # than so many times HF's own rounding may ours be from float32
-_LOSS_TOLERANCE = 0.1  # of the last losses, beside BF16's
-_LAST = 5  # losses that are averaged
+_ROUNDING_FACTOR = 2.0  # the trainer's difference from float32 may be this many times HF's
+_LOSS_TOLERANCE = 0.1  # relative difference of the last losses from the baseline's
+_LAST = 5  # losses to average
 
 
 def names(scale: Scale) -> Variants:
@@ -36,7 +36,7 @@ def names(scale: Scale) -> Variants:
 
 
 def round_trip(kind: str, scale: Scale) -> dict[str, Any]:
-    """HF tensors in, out, and in again, each time to the bit; the checkpoint's keys are the table's."""
+    """Import, export and import HF tensors bit by bit; the checkpoint's keys must be those of the table."""
     from prism_megatron.convert.hf_io import HFWeights
     from prism_megatron.convert.load_checkpoint import sharded_weights
     from prism_megatron.convert.qwen3_vl import discriminator_table, policy_table
@@ -52,27 +52,27 @@ def round_trip(kind: str, scale: Scale) -> dict[str, Any]:
         source: TensorSource = weights
         chunks: Sequence[torch.nn.Module]
         if kind == "discriminator":
-            wanted = DiscriminatorConfig(str(base), 4, 2, upcycle_noise=0.1, load_balance_coeff=0)
-            source, table = UpcycledWeights(weights, sizes, wanted, seed=1), discriminator_table(sizes, 4, 2)
-            chunks = build_discriminator(model, ParallelConfig(), wanted, sizes)
+            upcycling = DiscriminatorConfig(str(base), 4, 2, upcycle_noise=0.1, load_balance_coeff=0)
+            source, table = UpcycledWeights(weights, sizes, upcycling, seed=1), discriminator_table(sizes, 4, 2)
+            chunks = build_discriminator(model, ParallelConfig(), upcycling, sizes)
         else:
             table, chunks = policy_table(sizes), build_policy(model, ParallelConfig(), sizes)
         load_weights(chunks, table, source)
         exported = {name: tensor.clone() for name, tensor in export_weights(chunks, table)}
         wrong = [n for n, tensor in exported.items() if not torch.equal(tensor.cpu(), source[n].to(tensor.dtype))]
-        held = {name: parameter.detach().clone() for name, parameter in named_parameters(chunks).items()}
+        imported = {name: parameter.detach().clone() for name, parameter in named_parameters(chunks).items()}
         for parameter in named_parameters(chunks).values():
             parameter.data.zero_()
         load_weights(chunks, table, InMemory(exported))
-        wrong += [n for n, parameter in named_parameters(chunks).items() if not torch.equal(parameter, held[n])]
+        wrong += [n for n, parameter in named_parameters(chunks).items() if not torch.equal(parameter, imported[n])]
     keys = {value.key for value in sharded_weights(chunks, "")["model0"].values()}
-    astray = {key for key in keys ^ whole_shapes(table).keys() if not key.endswith("_extra_state")}
+    unexpected = {key for key in keys ^ whole_shapes(table).keys() if not key.endswith("_extra_state")}
     return {
         "hf_tensors": len(exported),
-        "parameters": len(held),
+        "parameters": len(imported),
         "linears": sorted({type(m).__name__ for name, m in chunks[0].named_modules() if name.endswith("linear_fc1")}),
-        "fault": f"{len(wrong)} tensors differ, {len(astray)} checkpoint keys: {[*wrong, *sorted(astray)][:3]}"
-        if wrong or astray
+        "fault": f"{len(wrong)} tensors differ, {len(unexpected)} checkpoint keys: {[*wrong, *sorted(unexpected)][:3]}"
+        if wrong or unexpected
         else None,
     }
 
@@ -81,7 +81,7 @@ def parity_with_hf(scale: Scale) -> Variants:
     from prism_megatron.parallel import groups
 
     groups.initialize(ParallelConfig(), seed=1)
-    for name, sizes in (("tiny", {}), ("two_layers", scale.cut(2))):
+    for name, sizes in (("tiny", {}), ("two_layers", scale.shallow(2))):
         checkpoint = make_tiny_model(scale.folder / name, seed=1, overrides=sizes)
         rows = encode_rows(checkpoint, default_chats())
         reference = hf_results(checkpoint, rows, gradients=True, aux_coeff=0.0)
@@ -91,20 +91,20 @@ def parity_with_hf(scale: Scale) -> Variants:
 
 
 def compared(checkpoint: Path, rows: Sequence[Any], reference: dict[str, Tensor], precision: str) -> dict[str, Any]:
-    """Ours, and HF's own, at ``precision`` beside float32; ours may be as far from it as rounding takes HF."""
+    """Compare trainer and HF at ``precision`` with float32; the trainer's error may be twice HF's."""
     from prism_megatron.parallel import groups
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     spec = ChatProcessor(checkpoint).input_spec
     ours = compare(policy_results(checkpoint, rows, spec, Case(precision=precision)), reference)
-    theirs = compare(hf_results(checkpoint, rows, True, 0.0, dtype, groups.device()), reference)
+    hf = compare(hf_results(checkpoint, rows, True, 0.0, dtype, groups.device()), reference)
     exact = {"logits_relative": LOGITS_TOLERANCE, "gradients_relative": GRADIENT_TOLERANCE}
     far = [
-        f"{name} is {ours[name]:.2g}, HF's own in {precision} {theirs[name]:.2g}"
+        f"{name} is {ours[name]:.2g}, HF's own in {precision} {hf[name]:.2g}"
         for name, least in exact.items()
-        if not ours[name] <= max(_NO_FURTHER * theirs[name], least)
+        if not ours[name] <= max(_ROUNDING_FACTOR * hf[name], least)
     ]
-    return {"rows": len(rows), "ours": ours, "hf": theirs, "fault": "; ".join(far) or None}
+    return {"rows": len(rows), "ours": ours, "hf": hf, "fault": "; ".join(far) or None}
 
 
 def fp8(scale: Scale) -> Variants:
@@ -113,59 +113,59 @@ def fp8(scale: Scale) -> Variants:
     groups.initialize(ParallelConfig(), seed=1)
     run = Training(scale)
     yield scale.precision, run.base
-    for model in scale.rivals():
-        yield models.label(model), partial(run.beside_base, model)
-    yield from models.not_on_a_cpu(scale)
+    for model in scale.alternatives():
+        yield models.label(model), partial(run.compared_with_base, model)
+    yield from models.fp8_settings(scale)
     groups.shutdown()
 
 
 class Training:
-    """The same steps from the same start in one precision after the other."""
+    """Training runs of the same steps from the same start, one per precision."""
 
     def __init__(self, scale: Scale) -> None:
         self.steps = 4 if scale.dry else 50
         self.every = self.steps // 2 if scale.dry else 10
         self.lr = 1e-3 if scale.dry else 1e-4
         self.precision = scale.precision
-        self.checkpoint = make_tiny_model(scale.folder / "base", seed=1, overrides=scale.cut(4))
+        self.checkpoint = make_tiny_model(scale.folder / "base", seed=1, overrides=scale.shallow(4))
         self.processor = ChatProcessor(self.checkpoint)
-        rows, held = (8, 4) if scale.dry else (64, 16)
-        drawn = models.task_rows(self.processor, scale.folder / "data", rows + held)
+        rows, held_out = (8, 4) if scale.dry else (64, 16)
+        drawn = models.task_rows(self.processor, scale.folder / "data", rows + held_out)
         self.held_out, size = drawn[rows:], rows // 4
         self.batches = [drawn[start : start + size] for start in range(0, rows, size)]
         self.reference: dict[str, Any] = {}
-        self.kept: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
 
     def base(self) -> dict[str, Any]:
-        """What the others are compared with."""
-        self.reference, self.kept = self._train(ModelConfig("", self.precision))
+        """Run the baseline precision."""
+        self.reference, self.logprobs = self._train(ModelConfig("", self.precision))
         return dict(self.reference)
 
-    def beside_base(self, model: ModelConfig) -> dict[str, Any]:
-        """How far a run at ``model``'s precision is from the base's, step by step."""
-        if reason := models.not_on_this_gpu(model):
+    def compared_with_base(self, model: ModelConfig) -> dict[str, Any]:
+        """Run ``model``'s precision, and compare losses, gradient norms and log-probabilities with the baseline's."""
+        if reason := models.unsupported(model):
             return {"needs": reason}
-        assert self.kept, "the base run has failed"
+        assert self.logprobs, "the base run has failed"
         measured, logprobs = self._train(model)
-        pairs = list(zip(self.kept, logprobs, strict=True))
+        pairs = list(zip(self.logprobs, logprobs, strict=True))
         kl = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs]
         norms = zip(measured["grad_norm"], self.reference["grad_norm"], strict=True)
-        last, wanted = (sum(run["loss"][-_LAST:]) / len(run["loss"][-_LAST:]) for run in (measured, self.reference))
+        last, expected = (sum(run["loss"][-_LAST:]) / len(run["loss"][-_LAST:]) for run in (measured, self.reference))
         first = pairs[0]
-        off = abs(last - wanted) / wanted
+        difference = abs(last - expected) / expected
         return {
             **measured,
             "kl_nats_per_token": dict(zip(range(0, self.steps + 1, self.every), kl, strict=True)),
             "logprob_max_abs_difference_at_start": float((first[0] - first[1]).abs().max()),
             "grad_norm_max_relative_difference": max(abs(a - b) / b for a, b in norms),
-            "last_loss_relative_difference": off,
+            "last_loss_relative_difference": difference,
             "fault": None
-            if off <= _LOSS_TOLERANCE and all(map(math.isfinite, kl))
-            else f"the last losses' mean is {last:.4g}, {self.precision}'s {wanted:.4g}; divergences {kl}",
+            if difference <= _LOSS_TOLERANCE and all(map(math.isfinite, kl))
+            else f"the last losses' mean is {last:.4g}, {self.precision}'s {expected:.4g}; divergences {kl}",
         }
 
     def _train(self, model: ModelConfig) -> tuple[dict[str, Any], list[Tensor]]:
-        """Losses and gradient norms, and log-probabilities of held-out tokens before, between and after steps."""
+        """Return losses and gradient norms, and log-probabilities of held-out tokens during training."""
         from prism_megatron.observe import metrics
         from prism_megatron.stages.batcher import Batcher
         from prism_megatron.stages.policy import sft_step
@@ -174,19 +174,19 @@ class Training:
         config = models.sft_config(self.checkpoint, model, self.lr)
         policy, batcher = load_policy(config), Batcher.from_config(self.processor.input_spec, config)
         measured: list[dict[str, Any]] = []
-        kept = [self._held_out_logprobs(policy, config)]
+        logprobs = [self._held_out_logprobs(policy, config)]
         for number in range(self.steps):
             batch = self.batches[number % len(self.batches)]
-            measured.append(sft_step(policy, batcher.sft(batch, models.owners(batch)), self.lr))
+            measured.append(sft_step(policy, batcher.sft(batch, models.sample_ids(batch)), self.lr))
             if (number + 1) % self.every == 0:
-                kept.append(self._held_out_logprobs(policy, config))
+                logprobs.append(self._held_out_logprobs(policy, config))
         return {
             "loss": [m[metrics.LOSS] for m in measured],
             "grad_norm": [m[metrics.GRAD_NORM] for m in measured],
-        }, kept
+        }, logprobs
 
     def _held_out_logprobs(self, policy: Any, config: Any) -> Tensor:
-        """[trained tokens, vocabulary] of rows that are not trained on."""
+        """Return log-probabilities of held-out rows, [response tokens, vocabulary]."""
         from prism_megatron.optim.step import evaluate_step
         from prism_megatron.stages.batcher import Batcher
 

@@ -35,10 +35,10 @@ class Options:
 def check(parts: list[str], options: Options) -> int:
     """Run the parts, print a line for each and write the JSON after each. Returns the exit status."""
     result: dict[str, Any] = {"benchmark": "gpu_check", "dry": options.dry, **_where(options.commit), "parts": {}}
-    began = time.monotonic()
+    start_time = time.monotonic()
     for part in parts:
         result["parts"][part] = run_part(part, options)
-        result |= {"seconds": round(time.monotonic() - began, 1)}
+        result |= {"seconds": round(time.monotonic() - start_time, 1)}
         result |= {"faults": lines_of(result["parts"], FAULTS), "notes": lines_of(result["parts"], NOTES)}
         write_atomic(options.out, json.dumps(result, indent=2) + "\n")
         of_part = {part: result["parts"][part]}
@@ -52,7 +52,7 @@ def check(parts: list[str], options: Options) -> int:
 
 def run_part(part: str, options: Options) -> dict[str, Any]:
     """Run one part and return its results by variant, with an ``error`` if it failed or was killed at its limit."""
-    began = time.monotonic()
+    start_time = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         arguments = [part, folder, "--layers", str(options.layers), *["--dry"] * options.dry]
         done = run_module("tools.gpu_check.worker", arguments, SECONDS[part], {"HF_HUB_OFFLINE": "1"})
@@ -60,7 +60,7 @@ def run_part(part: str, options: Options) -> dict[str, Any]:
         if done.status != 0:
             end = f"no end after {SECONDS[part]} s" if done.status is None else f"exit status {done.status}"
             result |= {"error": end, "log": done.output[-_LOG_TAIL:]}
-    return result | {"seconds": round(time.monotonic() - began, 1)}
+    return result | {"seconds": round(time.monotonic() - start_time, 1)}
 
 
 def lines_of(parts: dict[str, Any], kinds: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What ``tools/gpu_check`` times: training steps, HF's on the same rows, scoring, weights on their way to vLLM."""
+"""Speed on a GPU: training steps, HF's on the same rows, scoring, and the weight sync to vLLM."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def train(scale: Scale) -> Variants:
 
     groups.initialize(ParallelConfig(), seed=1)
     checkpoint = models.full_size(scale)
-    for precision in (ModelConfig("", scale.precision), *scale.rivals()):
+    for precision in (ModelConfig("", scale.precision), *scale.alternatives()):
         model = replace(precision, recompute=True)
-        yield models.label(model), partial(ours, checkpoint, model, scale)
-    yield from models.not_on_a_cpu(scale)
+        yield models.label(model), partial(time_trainer, checkpoint, model, scale)
+    yield from models.fp8_settings(scale)
     groups.shutdown()
 
 
-def ours(checkpoint: Path, model: ModelConfig, scale: Scale) -> dict[str, Any]:
-    """Our SFT step at ``model``'s precision."""
+def time_trainer(checkpoint: Path, model: ModelConfig, scale: Scale) -> dict[str, Any]:
+    """Time the trainer's SFT step at ``model``'s precision."""
     from prism_megatron.observe import metrics
     from prism_megatron.stages.batcher import Batcher
     from prism_megatron.stages.policy import sft_step
 
-    if reason := models.not_on_this_gpu(model):
+    if reason := models.unsupported(model):
         return {"needs": reason}
     config, processor = models.sft_config(checkpoint, model, _LR), ChatProcessor(checkpoint)
     policy = models.random_policy(config)
     batcher = Batcher.from_config(processor.input_spec, config)
 
     def step(batch: Sequence[TrainingSequence]) -> float:
-        loss = sft_step(policy, batcher.sft(batch, models.owners(batch)), _LR)[metrics.LOSS]
+        loss = sft_step(policy, batcher.sft(batch, models.sample_ids(batch)), _LR)[metrics.LOSS]
         assert loss is not None
         return loss
 
@@ -61,14 +61,14 @@ def train_hf(scale: Scale) -> Variants:
     from prism_megatron.parallel import groups
 
     groups.initialize(ParallelConfig(), seed=1)
-    yield "hf", partial(theirs, models.full_size(scale), scale)
+    yield "hf", partial(time_hf, models.full_size(scale), scale)
     groups.shutdown()
 
 
-def theirs(checkpoint: Path, scale: Scale) -> dict[str, Any]:
-    """HF's model as its trainer runs it: float32 weights, BF16 under autocast (on a dry run not), torch's AdamW.
+def time_hf(checkpoint: Path, scale: Scale) -> dict[str, Any]:
+    """Time HF's model as its trainer runs it: float32 weights, BF16 autocast (not in a dry run), torch's AdamW.
 
-    Layers are recomputed, as ours, and the vision tower's too.
+    Layers are recomputed, like the trainer's, and the vision tower's as well.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -85,9 +85,9 @@ def theirs(checkpoint: Path, scale: Scale) -> dict[str, Any]:
 
 
 def timed(step: Step, checkpoint: Path, processor: ChatProcessor, scale: Scale, *, with_hfu: bool) -> dict[str, Any]:
-    """Tokens and operations a second of ``step``; padding is not counted.
+    """Measure tokens and operations per second of ``step``, without padding.
 
-    HFU is of what our step does twice, its decoder layers and logits.
+    HFU counts the recomputed operations of the trainer's step: decoder layers and logits.
     """
     from prism_megatron.model.sizes import read_sizes
     from prism_megatron.stages.batcher import workload
@@ -105,7 +105,7 @@ def timed(step: Step, checkpoint: Path, processor: ChatProcessor, scale: Scale, 
     layers = sizes.text["num_hidden_layers"]
     return {
         "layers": layers,
-        "note": None if scale.dry else models.not_whole(layers),
+        "note": None if scale.dry else models.note_on_depth(layers),
         "rows": rows,
         "image_patches": [len(row.prompt.visuals[0].patches) for row in batch],
         "tokens": tokens,
@@ -121,7 +121,7 @@ def timed(step: Step, checkpoint: Path, processor: ChatProcessor, scale: Scale, 
 
 def discriminator(scale: Scale) -> Variants:
     for precision in ("fp32", "bf16") if scale.dry else ("bf16",):
-        sizes, samples = ({}, 2) if scale.dry else (scale.cut(2), 16)
+        sizes, samples = ({}, 2) if scale.dry else (scale.shallow(2), 16)
         folder = scale.folder / precision
         settings = discriminator_bench.Settings("tiny_align", samples, 2, 2, precision, sizes)
         yield precision, partial(discriminator_bench.measure, settings, folder)

@@ -34,13 +34,13 @@ def run_variants(part: str, scale: Scale) -> None:
     variants = {**numerics.PARTS, **speed.PARTS}[part](scale)
     with JSONLines(scale.folder / "variants.jsonl") as lines:
         for name, measure in variants:
-            began = time.monotonic()
+            start_time = time.monotonic()
             try:
                 measured = measure()
             except Exception as error:  # recorded, and a fault at the end; the other variants are worth their time
                 end = f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS]
                 measured = {"error": end, "traceback": traceback.format_exc()[-_ERROR_CHARACTERS:]}
-            measured["seconds"] = round(time.monotonic() - began, 1)
+            measured["seconds"] = round(time.monotonic() - start_time, 1)
             lines.append([name, measured])
             gc.collect()  # a model in training holds itself; the next one needs its memory
             if torch.cuda.is_available():

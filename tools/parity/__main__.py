@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from prism_megatron.config import ParallelConfig
+from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import read_sizes
 from prism_megatron.parallel.degrees import check_degrees
 
@@ -35,7 +36,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         return report(arguments)
-    except (ValueError, RuntimeError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

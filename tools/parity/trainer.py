@@ -22,7 +22,7 @@ _EPSILON, _STEP = 1e8, 1e5
 
 
 def policy_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputSpec, case: Case) -> dict[str, Tensor]:
-    """The same from ours, on every rank; collective. Gradients under HF's names."""
+    """Return logits, scores and gradients under HF's names. Collective over all ranks."""
     from prism_megatron.convert.hf_io import HFWeights
     from prism_megatron.convert.qwen3_vl import policy_table
     from prism_megatron.convert.transfer import export_weights, load_weights
@@ -49,11 +49,11 @@ def policy_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputS
     groups_of_rows, batches = _batches(sequences, spec, case)
 
     logits = evaluate_step(wrapped, batches, lambda chunk, batch: chunk(batch, return_logits=True))
-    mine = {}
+    local_logits = {}
     for members, batch, values in zip(groups_of_rows, batches, logits, strict=True):
         for row, start in zip(members, batch.cu_seqlens.tolist(), strict=False):
-            mine[f"row_{row}"] = values[start : start + len(sequences[row])].cpu()
-    results = dict(gather_over_data_parallel(list(mine.items())))
+            local_logits[f"row_{row}"] = values[start : start + len(sequences[row])].cpu()
+    results = dict(gather_over_data_parallel(list(local_logits.items())))
     if not case.gradients:
         return results
 
@@ -76,7 +76,7 @@ def policy_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputS
     before = {n: t.clone() for n, t in export_weights(wrapped, table)} if case.distributed_optimizer else {}
     train_step(wrapped, optimizer, batches, lambda chunk, batch: chunk(batch, shares[id(batch)]), loss, lr)
     results |= dict(gather_over_data_parallel(from_last_stage(scored)))
-    if case.distributed_optimizer:  # gradients are scattered over the ranks: look at what the step made of them
+    if case.distributed_optimizer:  # gradients are sharded over the ranks: derive them from the step
         after = export_weights(wrapped, table)
         return results | {f"grad:{name}": (before[name] - tensor) / _STEP for name, tensor in after}
     return results | {f"grad:{name}": g.cpu() for name, g in export_weights(wrapped, table, read=_gradient)}
@@ -85,10 +85,10 @@ def policy_results(checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputS
 def discriminator_results(
     checkpoint: Path, rows: Sequence[EncodedPrompt], spec: InputSpec, case: Case
 ) -> dict[str, Tensor]:
-    """Scores and gradients of a discriminator's step, as the stages take it: each row's answer beside its reverse.
+    """Return scores and gradients of a discriminator step on pairs of each row's answer and its reverse.
 
-    The two are scored together, so that they share their prompt at the layouts which let them.
-    Load balancing is over a micro-batch, so that it is the same at layouts with the same micro-batches only.
+    Both are scored together, so that they share their prompt if the layout allows it. Load balancing is over a
+    micro-batch, so that only layouts with the same micro-batches agree.
     """
     from prism_megatron.convert.transfer import export_weights
     from prism_megatron.data.loader import shard_for_rank
@@ -100,16 +100,17 @@ def discriminator_results(
     from prism_megatron.stages.discriminator import DiscriminatorObjective, discriminator_step, score
     from prism_megatron.stages.setup import load_discriminator
 
-    mine = shard_for_rank(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
+    local_rows = shard_for_rank(list(range(len(rows))), groups.data_parallel_rank(), groups.data_parallel_size())
     pairs = {}
-    for row in mine:
-        told = training_sequence(rows[row], spec)
+    for row in local_rows:
+        sequence = training_sequence(rows[row], spec)
         for branch in (PERCEPTION, REASONING):
             teacher, student = (
-                TrainingSequence(told.prompt, ids, branch) for ids in (told.response_ids, told.response_ids[::-1])
+                TrainingSequence(sequence.prompt, ids, branch)
+                for ids in (sequence.response_ids, sequence.response_ids[::-1])
             )
             pairs[2 * row + branch] = Pair(teacher, student, f"row {row}")
-    widest = max(3 * len(row.token_ids) for row in rows)  # the gradient penalty lays the teacher down twice
+    widest = max(3 * len(row.token_ids) for row in rows)  # the gradient penalty packs the teacher twice
     config = WarmupConfig(
         stage="warmup",
         parallel=case.parallel,
@@ -121,12 +122,12 @@ def discriminator_results(
     )
     trained = load_discriminator(config, OptimizerConfig(lr=0.0, clip_grad=0.0))
     if hasattr(trained.chunks[-1].module, "score_heads"):
-        with torch.no_grad():  # at zero, as they start, nothing else has a gradient
+        with torch.no_grad():  # with the initial zeros nothing else would have a gradient
             head = trained.chunks[-1].module.score_heads.weight
             head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
     batcher = Batcher.from_config(load_processor(checkpoint).input_spec, config)
     sides = {f"row_{number}_{side}": getattr(pair, side) for number, pair in pairs.items() for side in SIDES}
-    sample_ids = [f"row {row}" for row in mine for _ in range(2 * len(SIDES))]
+    sample_ids = [f"row {row}" for row in local_rows for _ in range(2 * len(SIDES))]
     values = score(trained, batcher.scoring(list(sides.values())), sample_ids)
     results: dict[str, Tensor] = dict(gather_over_data_parallel(list(zip(sides, values, strict=True))))
     loss = PairLossConfig(regularizer=0.1, label_smoothing=0.1)
@@ -150,13 +151,13 @@ def _gradient(parameter: Any) -> Tensor:
 def _batches(
     sequences: Sequence[TrainingSequence], spec: InputSpec, case: Case
 ) -> tuple[list[list[int]], list[PackedBatch]]:
-    """This data-parallel rank's rows, micro-batch by micro-batch."""
+    """Return this data-parallel rank's rows and batches, by micro-batch."""
     from prism_megatron.data.loader import shard_for_rank
     from prism_megatron.parallel import groups
     from prism_megatron.stages.batcher import equal_over_ranks, padding_for
 
-    mine = shard_for_rank(list(range(len(sequences))), groups.data_parallel_rank(), groups.data_parallel_size())
-    rows = [[row] for row in mine] if case.batching == "single" else [mine] if mine else []
+    local_rows = shard_for_rank(list(range(len(sequences))), groups.data_parallel_rank(), groups.data_parallel_size())
+    rows = [[row] for row in local_rows] if case.batching == "single" else [local_rows] if local_rows else []
     rows = equal_over_ranks(rows, case.parallel)
     padding = padding_for(case.parallel, ModelConfig(""))
     if case.batching == "padded":

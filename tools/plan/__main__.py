@@ -51,7 +51,7 @@ def main() -> int:
             print(check(arguments.check))
             return 0
         return plan(arguments)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_megatron.config import ParallelConfig, SFTConfig, StageConfig
+from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import training_flops
 from recipes.estimate.memory import Memory, estimate
@@ -58,7 +59,7 @@ def ranked(
     for candidate in layouts(config, sizes):
         try:
             memory = estimate(candidate, world_size, sizes, sizes)
-        except ValueError as error:
+        except UserError as error:
             reasons.append(str(error))
             continue
         if memory.total > costs.memory_bytes:

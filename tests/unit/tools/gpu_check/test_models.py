@@ -19,11 +19,11 @@ def test_an_h200_holds_the_whole_model() -> None:
 def test_fewer_layers_are_told() -> None:
     layers = models.fitting_layers(79 * GIB)
     assert 12 <= layers < 24
-    variants = {"bf16": {"note": models.not_whole(layers)}, "fp8": {"note": models.not_whole(36)}}
+    variants = {"bf16": {"note": models.note_on_depth(layers)}, "fp8": {"note": models.note_on_depth(36)}}
     results = {"train": {"variants": variants}}
     assert parts.lines_of(results, ("error", "fault")) == []
     assert parts.lines_of(results, ("note",)) == [
-        f"train bf16: {layers} of 4B's 36 decoder layers, not the whole model",
+        f"train bf16: {layers} of 4B's 36 decoder layers, not the full model",
     ]
 
 
