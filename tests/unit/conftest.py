@@ -1,4 +1,4 @@
-"""What unit tests of several folders use."""
+"""Fixtures of unit tests in several folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands import before they know what they are asked for, and for arithmetic: nothing that takes seconds."""
+"""Commands import nothing that takes seconds for their help, for estimates and for plans."""
 
 from __future__ import annotations
 

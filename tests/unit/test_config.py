@@ -171,7 +171,7 @@ def test_a_configuration_is_read_as_it_was_written(name: str, tmp_path: Path) ->
 
 def test_a_file_may_leave_to_overrides_what_has_no_default(tmp_path: Path) -> None:
     file = tmp_path / "sft.yaml"
-    file.write_text("stage: sft\ndata: rows.jsonl\nmodel: {precision: bf16}\nrun: {name: mine, num_epochs: 2}\n")
+    file.write_text("stage: sft\ndata: rows.jsonl\nmodel: {precision: bf16}\nrun: {name: first, num_epochs: 2}\n")
     with pytest.raises(UserError, match=r"recipe leaves global_batch_size, .* unset"):
         cfg.apply_overrides(cfg.read_yaml(file), [])
     given = ["global_batch_size=8", "max_tokens_per_microbatch=4096", "model.hf_checkpoint=base", "optimizer.lr=1e-5"]

@@ -68,11 +68,11 @@ def layer(path: Path) -> str:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_only_from_the_left(path: Path) -> None:
-    mine = ORDER.index(layer(path))
+    own = ORDER.index(layer(path))
     for module in imports(path):
         top, _, rest = module.partition(".")
         if top == "prism_megatron" and rest:
-            assert ORDER.index(rest.split(".")[0]) <= mine, f"{path.name} imports {module}"
+            assert ORDER.index(rest.split(".")[0]) <= own, f"{path.name} imports {module}"
         if module.startswith("prism_megatron.upstream."):  # what a list holds is used where its library may be
             top = module.rpartition(".")[2]
         allowed = ONLY_IN.get(top)

@@ -181,7 +181,7 @@ def test_a_folder_that_nemo_run_would_garble_is_refused(folder: str) -> None:
         ("time: 60\ngrace_seconds: 1200", "rlvr", "TERM@1200"),
     ],
 )
-def test_the_stage_is_told_to_stop_early_enough(text: str, stage: str, signal: str, tmp_path: Path) -> None:
+def test_the_stage_gets_its_signal_early_enough(text: str, stage: str, signal: str, tmp_path: Path) -> None:
     assert set(GRACE_SECONDS) == {"sft", "collect", "warmup", "align", "rlvr"}
     executor = slurm_executor(read_cluster(cluster_file(tmp_path, text)), 1, 8, Path("runs/x"), stage)
     assert executor.signal == signal

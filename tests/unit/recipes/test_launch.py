@@ -33,8 +33,8 @@ def test_help_names_every_pipeline_and_recipe(
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, "--help")
     assert ended.value.code == 0
-    shown = capsys.readouterr().out.split()
-    assert {*PIPELINES, *STAGE_RECIPES, "--cluster", "--dryrun", "--detach", "--estimate"} <= set(shown)
+    printed = capsys.readouterr().out.split()
+    assert {*PIPELINES, *STAGE_RECIPES, "--cluster", "--dryrun", "--detach", "--estimate"} <= set(printed)
 
 
 @pytest.mark.parametrize("where", [[], [*SLURM, "slurm/clusters/cpu.yaml", "--dryrun"]], ids=["local", "slurm"])
@@ -102,7 +102,7 @@ def test_a_wrong_name_or_override(
         ([SFT_8B, *SLURM, "FILE"], "the recipe needs 8 GPUs per node, the cluster file says gpus_per_node 4"),
     ],
 )
-def test_a_wrong_place_to_run(
+def test_a_wrong_machine_to_run_on(
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -121,7 +121,7 @@ def test_a_wrong_place_to_run(
     [
         (["tiny_sft", "run.train_iters=3"], FEW_CORES, ["tiny_sft"]),
         (["tiny_align", "--ranks", "4"], 4, ["tiny_align"]),
-        (["tiny_sft", "--name", "mine", "run.train_iters=3"], FEW_CORES, ["tiny_sft"]),
+        (["tiny_sft", "--name", "first", "run.train_iters=3"], FEW_CORES, ["tiny_sft"]),
         (["tiny_pipeline", "sft.run.train_iters=3"], FEW_CORES, LINEAGE),
         (["tiny_study", "--ranks", "2"], 2, 3 * [*LINEAGE, "tiny_rlvr"]),
         ([SFT_8B], 8, [SFT_8B]),
@@ -142,7 +142,7 @@ def test_a_dry_run_here_prints_the_commands_and_runs_nothing(
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "recipes.train"]
     assert [words[:7] for words in commands] == [[*start, recipe] for recipe in recipes]
-    assert ("run.name=mine" in commands[0]) == ("mine" in arguments)
+    assert ("run.name=first" in commands[0]) == ("first" in arguments)
     assert ("run.train_iters=3" in commands[0]) == any("train_iters" in word for word in arguments)
     assert not list(tmp_path.iterdir())
 
@@ -155,9 +155,9 @@ def test_a_dry_run_on_slurm_prints_the_script_as_it_is_stored(
     wider_than_a_terminal = "a" * 100
     command = ["tiny_sft", "--name", wider_than_a_terminal, *SLURM, "slurm/clusters/cpu.yaml", "--dryrun"]
     assert run(monkeypatch, *command) == 0
-    shown, _, script = capsys.readouterr().out.partition("\nscripts:\n")
-    assert shown.endswith(Path(script.strip()).read_text())
-    assert f"\nexport PRISM_STAGE_DIR=runs/{wider_than_a_terminal}\n" in shown
+    printed, _, script = capsys.readouterr().out.partition("\nscripts:\n")
+    assert printed.endswith(Path(script.strip()).read_text())
+    assert f"\nexport PRISM_STAGE_DIR=runs/{wider_than_a_terminal}\n" in printed
 
 
 def test_show_prints_every_stage_as_config_reads_it(
@@ -177,10 +177,10 @@ def test_show_prints_every_stage_as_config_reads_it(
     steps = steps_of("pipeline_gspo_qwen3_vl_8b_h100_bf16", "pipeline_gspo_qwen3_vl_8b_h100_bf16", [])
     expected = apply_overrides(steps[-1].config(), ["optimizer.lr=2e-6"])
     assert read_yaml(file) == expected
-    command = ["--config", str(file), "--name", "mine", "run.train_iters=3", "--ranks", "2"]
+    command = ["--config", str(file), "--name", "first", "run.train_iters=3", "--ranks", "2"]
     assert run(monkeypatch, *command, "--dryrun") == 0
     assert capsys.readouterr().out == (
-        f"torchrun --standalone --nproc-per-node 2 -m recipes.train --config {file} run.name=mine run.train_iters=3\n"
+        f"torchrun --standalone --nproc-per-node 2 -m recipes.train --config {file} run.name=first run.train_iters=3\n"
     )
 
 

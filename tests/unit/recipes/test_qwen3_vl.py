@@ -77,7 +77,7 @@ def test_the_name_tells_the_truth_and_the_layout_fits(name: str, sizes: dict[str
 
 
 @pytest.mark.parametrize("name", sorted(name for name in RECIPES if name.startswith("sft_")))
-def test_an_engine_to_evaluate_with_fits_beside_sft(name: str, sizes: dict[str, HFSizes]) -> None:
+def test_an_engine_for_evaluation_fits_next_to_sft(name: str, sizes: dict[str, HFSizes]) -> None:
     _, size, _ = facts(name)
     config = apply_overrides(stage_recipe(name)(), ["eval.data=data/heldout.parquet", "eval.num_questions=512"])
     nodes, ranks = shape_of(name) or (0, 0)
@@ -107,7 +107,7 @@ def test_hyper_parameters_are_the_papers() -> None:
 
 
 def test_parameters_are_counted_to_the_last_one(sizes: dict[str, HFSizes]) -> None:
-    """On one rank nothing is cut: 2 bytes of each of the 8,767,123,696 weights, 4 + 12 where they are trained."""
+    """One rank has all weights: 2 bytes of each of the 8,767,123,696 weights, 4 + 12 where they are trained."""
     config = qwen3_vl.rlvr_grpo("8b", "bf16")
     config.parallel = type(config.parallel)()
     config.rollout.tensor_model_parallel_size, config.rollout.gpu_memory_utilization = 1, 0.5

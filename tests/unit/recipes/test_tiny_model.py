@@ -63,8 +63,8 @@ def test_the_tokenizer_splits_as_qwens_does_and_loses_nothing(checkpoint: Path):
     assert tokenizer.decode(tokenizer("naïve 图 🙂")["input_ids"]) == "naïve 图 🙂"
 
 
-def test_the_tower_tells_pictures_apart(checkpoint: Path):
-    """At Hugging Face's default initialisation these two differ by a few percent, and the tower does not learn."""
+def test_the_tower_separates_pictures(checkpoint: Path):
+    """With Hugging Face's default initialization these two differ by a few percent, and the tower does not learn."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     processor = AutoProcessor.from_pretrained(checkpoint)
     images = [Image.new("RGB", (96, 96), color) for color in ((220, 40, 40), (40, 180, 60))]

@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""Functions that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_median_and_p90() -> None:
     assert median_and_p90([float(n) for n in range(11)]) == {"median": 5.0, "p90": 9.0}
 
 
-def test_memory_of_children_and_of_theirs() -> None:
+def test_memory_of_children_and_grandchildren() -> None:
     before = peak_bytes_of_children()
     holds = "held = bytearray(b'1') * (64 << 20); print(flush=True); input()"
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {holds!r}], check=False)"

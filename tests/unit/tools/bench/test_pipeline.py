@@ -15,12 +15,12 @@ from tools.bench.harness import regressions
 from tools.bench.pipeline import measure, rates
 
 
-def write_stage(directory: Path, config: Any, rows: list[dict[str, Any]], began: float, ended: float) -> None:
+def write_stage(directory: Path, config: Any, rows: list[dict[str, Any]], start: float, ended: float) -> None:
     directory.mkdir(parents=True)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "config.yaml").write_text(to_yaml(config))
     (directory / "finished.json").write_text("{}")
-    os.utime(directory / "config.yaml", (began, began))
+    os.utime(directory / "config.yaml", (start, start))
     os.utime(directory / "finished.json", (ended, ended))
 
 
@@ -32,10 +32,10 @@ def run(tmp_path: Path) -> Path:
         {"iteration": n, "time": 110.0 + n, "seconds_data": 0.25, "seconds_train": 0.5, "tokens_per_second": 100.0 * n}
         for n in (1, 2, 3)
     ]
-    write_stage(tmp_path / "sft", sft, rows, began=100.0, ended=120.0)
+    write_stage(tmp_path / "sft", sft, rows, start=100.0, ended=120.0)
     rows = [{"iteration": 1, "time": 210.0, "response_tokens": 30.0, "seconds_rollout": 6.0, "seconds_train": 2.0}]
-    write_stage(tmp_path / "rlvr", rlvr, rows, began=201.0, ended=211.0)
-    write_stage(tmp_path / "collect", tiny_collect(), [], began=130.0, ended=150.0)
+    write_stage(tmp_path / "rlvr", rlvr, rows, start=201.0, ended=211.0)
+    write_stage(tmp_path / "collect", tiny_collect(), [], start=130.0, ended=150.0)
     return tmp_path
 
 

@@ -1,4 +1,4 @@
-"""What the training benchmark measures of each stage: operations as torch counts them, and made-up responses."""
+"""The training benchmark counts each stage's operations as torch does, on made-up responses."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_measured_is_refused(settings: Settings, message: str, tm
 
 
 def test_a_discriminator_of_its_own_size(tmp_path: Path) -> None:
-    """As in production: it is made from a small dense model, whatever the policy is."""
+    """The discriminator, as in production, is made from a small dense model, whatever the policy is."""
     small = {"text_config": TEXT_CONFIG | {"num_hidden_layers": 3}, "vision_config": {}}
     (tmp_path / "small.json").write_text(json.dumps(small))
     settings = Settings(

@@ -1,4 +1,4 @@
-"""Curation where endpoints refuse, fail for a moment, or break: against a server that does so when it is told."""
+"""Curation with endpoints that refuse, fail for a moment, or break: a local server does so on request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOO_LONG = "This model's maximum context length is 512 tokens"
 
 @dataclass
 class Server:
-    """``answer`` gives status and text for a model's name and the text it is shown; every request is counted."""
+    """``answer`` gives status and text for a model's name and the question; every request is counted."""
 
     answer: Callable[[str, str], tuple[int, str]]
     url: str = ""
@@ -53,9 +53,9 @@ class Served:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                shown = body["messages"][-1]["content"][-1]["text"]
-                server.asked[body["model"], shown] += 1
-                status, text = server.answer(body["model"], shown)
+                question = body["messages"][-1]["content"][-1]["text"]
+                server.asked[body["model"], question] += 1
+                status, text = server.answer(body["model"], question)
                 choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
                 usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
                 reply = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "usage": usage}
@@ -83,7 +83,7 @@ class Served:
         self._http.server_close()
 
 
-def well(model: str, shown: str) -> tuple[int, str]:
+def well(model: str, question: str) -> tuple[int, str]:
     """The student is wrong, the teacher right, the verifier content."""
     return 200, {"student": "wrong", "teacher": RIGHT, "verifier": "Yes."}[model]
 
@@ -99,16 +99,16 @@ def run(server: Server, pool: list[Example], out: Path, workers: int = 4, **chan
     return curate(pool, out, settings)
 
 
-def kept(out: Path) -> list[dict[str, Any]]:
-    place = out / "responses.jsonl"
-    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+def saved(out: Path) -> list[dict[str, Any]]:
+    path = out / "responses.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_a_refusal_rejects_its_row_and_nothing_else(server: Server, tmp_path: Path) -> None:
-    def answer(model: str, shown: str) -> tuple[int, str]:
+    def answer(model: str, question: str) -> tuple[int, str]:
         refused = {"student": (400, "q0"), "teacher": (413, "q1"), "verifier": (422, "Question: q2\n")}
         status, mark = refused[model]
-        return (status, TOO_LONG) if mark in shown else well(model, shown)
+        return (status, TOO_LONG) if mark in question else well(model, question)
 
     server.answer = answer
     report = run(server, rows(5), tmp_path)
@@ -134,7 +134,7 @@ def test_a_refusal_rejects_its_row_and_nothing_else(server: Server, tmp_path: Pa
     assert "row0" not in report["pass_rates"]
     assert server.asked["student", "q0"] == 2, "two samples, neither of them asked again"
     assert server.asked["teacher", "q1"] == 1
-    assert len(kept(tmp_path)) == 4 * 2 + 3 + 2
+    assert len(saved(tmp_path)) == 4 * 2 + 3 + 2
 
     # Again: what was answered is there, what was refused may be answered now.
     server.asked.clear()
@@ -146,7 +146,9 @@ def test_a_refusal_rejects_its_row_and_nothing_else(server: Server, tmp_path: Pa
 
 @pytest.mark.parametrize("status", [408, 429, 503])
 def test_what_may_pass_is_asked_again(server: Server, tmp_path: Path, status: int) -> None:
-    server.answer = lambda model, shown: well(model, shown) if server.asked[model, shown] > 1 else (status, "later")
+    server.answer = lambda model, question: (
+        well(model, question) if server.asked[model, question] > 1 else (status, "later")
+    )
     report = run(server, rows(1), tmp_path, workers=1)
     assert report["alignment"] == 1
     assert report["refusals"] == {"student": {}, "teacher": {}, "verifier": {}}
@@ -156,23 +158,23 @@ def test_what_may_pass_is_asked_again(server: Server, tmp_path: Path, status: in
 def test_each_reply_is_written_when_it_comes(server: Server, tmp_path: Path) -> None:
     """The first row's reply waits until the second one's is on the disk."""
 
-    def answer(model: str, shown: str) -> tuple[int, str]:
+    def answer(model: str, question: str) -> tuple[int, str]:
         deadline = time.monotonic() + 300
-        while (model, shown) == ("student", "q0") and time.monotonic() < deadline:
-            if any(reply["row_id"] == "row1" for reply in kept(tmp_path)):
-                return well(model, shown)
+        while (model, question) == ("student", "q0") and time.monotonic() < deadline:
+            if any(reply["row_id"] == "row1" for reply in saved(tmp_path)):
+                return well(model, question)
             time.sleep(0.01)
-        return well(model, shown) if shown != "q0" or model != "student" else (401, "row1 was not written")
+        return well(model, question) if question != "q0" or model != "student" else (401, "row1 was not written")
 
     server.answer = answer
     assert run(server, rows(2), tmp_path)["alignment"] == 2
 
 
 def test_a_fault_of_every_request_stops_and_keeps_what_was_paid(server: Server, tmp_path: Path) -> None:
-    server.answer = lambda model, shown: (401, "wrong key") if shown == "q1" else well(model, shown)
+    server.answer = lambda model, question: (401, "wrong key") if question == "q1" else well(model, question)
     with pytest.raises(openai.AuthenticationError, match="wrong key"):
         run(server, rows(50), tmp_path, workers=1)
-    assert len(kept(tmp_path)) == 2, "both samples of the first row"
+    assert len(saved(tmp_path)) == 2, "both samples of the first row"
     assert server.asked_of("student") <= 4, "what was still queued is not asked"
     server.answer = well
     assert run(server, rows(50), tmp_path)["alignment"] == 50
@@ -198,8 +200,8 @@ def test_another_question_is_asked_anew(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_verdict_belongs_to_the_demonstration_it_judged(server: Server, tmp_path: Path) -> None:
-    def answer(model: str, shown: str) -> tuple[int, str]:
-        return (200, "no") if model == "verifier" and "a cat" in shown else well(model, shown)
+    def answer(model: str, question: str) -> tuple[int, str]:
+        return (200, "no") if model == "verifier" and "a cat" in question else well(model, question)
 
     server.answer = answer
     assert run(server, rows(1, response=RIGHT), tmp_path)["alignment"] == 1

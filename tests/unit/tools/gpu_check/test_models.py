@@ -1,4 +1,4 @@
-"""How much of the 4B-shaped model ``tools/gpu_check`` trains on a GPU, and that it says so."""
+"""``tools/gpu_check`` trains as many layers of the 4B-shaped model as fit on a GPU, and reports how many."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ GIB = 2**30
 
 def test_an_h200_holds_the_whole_model() -> None:
     assert models.fitting_layers(139 * GIB) == 36
-    held = [models.step_bytes(36, ModelConfig("", "fp8", recompute=again)) / GIB for again in (True, False)]
-    assert held == pytest.approx([105, 139], abs=1), "without recomputation nothing is left over"
+    sizes = [models.step_bytes(36, ModelConfig("", "fp8", recompute=again)) / GIB for again in (True, False)]
+    assert sizes == pytest.approx([105, 139], abs=1), "without recomputation nothing is left over"
 
 
-def test_fewer_layers_are_told() -> None:
+def test_fewer_layers_are_reported() -> None:
     layers = models.fitting_layers(79 * GIB)
     assert 12 <= layers < 24
     variants = {"bf16": {"note": models.note_on_depth(layers)}, "fp8": {"note": models.note_on_depth(36)}}

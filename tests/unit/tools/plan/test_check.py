@@ -1,4 +1,4 @@
-"""Predicted step times beside every measured run we have."""
+"""Predicted step times compared with every measured run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def a_sync(ranks: int, layers: int, seconds: float) -> dict[str, Any]:
     return {"benchmark": "sync", "config": {"hidden": 128, "layers": layers}, **measured}
 
 
-def test_the_weight_sync_is_predicted_beside_the_measured_push(tmp_path: Path) -> None:
+def test_the_weight_sync_is_predicted_next_to_the_measured_push(tmp_path: Path) -> None:
     """Loading at 1 GB a second, whatever the size; a second rank adds what it gathers, as collectives were measured."""
     small, large = a_sync(1, 2, 0.0), a_sync(1, 8, 0.0)
     for result in (small, large):
