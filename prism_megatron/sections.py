@@ -165,6 +165,8 @@ class DatasetConfig(Section):
     ``overlong`` drop, and ends the stage with error. With truncate SFT cuts the demonstration; prompts are not
     cut but dropped.
 
+    Trainer and engine scale images to between ``min_pixels`` and ``max_pixels``, as Qwen's smart_resize does.
+
     ``columns`` are of files with names of their own, each "name=column": ``messages=dialog``. Paths of images start
     from ``image_root``, and may not leave it, or else from the folder of their file.
     """
@@ -174,6 +176,8 @@ class DatasetConfig(Section):
     max_bad_fraction: float = setting(0.001, between(0, 1))
     check_images_max_rows: int = setting(20_000, at_least(0))
     workers: int = setting(0, at_least(0))
+    min_pixels: int = setting(0, at_least(1, zero="the checkpoint's own limit"))
+    max_pixels: int = setting(0, at_least(1, zero="the checkpoint's own limit"))
     columns: list[str] = field(default_factory=list, metadata=ruled(None))
     image_root: str = setting("", OPTIONAL_PATH)
     overlong: str = setting("drop", one_of("drop", "truncate", "error"))

@@ -22,10 +22,11 @@ from prism_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, Example, Inpu
 class ChatProcessor:
     """Tokenizer, chat template and image processor of one HF checkpoint.
 
-    Raises UserError for a directory whose files are missing, damaged, or of different models.
+    Images are scaled to between ``min_pixels`` and ``max_pixels``, 0 for the checkpoint's own limits. Raises UserError
+    for a directory whose files are missing, damaged, or of different models.
     """
 
-    def __init__(self, checkpoint_dir: Path) -> None:
+    def __init__(self, checkpoint_dir: Path, min_pixels: int = 0, max_pixels: int = 0) -> None:
         from transformers import AutoProcessor
 
         check_processor_files(checkpoint_dir)
@@ -34,6 +35,7 @@ class ChatProcessor:
         except Exception as fault:  # transformers and tokenizers raise anything for a damaged file
             raise loading_failed(checkpoint_dir, fault) from fault
         self._directory = checkpoint_dir
+        self._limit_pixels(min_pixels, max_pixels)
         self.tokenizer: Any = self._processor.tokenizer
         added = self.tokenizer.added_tokens_decoder.items()
         self._specials: dict[str, int] = {token.content: number for number, token in added if token.special}
@@ -57,6 +59,16 @@ class ChatProcessor:
             raise UserError(f"{checkpoint_dir}/config.json lacks {fault}; copy the checkpoint again") from fault
         self._check_image_processor(vision)
         self._check_template()
+
+    def _limit_pixels(self, min_pixels: int, max_pixels: int) -> None:
+        processor = self._processor.image_processor
+        low, high = min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"]
+        if low > high:
+            raise UserError(
+                f"dataset.min_pixels ({low}) must be at most dataset.max_pixels ({high}; 0 is the checkpoint's own "
+                "limit); raise the latter"
+            )
+        processor.size = {"shortest_edge": low, "longest_edge": high}
 
     def _special(self, token: str) -> int:
         if token not in self._specials:

@@ -218,6 +218,7 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
             tensor_parallel_size=config.tensor_parallel_size,
             distributed_executor_backend="external_launcher",
             limit_mm_per_prompt={"image": config.images_per_prompt, "video": 0},
+            mm_processor_kwargs=_pixel_limits(config),
             use_tqdm_on_load=False,
             logprobs_mode="raw_logprobs",
             weight_transfer_config={"backend": register()},
@@ -227,6 +228,11 @@ def _start(checkpoint: Path, config: EngineConfig) -> Any:
     keep_process_groups_at_exit(llm)
     llm.init_weight_transfer_engine({"init_info": {}})
     return llm
+
+
+def _pixel_limits(config: EngineConfig) -> dict[str, int] | None:
+    limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    return {name: limit for name, limit in limits.items() if limit} or None
 
 
 def _overrides(checkpoint: Path) -> dict[str, Any]:

@@ -69,6 +69,8 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
         transport=rollout.transport,
         sleep_level=rollout.sleep_level,
         images_per_prompt=rollout.images_per_prompt,
+        min_pixels=config.dataset.min_pixels,
+        max_pixels=config.dataset.max_pixels,
     )
     if rollout.engine == "child":
         return SubprocessEngine(checkpoint, engine_config, cfg.stage_dir(config) / f"engine_{dist.get_rank()}.log")

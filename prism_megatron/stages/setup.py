@@ -248,7 +248,8 @@ def _with_optimizer(chunks: Sequence[nn.Module], optimizer: cfg.OptimizerConfig)
 
 def load_processor(config: cfg.StageConfig) -> ChatProcessor:
     check_hidden_size(config, read_sizes(Path(config.model.hf_checkpoint)))
-    return ChatProcessor(Path(config.model.hf_checkpoint))
+    dataset = config.dataset
+    return ChatProcessor(Path(config.model.hf_checkpoint), dataset.min_pixels, dataset.max_pixels)
 
 
 def log_line(line: object) -> None:

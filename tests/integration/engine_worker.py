@@ -26,6 +26,7 @@ from prism_megatron.parallel import groups
 from prism_megatron.types import EncodedPrompt, Example, Rollout, RolloutRequest
 
 RESPONSE_TOKENS = 24
+PIXELS = (10_000, 20_000)  # the task's images have fewer, so that both sides scale them
 VISUAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -40,12 +41,13 @@ def main() -> None:
     from prism_megatron.rollout.interface import EngineConfig, Sampling
     from prism_megatron.rollout.weight_sync import WeightSync
 
-    processor = ChatProcessor(first)
+    processor = ChatProcessor(first, *PIXELS)
     rows = unusual(read_rlvr(prompts)[:6])
     encoded = processor.encode_prompts(rows)
     requests = [RolloutRequest(processor.prompt_ids(row.messages), row.images, seed) for seed, row in enumerate(rows)]
     sampling = Sampling(n=3, temperature=1.0, top_p=1.0, max_tokens=RESPONSE_TOKENS)
-    engine = RolloutEngine(first, EngineConfig(tp, "float32", 512, 32, 1.0, 0.5, enforce_eager=True, seed=1))
+    config = EngineConfig(tp, "float32", 512, 32, 1.0, 0.5, enforce_eager=True, seed=1)
+    engine = RolloutEngine(first, replace(config, min_pixels=PIXELS[0], max_pixels=PIXELS[1]))
     random_state, threads = torch.get_rng_state(), torch.get_num_threads()
 
     def compare(checkpoint: Path, answers: Sequence[Sequence[Rollout]], temperature: float = 1.0) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from qwen_vl_utils.vision_process import smart_resize
 
 from prism_megatron.config import apply_overrides
 from prism_megatron.data.chat import ChatProcessor
@@ -146,3 +147,25 @@ def test_prompts_that_the_engine_would_refuse(made: Any, processor: ChatProcesso
         fit_prompts(rows, processor, config)
     config.dataset.overlong, config.rollout.images_per_prompt, config.rollout.max_response_tokens = "drop", 1, 200
     assert [row.images for row in fit_prompts(rows, processor, config)] == [(made.picture(),)]
+
+
+@pytest.mark.parametrize("limits", [(0, 0), (0, 16384), (40_000, 65_536)])
+def test_images_are_scaled_as_qwens_own_tool_does(made: Any, tiny_checkpoint: Path, limits: tuple[int, int]) -> None:
+    processor = ChatProcessor(tiny_checkpoint, *limits)
+    low, high = limits
+    assert processor.max_pixels == (high or ChatProcessor(tiny_checkpoint).max_pixels)
+    for width, height in itertools.product((5, 31, 64, 200, 1000), repeat=2):
+        if max(width, height) > 200 * min(width, height):
+            continue
+        row = replace(example(made, "", None), images=(made.encoded(Image.new("1", (width, height))),))
+        (prompt,) = processor.encode_prompts([replace(row, messages=(Message("user", "<image>"),))])
+        (visual,) = prompt.visuals
+        rows, columns = (side * processor.cell // processor.input_spec.merge_size for side in visual.grid[1:])
+        if low and high:
+            assert (rows, columns) == smart_resize(height, width, processor.cell, low, high)
+        assert processor.image_tokens(width, height) == prompt.token_ids.count(processor.input_spec.image_token_id)
+
+
+def test_pixel_limits_that_contradict_each_other(tiny_checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.min_pixels \(9000\) must be at most dataset\.max_pixels \(8000;"):
+        ChatProcessor(tiny_checkpoint, 9000, 8000)

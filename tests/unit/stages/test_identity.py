@@ -35,7 +35,15 @@ STAGES = (cfg.SFTConfig, cfg.CollectConfig, cfg.WarmupConfig, cfg.AlignConfig, c
 MODEL = {
     *("stage", "run.seed", "model.precision", "model.freeze", "model.moe_aux_loss_coeff", "model.fp8.recipe"),
     *("model.fp8.first_layers_bf16", "model.fp8.last_layers_bf16"),
-    *("dataset.bad_rows", "dataset.check_images_max_rows", "dataset.overlong", "dataset.columns", "dataset.image_root"),
+    *(
+        "dataset.bad_rows",
+        "dataset.check_images_max_rows",
+        "dataset.overlong",
+        "dataset.columns",
+        "dataset.image_root",
+        "dataset.min_pixels",
+        "dataset.max_pixels",
+    ),
 }
 OPTIMIZER = {
     *("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "warmup_fraction"),
