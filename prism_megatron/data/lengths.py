@@ -48,6 +48,14 @@ def overlong_rows[R: (Example, PreferencePair)](
     return {i: fault for i in suspects if (fault := lengths.fault(rows[i]))}
 
 
+def row_lengths[R: (Example, PreferencePair)](
+    rows: Sequence[R], processor: ChatProcessor, limit: LengthLimit
+) -> list[int]:
+    """Tokens of each row, of what ``limit`` counts."""
+    lengths = _Lengths(processor, limit)
+    return [lengths.exact(row) for row in rows]
+
+
 def fit_lengths[R: (Example, PreferencePair)](
     rows: Rows[R], processor: ChatProcessor, limit: LengthLimit, *, drop: bool
 ) -> Rows[R]:
@@ -99,11 +107,11 @@ class _Lengths:
 
     def fault(self, row: PromptRow) -> str | None:
         """The fault of a row that is too long."""
-        response = row.response if self._limit.demonstrations and isinstance(row, Example) else None
+        response = self._response(row)
         text = self._text_bound(row, response)
         if text + len(row.images) * self._largest_image <= self._most or text + self._of_images(row) <= self._most:
             return None
-        tokens = self._exact(row, response)
+        tokens = self.exact(row)
         if tokens > self._limit.room:
             return f"{row.source}: {tokens} tokens do not fit {self._limit.room}; {self._limit.remedy}"
         if tokens > self._most and (fault := self._position_fault(row, response)):
@@ -134,11 +142,15 @@ class _Lengths:
     def _of_images(self, row: PromptRow) -> int:
         return sum(self._image_tokens(*image_size(image)) for image in row.images)
 
-    def _exact(self, row: PromptRow, response: str | None) -> int:
+    def _response(self, row: PromptRow) -> str | None:
+        return row.response if self._limit.demonstrations and isinstance(row, Example) else None
+
+    def exact(self, row: PromptRow) -> int:
+        """Tokens of a row, those that stand for its pictures included."""
         ids = self._processor.prompt_ids(row.messages)
         if self._limit.train_answers:
             ids, _ = self._processor.answered_prompt_ids(row.messages)
-        return len(ids) - len(row.images) + self._of_images(row) + len(self._response_ids(response))
+        return len(ids) - len(row.images) + self._of_images(row) + len(self._response_ids(self._response(row)))
 
     def _position_fault(self, row: PromptRow, response: str | None) -> str | None:
         """The fault of a row with too many positions, of which it has fewer than tokens. Its pictures are decoded."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_megatron.errors import UserError
+from prism_megatron.sections import DatasetConfig
 
 Trace = Callable[[str], None]  # gets the source of a row before it is worked on
 
@@ -52,6 +53,17 @@ class ReadOptions:
     check_images_max_rows: int = 20_000
     columns: tuple[str, ...] = ()
     image_root: str = ""
+
+    @classmethod
+    def from_config(cls, dataset: DatasetConfig, cache: Path | None) -> ReadOptions:
+        return cls(
+            cache=cache,
+            skip_bad_rows=dataset.bad_rows == "skip",
+            max_bad_fraction=dataset.max_bad_fraction,
+            check_images_max_rows=dataset.check_images_max_rows,
+            columns=tuple(dataset.columns),
+            image_root=dataset.image_root,
+        )
 
     def renamed(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """The fields of a row under the names that readers know: each of ``columns`` is "name=column"."""

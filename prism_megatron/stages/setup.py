@@ -260,15 +260,7 @@ def log_line(line: object) -> None:
 
 def read_options(config: cfg.StageConfig) -> ReadOptions:
     """Return the options with which a stage reads its data files."""
-    dataset = config.dataset
-    return ReadOptions(
-        cache=Path(dataset.cache or Path(config.run.dir) / DATA_CACHE),
-        skip_bad_rows=dataset.bad_rows == "skip",
-        max_bad_fraction=dataset.max_bad_fraction,
-        check_images_max_rows=dataset.check_images_max_rows,
-        columns=tuple(dataset.columns),
-        image_root=dataset.image_root,
-    )
+    return ReadOptions.from_config(config.dataset, Path(config.dataset.cache or Path(config.run.dir) / DATA_CACHE))
 
 
 def report_skipped(stage: Stage, rows: Rows[Any]) -> None:
