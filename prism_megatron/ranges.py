@@ -120,6 +120,17 @@ class KeysRule:
 
 
 @dataclass(frozen=True)
+class ColumnsRule:
+    """A list of new names for columns, each ``name=column``."""
+
+    def allows(self, value: list[str]) -> bool:
+        return all(name.strip() and column.strip() for name, _, column in (entry.partition("=") for entry in value))
+
+    def __str__(self) -> str:
+        return "a list of name=column, such as messages=dialog"
+
+
+@dataclass(frozen=True)
 class PathRule:
     """The path of a file or folder; with ``inside``, one that cannot leave the folder it is joined to."""
 
@@ -145,3 +156,4 @@ PATH = PathRule()
 OPTIONAL_PATH = PathRule(optional=True)
 NAME = PathRule(inside=True)
 KEYS = KeysRule()
+COLUMNS = ColumnsRule()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from prism_megatron.errors import UserError
 from prism_megatron.overrides import MISSING, Section
 from prism_megatron.ranges import (
+    COLUMNS,
     KEYS,
     NAME,
     OPTIONAL_PATH,
@@ -178,15 +179,9 @@ class DatasetConfig(Section):
     workers: int = setting(0, at_least(0))
     min_pixels: int = setting(0, at_least(1, zero="the checkpoint's own limit"))
     max_pixels: int = setting(0, at_least(1, zero="the checkpoint's own limit"))
-    columns: list[str] = field(default_factory=list, metadata=ruled(None))
+    columns: list[str] = field(default_factory=list, metadata=ruled(COLUMNS))
     image_root: str = setting("", OPTIONAL_PATH)
     overlong: str = setting("drop", one_of("drop", "truncate", "error"))
-
-    def check(self, at: str) -> None:
-        for column in self.columns:
-            name, equals, stored = column.partition("=")
-            if not (name.strip() and equals and stored.strip()):
-                raise UserError(f"{at}columns must be of the form name=column, got {column!r}; write messages=dialog")
 
 
 @dataclass

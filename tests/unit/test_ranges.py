@@ -13,7 +13,7 @@ import pytest
 
 from prism_megatron import config as cfg
 from prism_megatron.errors import UserError
-from prism_megatron.ranges import NAME, RULE, KeysRule, OneOf, PathRule, Range, Some
+from prism_megatron.ranges import NAME, RULE, ColumnsRule, KeysRule, OneOf, PathRule, Range, Some
 from recipes import tiny
 
 STAGES = {
@@ -48,6 +48,8 @@ def outside(rule: Any, kind: Any) -> list[Any]:
         return ["nonsense", f"{rule.values[0]},{rule.values[0]}"]
     if isinstance(rule, KeysRule):
         return ["not a key", "optimizer.,x", "optimizer.lr,optimizer.lr"]
+    if isinstance(rule, ColumnsRule):
+        return ["messages", "messages=", "=dialog"]
     assert isinstance(rule, PathRule)
     values = ["a\nb", "a\x00", "\ud800", 256 * "x", *([] if rule.optional else ["", " "])]
     return values + (["../x", "/x", "a/../x", "a//b", "a/", "."] if rule.inside else [])

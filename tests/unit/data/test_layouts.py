@@ -193,7 +193,9 @@ def test_columns_of_other_names(made: Any) -> None:
         assert (found.id, found.images, found.messages) == ("7", (made.picture(),), (USER,))
     with pytest.raises(UserError, match=r"column\(s\) \['conversations or dialog or instruction"):
         read_sft(made.parquet({"x": 1}), options)
-    with pytest.raises(UserError, match=r"dataset\.columns must be of the form name=column, got 'messages'"):
+    with pytest.raises(
+        UserError, match=r"dataset\.columns must be a list of name=column, such as messages=dialog, got \[messages\]"
+    ):
         apply_overrides(tiny.tiny_sft(), ["dataset.columns=[messages]"])
 
 
