@@ -17,9 +17,6 @@ EXIT_STATUS = 75  # EX_TEMPFAIL: try again
 INTERRUPTED = 128 + signal.SIGINT
 _PR_SET_PDEATHSIG = 1
 
-_requested = False
-_interrupted = False
-
 
 class Preempted(Exception):
     """Raised on all ranks after a preempted stage has saved; the process groups still exist."""
@@ -31,28 +28,32 @@ def follow_torchrun() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
 
 
-def listen() -> None:
-    """Install handlers for TERM and INT, after which :func:`is_requested` reports a signal instead of it killing."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _note)
+class StopSignals:
+    """Requests to stop by TERM or INT: ``requested`` is set by the handlers that :meth:`listen` installs."""
 
+    def __init__(self) -> None:
+        self.requested = False
+        self._interrupted = False
 
-def is_requested() -> bool:
-    """Return whether any rank got a signal to stop. Collective, so that all stop after the same iteration."""
-    from prism_megatron.parallel.collectives import max_over_ranks
+    def listen(self) -> None:
+        """Install handlers for TERM and INT; from now on a first signal does not kill this process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
 
-    return bool(max_over_ranks(float(_requested)))
+    def requested_on_any_rank(self) -> bool:
+        """Return whether any rank got a signal. Collective, so that all ranks stop after the same iteration."""
+        from prism_megatron.parallel.collectives import max_over_ranks
 
+        return bool(max_over_ranks(float(self.requested)))
 
-def _note(number: int, _frame: FrameType | None) -> None:
-    global _requested, _interrupted
-    if _interrupted:
-        _write_line("interrupted; the same command resumes from the last checkpoint")
-        os._exit(INTERRUPTED)  # the next start ignores incomplete checkpoints
-    _requested = True
-    if number == signal.SIGINT:
-        _interrupted = True
-        _write_line("stopping after this iteration is finished and saved; press Ctrl-C again to stop at once")
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._interrupted:
+            _write_line("interrupted; the same command resumes from the last checkpoint")
+            os._exit(INTERRUPTED)  # the next start ignores incomplete checkpoints
+        self.requested = True
+        if number == signal.SIGINT:
+            self._interrupted = True
+            _write_line("stopping after this iteration is finished and saved; press Ctrl-C again to stop at once")
 
 
 def _write_line(text: str) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from prism_megatron.optim.schedule import learning_rate
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks, on_main_rank
 from prism_megatron.parallel.degrees import check_degrees, check_engine_ranks
-from prism_megatron.stages import preemption
+from prism_megatron.stages.preemption import Preempted, StopSignals
 from prism_megatron.stages.run_folder import CHECKPOINTS, prepare
 from prism_megatron.stages.run_lock import RunLock
 from prism_megatron.types import Example, PreferencePair
@@ -91,6 +91,7 @@ class Stage:
     checkpointer: Checkpointer
     start: int
     identity: dict[str, Any] | None
+    stop_signals: StopSignals = field(default_factory=StopSignals)
 
     def save_if_due(self, iteration: int, models: Mapping[str, TrainableModel], extra_state: Any = None) -> None:
         """Save a checkpoint every ``save_interval`` iterations, after the last one, and when preempted. Collective.
@@ -99,7 +100,7 @@ class Stage:
         written. ``extra_state`` is plain data, the same on every rank. Raises Preempted after the save.
         """
         run = self.config.run
-        stop = preemption.is_requested()
+        stop = self.stop_signals.requested_on_any_rank()
         if iteration % run.save_interval == 0 or iteration == run.train_iters or stop:
             with self.timers("save"), clear_disk_errors(self.dir):
                 self.checkpointer.save(iteration, _states(models), extra_state)
@@ -108,7 +109,7 @@ class Stage:
         else:
             self.checkpointer.poll()
         if stop:
-            raise preemption.Preempted(f"{self.config.stage}: preempted, saved iteration {iteration}")
+            raise Preempted(f"{self.config.stage}: preempted, saved iteration {iteration}")
 
     def resume(self, models: Mapping[str, TrainableModel]) -> Any:
         """Load this stage's last checkpoint into ``models``, if there is one, and return its ``extra_state`` or None.
@@ -116,7 +117,7 @@ class Stage:
         From here on TERM and INT make the stage save and stop.
         """
         gc.enable()  # train.py disables it during imports and reading
-        preemption.listen()
+        self.stop_signals.listen()
         if not self.start:
             return None
         return self.checkpointer.load(self.start, _states(models))

@@ -18,9 +18,10 @@ RANK = """
 import time
 from prism_megatron.stages import preemption
 preemption.follow_torchrun()
-preemption.listen()
+signals = preemption.StopSignals()
+signals.listen()
 print("listens", flush=True)
-while not preemption._requested:
+while not signals.requested:
     time.sleep(0.01)
 """
 AGENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
