@@ -38,6 +38,16 @@ class PackedSDPA(MegatronModule):
         softmax_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
+        """Take the arguments that Megatron gives every core attention.
+
+        Args:
+            config: Gives the context-parallel size.
+            layer_number: Not used.
+            attn_mask_type: Causal, or full attention within each sequence.
+            attention_type: Not used; it is always "self".
+            softmax_scale: Scale of the scores, None for 1 / sqrt(d).
+            kwargs: Not used.
+        """
         super().__init__(config=config)
         self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         self.softmax_scale = softmax_scale
@@ -78,7 +88,15 @@ class PackedSDPA(MegatronModule):
     def _over_context(
         self, query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int], context: PackedSeqParams
     ) -> Tensor:
-        """Attend under context parallelism; arguments as in :meth:`forward`, ``bounds`` [N + 1] of the whole batch."""
+        """Attend under context parallelism: gather keys and values, then attend sequence by sequence.
+
+        Args:
+            query: [T', heads, d], this rank's tokens.
+            key: [T', groups, d].
+            value: [T', groups, d].
+            bounds: Start of each sequence in the whole batch and end of the last, [N + 1].
+            context: Gives the positions of this rank's tokens.
+        """
         parts = self.config.context_parallel_size
         assert self.causal
         assert isinstance(context, PackedContext)

@@ -36,7 +36,16 @@ class Discriminator(Qwen3VL):
         position: PipelinePosition,
         dedicated_experts: bool,
     ) -> None:
-        """Build this rank's chunk; ``dedicated_experts`` splits the experts into a group per branch."""
+        """Build this rank's chunk with undefined weights.
+
+        Args:
+            config: Megatron's configuration of the language model, with experts.
+            vision_config: Megatron's configuration of the vision tower.
+            text_sizes: Sizes of the language model that ``config`` does not have.
+            vision_sizes: Sizes of the vision tower that ``vision_config`` does not have.
+            position: The chunk's position in the pipeline.
+            dedicated_experts: Split the experts into a group per branch, each with a score head.
+        """
         groups = len(BRANCHES) if dedicated_experts else 1
         super().__init__(
             config, vision_config, text_sizes, vision_sizes, position, with_output_layer=False, branch_groups=groups

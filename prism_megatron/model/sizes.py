@@ -102,13 +102,16 @@ class HFSizes:
 
     @property
     def num_experts(self) -> int | None:
+        """Number of experts per layer, None for a dense model."""
         return _num_experts(self.text)
 
     @property
     def rotary(self) -> Rotary:
+        """Rotary settings of the language model."""
         return _rotary(self.text)
 
     def degrees(self, num_moe_experts: int | None = None) -> ModelDegrees:
+        """Return the sizes that parallel degrees must divide; ``num_moe_experts`` is that of an upcycled model."""
         return ModelDegrees(
             num_layers=self.text["num_hidden_layers"],
             num_attention_heads=self.text["num_attention_heads"],

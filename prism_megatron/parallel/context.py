@@ -19,7 +19,7 @@ def context_tokens(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     pieces = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         chunk, rest = divmod(end - start, 2 * size)
-        assert rest == 0, f"a sequence of {end - start} tokens cannot be cut into {2 * size} chunks"
+        assert rest == 0, f"a sequence of {end - start} tokens cannot be split into {2 * size} chunks"
         for number in (rank, 2 * size - 1 - rank):
             pieces.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
     return torch.cat(pieces).to(cu_seqlens.device)
