@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from prism_megatron.model.attention import PackedSDPA
+from prism_megatron.model.rms_norm import rms_norm
 from prism_megatron.model.rotary import rotate
 from prism_megatron.model.router import BranchMoELayer, BranchRouter, RoutedLayer
 
@@ -45,12 +46,17 @@ class RotaryAttention(MegatronModule):
         return attended
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMS norm; under sequence parallelism Megatron sums its gradient over the tensor-parallel ranks."""
+class RMSNorm(torch.nn.Module):
+    """RMS normalisation whose weight gradient is summed over the tensor-parallel ranks under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class CPUSpecProvider(LocalSpecProvider):
