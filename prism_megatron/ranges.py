@@ -1,4 +1,4 @@
-"""What a field of a configuration may hold: one rule a field, declared where the field is."""
+"""Rules for the values of configuration fields, declared with each field."""
 
 from __future__ import annotations
 
@@ -15,40 +15,41 @@ _MAX_FILE_NAME_BYTES = 255
 
 
 class Rule(Protocol):
-    """``str(rule)`` goes on from "must be"."""
+    """A rule of a field; ``str(rule)`` continues "must be" in an error."""
 
     def allows(self, value: Any) -> bool: ...
 
 
 def setting(default: Any, rule: Rule | None = None, *, hint: str = "", replaces: str = "") -> Any:
-    """A field with its default and its rule. ``hint`` is the remedy that an error names.
+    """Declare a field.
 
-    Setting it above 0 on the command line sets ``replaces``, a field of the same section, to 0.
+    Args:
+        default: its value where nothing else is given.
+        rule: the values that it may have.
+        hint: the remedy in an error message.
+        replaces: a field of the same section that the command line sets to 0 when it sets this one above 0.
     """
     return dataclasses.field(default=default, metadata=ruled(rule, hint, replaces))
 
 
 def ruled(rule: Rule | None, hint: str = "", replaces: str = "") -> dict[str, Any]:
-    """The metadata of such a field."""
+    """Return the metadata of such a field."""
     return {RULE: rule, HINT: hint, REPLACES: replaces}
 
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers between two bounds, each included unless it is ``open``; and 0, where ``zero`` says what it does.
-
-    A bound that is infinite is none.
-    """
+    """Finite numbers between two bounds, each included unless ``open``; also None, if ``off`` says what it means."""
 
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
     open_high: bool = False
-    zero: str = ""
+    off: str = ""
 
-    def allows(self, value: float) -> bool:
-        if self.zero and value == 0:
-            return True
+    def allows(self, value: float | None) -> bool:
+        if value is None:
+            return bool(self.off)
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         return math.isfinite(value) and above and below
@@ -58,21 +59,21 @@ class Range:
             described = f"{'above' if self.open_low else 'at least'} {self.low:g}"
         else:
             described = f"in {'[('[self.open_low]}{self.low:g}, {self.high:g}{'])'[self.open_high]}"
-        if self.zero:
-            described = f"0 ({self.zero}) or {described}"
+        if self.off:
+            described = f"none ({self.off}) or {described}"
         return described
 
 
-def at_least(low: float, zero: str = "") -> Range:
-    return Range(low, zero=zero)
+def at_least(low: float, off: str = "") -> Range:
+    return Range(low, off=off)
 
 
-def above(low: float, zero: str = "") -> Range:
-    return Range(low, open_low=True, zero=zero)
+def above(low: float, off: str = "") -> Range:
+    return Range(low, open_low=True, off=off)
 
 
 def between(low: float, high: float, ends: str = "[]") -> Range:
-    """``ends`` are the brackets of the interval, for example ``[)``."""
+    """Return an interval; ``ends`` are its brackets, for example ``[)``."""
     return Range(low, high, open_low=ends[0] == "(", open_high=ends[1] == ")")
 
 
@@ -93,7 +94,7 @@ def one_of(*values: Any) -> OneOf:
 
 @dataclass(frozen=True)
 class Some:
-    """A list of any of ``values``, each once."""
+    """A list of any of ``values``, without repetition."""
 
     values: tuple[str, ...]
 
@@ -110,7 +111,7 @@ def some_of(*values: str) -> Some:
 
 @dataclass(frozen=True)
 class KeysRule:
-    """A list of configuration keys, such as ``optimizer.lr``, each once."""
+    """A list of configuration keys, such as ``optimizer.lr``, without repetition."""
 
     def allows(self, value: list[str]) -> bool:
         return all(_KEY.fullmatch(key) for key in value) and len(set(value)) == len(value)
@@ -132,7 +133,7 @@ class ColumnsRule:
 
 @dataclass(frozen=True)
 class PathRule:
-    """The path of a file or folder; with ``inside``, one that cannot leave the folder it is joined to."""
+    """The path of a file or folder; with ``inside``, a relative path that stays in its folder."""
 
     inside: bool = False
     optional: bool = False

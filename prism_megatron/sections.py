@@ -1,4 +1,4 @@
-"""The sections that every stage's configuration has: layout, model, optimizer, rollouts, evaluation, run."""
+"""Sections of the stages' configurations: layout, model, optimizer, rollouts, data sets, evaluation and run."""
 
 # Annotations are types here, not strings: NeMo-Run's command line (recipes/factories.py) reads them.
 from dataclasses import dataclass, field
@@ -20,15 +20,15 @@ from prism_megatron.ranges import (
     some_of,
 )
 
-PARTS = ("vision", "merger", "language_model")  # of a model, which may be frozen
+PARTS = ("vision", "merger", "language_model")  # of a model; each may be frozen
 
 
 @dataclass
 class ParallelConfig(Section):
-    """Megatron's parallel degrees. Data parallelism is what is left of the world.
+    """Megatron's parallel degrees; the remaining ranks are data-parallel.
 
-    Layers are split evenly over pipeline stages, but for the stages given a number of their own (0: none). The first
-    stage also runs the vision tower.
+    Layers are split evenly over pipeline stages, except the first and last stage if they have a number of their own
+    (0: none). The first stage also runs the vision tower.
     """
 
     tensor_model_parallel_size: int = setting(1, at_least(1))
@@ -44,42 +44,41 @@ class ParallelConfig(Section):
 
 @dataclass
 class FP8Config(Section):
-    """How the decoder's linear layers are scaled with ``model.precision`` fp8; ``model/fp8.py`` says what stays BF16.
+    """Scaling of the decoder's linear layers with ``model.precision`` fp8; ``model/fp8.py`` lists what stays BF16.
 
-    ``delayed`` scales a tensor by what earlier steps saw, ``tensorwise`` by its own largest value, ``blockwise`` and
-    ``mxfp8`` (Blackwell only) each block by its own.
+    ``delayed`` scales a tensor by the largest values of earlier steps, ``tensorwise`` by its own largest value,
+    ``blockwise`` and ``mxfp8`` (Blackwell only) each block by its own.
     """
 
     recipe: str = setting("tensorwise", one_of("delayed", "tensorwise", "blockwise", "mxfp8"))
-    first_layers_bf16: int = setting(0, at_least(0))  # of the decoder, kept in BF16
+    first_layers_bf16: int = setting(0, at_least(0))  # of the decoder, not in FP8
     last_layers_bf16: int = setting(0, at_least(0))
 
     def check(self, at: str) -> None:
         first, last = self.first_layers_bf16, self.last_layers_bf16
         if self.recipe == "delayed" and (first or last):
             raise UserError(
-                f"{at}recipe delayed keeps one history for all layers, so first_layers_bf16 ({first}) and "
+                f"{at}recipe delayed has one history for all layers, so first_layers_bf16 ({first}) and "
                 f"last_layers_bf16 ({last}) must be 0; use recipe tensorwise"
             )
 
 
 @dataclass
 class ModelConfig(Section):
-    """Which checkpoint to start from, and how to run it. Sizes are read from its ``config.json``."""
+    """The initial checkpoint and its precision. Sizes are read from its ``config.json``."""
 
     hf_checkpoint: str = setting(MISSING, PATH)
     precision: str = setting("fp32", one_of("fp32", "bf16", "fp8"))
     fp8: FP8Config = field(default_factory=FP8Config)
     freeze: list[str] = field(default_factory=list, metadata=ruled(some_of(*PARTS)))
-    # Of the checkpoints that a recipe's numbers are for.
-    max_hidden_size: int = setting(0, at_least(1, zero="any"))
+    max_hidden_size: int | None = setting(None, at_least(1, off="any"))  # of checkpoints that a recipe is meant for
     recompute: bool = setting(False)  # recompute every transformer layer in the backward pass
-    moe_aux_loss_coeff: float = setting(0.0, at_least(0))  # load balancing of a mixture-of-experts policy
+    moe_aux_loss_coeff: float = setting(0.0, at_least(0))  # load balancing, for mixture-of-experts policies
 
 
 @dataclass
 class OptimizerConfig(Section):
-    """AdamW and its schedule. ``warmup_fraction`` and the decay are over all iterations of the stage."""
+    """AdamW and its learning rates. ``warmup_fraction`` and the decay refer to all iterations of the stage."""
 
     lr: float = setting(MISSING, at_least(0))
     min_lr: float = setting(0.0, at_least(0))
@@ -87,7 +86,7 @@ class OptimizerConfig(Section):
     adam_beta1: float = setting(0.9, between(0, 1, "[)"))
     adam_beta2: float = setting(0.999, between(0, 1, "[)"))
     adam_eps: float = setting(1e-8, above(0))
-    clip_grad: float = setting(1.0, at_least(0), hint="0 turns clipping off")  # largest norm of the gradient
+    clip_grad: float = setting(1.0, at_least(0), hint="0 turns clipping off")  # largest gradient norm
     warmup_fraction: float = setting(0.0, between(0, 1))
     decay_style: str = setting("constant", one_of("constant", "cosine", "linear"))
     use_distributed_optimizer: bool = setting(False)
@@ -101,54 +100,75 @@ class OptimizerConfig(Section):
 
 
 @dataclass
-class RolloutConfig(Section):
-    """Sampling, where the engine runs and its own sizes. ``tensor_model_parallel_size`` 0 means the trainer's.
+class RolloutLengths(Section):
+    """Lengths of responses and sequences, of stages that sample nothing themselves."""
 
-    ``engine`` colocated: inside the training ranks. child: in processes of its own on the same host, which are started
-    again, once, if they die. ``transport`` says how weights reach these: shared_memory of the host, which is auto; a
-    collective of the rank and its engine, gloo or, on GPUs that no rank trains on, NCCL; cuda_ipc, memory of the
-    rank's GPU.
-    """
-
-    engine: str = setting("colocated", one_of("colocated", "child"))
-    transport: str = setting("auto", one_of("auto", "shared_memory", "collective", "cuda_ipc"))  # for a child
-    timeout_seconds: float = setting(0.0, above(0, zero="none"))  # for one batch of responses
-    samples_per_prompt: int = setting(1, at_least(1))
-    temperature: float = setting(1.0, at_least(0))
-    top_p: float = setting(1.0, between(0, 1, "(]"))
     max_response_tokens: int = setting(MISSING, at_least(1))
-    max_model_len: int = setting(MISSING, at_least(2))
-    max_num_seqs: int = setting(256, at_least(1))
-    images_per_prompt: int = setting(8, at_least(1))  # at most
-    kv_cache_gib: float = setting(1.0, above(0))  # on a CPU
-    # The engine's part of each GPU; recipes/estimate/memory.py says if the rest is enough.
-    gpu_memory_utilization: float = setting(0.5, between(0, 1, "(]"))
-    # While the policy trains, on a GPU: 1 moves weights to the host, 2 drops them; 0: stay.
-    sleep_level: int = setting(0, one_of(0, 1, 2))
-    enforce_eager: bool = setting(True)
-    tensor_model_parallel_size: int = setting(0, at_least(1, zero="the trainer's"))
-    # Stop where log-probabilities of trainer and engine differ by more nats than this, on average over a response.
-    max_logprob_abs_diff: float = setting(
-        0.0, above(0, zero="what the precision allows"), hint="1e9 only logs the difference"
-    )
-    # Weights on their way to the engine; at least twice the largest module is used.
-    sync_bucket_mib: int = setting(256, at_least(1))
-    sync_checksums: bool = setting(False)  # after each sync, compare on all ranks what every one of them was given
-    guard_interval: int = setting(100, at_least(1, zero="never"))  # syncs between comparisons of engine and trainer
-    # Nats that the comparison lets pass.
-    guard_max_logprob_diff: float = setting(0.0, above(0, zero="what the precision needs"))
+    max_model_len: int = setting(MISSING, at_least(2))  # of prompt and response
 
     def check(self, at: str) -> None:
-        if self.transport != "auto" and self.engine != "child":
-            raise UserError(
-                f"{at}transport ({self.transport}) is for {at}engine=child; leave it at auto: an engine inside "
-                "the ranks is given their own tensors"
-            )
         if self.max_response_tokens >= self.max_model_len:
             raise UserError(
                 f"{at}max_response_tokens ({self.max_response_tokens}) must be below {at}max_model_len "
-                f"({self.max_model_len}), which holds the prompt too; raise {at}max_model_len"
+                f"({self.max_model_len}), which includes the prompt; raise {at}max_model_len"
             )
+
+
+@dataclass
+class EngineRollout(RolloutLengths):
+    """The rollout engine: where it runs, its sizes, and how weights are pushed to it.
+
+    ``engine`` colocated runs it in the training ranks; child runs it in subprocesses on the same host, which are
+    restarted once if they die. ``transport`` moves weights to the subprocesses: shared_memory (auto), collective (a
+    gloo or, on GPUs that no rank trains on, NCCL group of the rank and its subprocesses), or cuda_ipc.
+    """
+
+    engine: str = setting("colocated", one_of("colocated", "child"))
+    transport: str = setting("auto", one_of("auto", "shared_memory", "collective", "cuda_ipc"))
+    timeout_seconds: float | None = setting(None, above(0, off="no limit"))  # for one batch of responses
+    max_num_seqs: int = setting(256, at_least(1))
+    images_per_prompt: int = setting(8, at_least(1))  # at most
+    kv_cache_gib: float = setting(1.0, above(0))  # on a CPU
+    # The engine's share of each GPU; recipes/estimate/memory.py checks that the rest is enough for training.
+    gpu_memory_utilization: float = setting(0.5, between(0, 1, "(]"))
+    enforce_eager: bool = setting(True)
+    tensor_model_parallel_size: int | None = setting(None, at_least(1, off="the trainer's"))
+    sync_bucket_mib: int = setting(256, at_least(1))  # buffer of a push; at least twice the largest module is used
+    sync_checksums: bool = setting(False)  # compare what all ranks received after each push
+
+    def check(self, at: str) -> None:
+        super().check(at)
+        if self.transport != "auto" and self.engine != "child":
+            raise UserError(
+                f"{at}transport ({self.transport}) is for {at}engine=child; leave it at auto: an engine in the ranks "
+                "uses their tensors"
+            )
+
+
+@dataclass
+class SampledRollout(EngineRollout):
+    """The rollout engine and how responses are sampled."""
+
+    samples_per_prompt: int = setting(1, at_least(1))
+    temperature: float = setting(1.0, at_least(0))
+    top_p: float = setting(1.0, between(0, 1, "(]"))
+
+
+@dataclass
+class RolloutConfig(SampledRollout):
+    """Rollouts of a policy that is trained on them, and comparisons of the trainer with the engine.
+
+    ``max_logprob_abs_diff`` stops a run if log-probabilities of trainer and engine differ by more, averaged over a
+    response. The sync guard compares them after every ``guard_interval`` pushes. Both are in nats.
+    """
+
+    # Of the engine during training, on a GPU: 1 moves its weights to the host, 2 drops them.
+    sleep_level: int = setting(0, one_of(0, 1, 2))
+    max_logprob_abs_diff: float | None = setting(
+        None, above(0, off="default of the precision"), hint="1e9 only logs the difference"
+    )
+    guard_interval: int | None = setting(100, at_least(1, off="never"))
+    guard_max_logprob_diff: float | None = setting(None, above(0, off="default of the precision"))
 
 
 @dataclass
@@ -186,45 +206,49 @@ class DatasetConfig(Section):
 
 @dataclass
 class EvalConfig(Section):
-    """Greedy evaluation on held-out questions after the stage. ``num_questions`` 0 turns it off."""
+    """Greedy evaluation on held-out questions after the stage."""
 
     data: str = setting("", OPTIONAL_PATH)
-    num_questions: int = setting(0, at_least(1, zero="no evaluation"))
+    num_questions: int | None = setting(None, at_least(1, off="no evaluation"))
 
     def check(self, at: str) -> None:
         if self.num_questions and not self.data:
             raise UserError(
                 f"{at}num_questions ({self.num_questions}) needs {at}data, which is empty; give {at}data=FILE.parquet, "
-                f"or {at}num_questions=0"
+                f"or {at}num_questions=none"
             )
 
 
 @dataclass
-class RunConfig(Section):
-    """Where a stage writes, how long it runs and how often it saves.
+class RunFolderConfig(Section):
+    """The folder of a run, ``dir``/``name``, and its random seed.
 
-    It runs for ``train_iters`` iterations or for ``num_epochs`` over its rows; the one that is not used is 0.
-
-    A folder that holds another experiment (``stages/identity.py`` says which keys make one) is refused, but for
-    differences in the keys of ``allow_change``; with ``on_change`` restart it is moved aside and the stage begun anew.
+    A folder of another experiment is refused (``stages/identity.py`` lists the keys that make one), except for
+    differences in ``allow_change``; with ``on_change`` restart it is moved aside and the stage starts again.
     """
 
-    name: str = setting(MISSING, NAME, hint="run.dir says which folder it is in")
+    name: str = setting(MISSING, NAME, hint="run.dir is the folder it is in")
     dir: str = setting("runs", PATH)
     seed: int = setting(1, at_least(0))
-    train_iters: int = setting(0, at_least(1, zero="run.num_epochs counts"), replaces="num_epochs")
-    num_epochs: int = setting(0, at_least(1, zero="run.train_iters counts"), replaces="train_iters")
-    save_interval: int = setting(100, at_least(1), hint="a number above run.train_iters saves only at the end")
-    keep_checkpoints: int = setting(2, at_least(1), hint="a stage goes on from the last one")
-    log_rollouts_per_iteration: int = setting(4, at_least(0))
     allow_change: list[str] = field(default_factory=list, metadata=ruled(KEYS))
     on_change: str = setting("refuse", one_of("refuse", "restart"))
+
+
+@dataclass
+class RunConfig(RunFolderConfig):
+    """A training run: its length, in ``train_iters`` or in ``num_epochs`` (the other is 0), and its checkpoints."""
+
+    train_iters: int = setting(0, at_least(0), replaces="num_epochs")
+    num_epochs: int = setting(0, at_least(0), replaces="train_iters")
+    save_interval: int = setting(100, at_least(1), hint="a number above run.train_iters saves only at the end")
+    keep_checkpoints: int = setting(2, at_least(1), hint="a stage resumes from the last one")
+    log_rollouts_per_iteration: int = setting(4, at_least(0))
 
     def check(self, at: str) -> None:
         if self.train_iters and self.num_epochs:
             raise UserError(
-                f"{at}train_iters ({self.train_iters}) and {at}num_epochs ({self.num_epochs}) both say how long to "
-                "run; set one of them to 0"
+                f"{at}train_iters ({self.train_iters}) and {at}num_epochs ({self.num_epochs}) both set the length of "
+                "the run; set one of them to 0"
             )
         if not self.train_iters and not self.num_epochs:
             raise UserError(

@@ -28,7 +28,7 @@ class Layout:
     cp: int = 1
     ep: int = 1
     etp: int = 1
-    engine: tuple[int, float] = (0, 0.5)
+    engine: tuple[int | None, float] = (None, 0.5)
     first_and_last: int = 0  # layers of the first and of the last pipeline stage, 0 for an even split
     freeze: tuple[str, ...] = ()  # parts that the paper trains and that do not fit
 
@@ -47,10 +47,10 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {
     "sft_qwen3_vl_2b_1n8g_h100_bf16": Layout(tp=1),
-    "sft_qwen3_vl_4b_1n8g_h100_bf16": Layout(tp=1, engine=(0, 0.4)),
-    "sft_qwen3_vl_8b_1n8g_h100_bf16": Layout(tp=2, engine=(0, 0.3)),
-    "sft_qwen3_vl_32b_2n8g_h100_bf16": Layout(tp=8, engine=(0, 0.2)),
-    "sft_qwen3_vl_30b_a3b_2n8g_h100_bf16": Layout(tp=4, ep=8, engine=(0, 0.25)),
+    "sft_qwen3_vl_4b_1n8g_h100_bf16": Layout(tp=1, engine=(None, 0.4)),
+    "sft_qwen3_vl_8b_1n8g_h100_bf16": Layout(tp=2, engine=(None, 0.3)),
+    "sft_qwen3_vl_32b_2n8g_h100_bf16": Layout(tp=8, engine=(None, 0.2)),
+    "sft_qwen3_vl_30b_a3b_2n8g_h100_bf16": Layout(tp=4, ep=8, engine=(None, 0.25)),
     "sft_qwen3_vl_235b_a22b_16n8g_h100_bf16": Layout(tp=4, pp=4, ep=16, first_and_last=23),
     "collect_qwen3_vl_2b_1n8g_h100_bf16": Layout(tp=1, engine=(1, 0.9)),
     "collect_qwen3_vl_4b_1n8g_h100_bf16": Layout(tp=1, engine=(1, 0.9)),
@@ -97,9 +97,9 @@ LAYOUTS: dict[str, Layout] = {
         tp=4, pp=8, cp=4, ep=16, engine=(16, 0.44), first_and_last=11, freeze=VISION
     ),
     # FP8 adds rounded copies of the weights. Rows that are missing do not fit, train nothing, or gain too little.
-    "sft_qwen3_vl_8b_1n8g_h100_fp8": Layout(tp=2, engine=(0, 0.3)),
-    "sft_qwen3_vl_32b_2n8g_h100_fp8": Layout(tp=8, engine=(0, 0.2)),
-    "sft_qwen3_vl_30b_a3b_2n8g_h100_fp8": Layout(tp=4, ep=8, engine=(0, 0.242)),
+    "sft_qwen3_vl_8b_1n8g_h100_fp8": Layout(tp=2, engine=(None, 0.3)),
+    "sft_qwen3_vl_32b_2n8g_h100_fp8": Layout(tp=8, engine=(None, 0.2)),
+    "sft_qwen3_vl_30b_a3b_2n8g_h100_fp8": Layout(tp=4, ep=8, engine=(None, 0.242)),
     "sft_qwen3_vl_235b_a22b_16n8g_h100_fp8": Layout(tp=4, pp=4, ep=16, first_and_last=23),
     "align_qwen3_vl_8b_2n8g_h100_fp8": Layout(tp=4, ep=4, engine=(4, 0.25)),
     "align_qwen3_vl_32b_4n8g_h100_fp8": Layout(tp=8, pp=2, ep=4, engine=(8, 0.25)),

@@ -171,7 +171,7 @@ def _chain(name: str, stages: Mapping[str, tuple[str, tuple[str, ...]]], extra: 
 def baseline_step(name: str, steps: Sequence[Step]) -> Step:
     """Return RLVR straight after SFT, with as many policy updates as alignment and RLVR have together."""
     align, rlvr = (next(step for step in steps if step.name == stage) for stage in ("align", "rlvr"))
-    runs = [step.config().run for step in (align, rlvr)]
+    runs = [run for step in (align, rlvr) if isinstance(run := step.config().run, cfg.RunConfig)]
     if any(run.num_epochs for run in runs):
         raise UserError("a study counts updates: give align and rlvr run.train_iters, not run.num_epochs")
     iterations = sum(run.train_iters for run in runs)

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from prism_megatron.config import (
     AlignConfig,
     CollectConfig,
     DiscriminatorConfig,
+    EngineRollout,
     FP8Config,
     ModelConfig,
     OptimizerConfig,
     RLVRConfig,
     RolloutConfig,
+    RolloutLengths,
     RunConfig,
+    RunFolderConfig,
+    SampledRollout,
     SFTConfig,
     StageConfig,
     WarmupConfig,
@@ -29,7 +34,7 @@ from recipes.layouts import LAYOUTS, VISION, Layout, parse_name, recipe_name
 ALGORITHMS = ("grpo", "dapo", "gspo")
 _PROMPT_TOKENS = 2048  # longer prompts are not in the released data
 # Under FP8 the engine runs the policy in BF16, so trainer and engine differ.
-_IMPORTANCE_CAP = {"bf16": 0.0, "fp8": 2.0}
+_IMPORTANCE_CAP = {"bf16": None, "fp8": 2.0}
 _HUB_NAMES = {
     "2b": "2B",
     "4b": "4B",
@@ -49,7 +54,7 @@ def sft(size: str, precision: str) -> SFTConfig:
         parallel=layout.parallel(),
         model=_model(f"checkpoints/{released(size)}", precision, VISION),
         optimizer=_adam(1e-5, decay_style="cosine", warmup_fraction=0.1),
-        rollout=_rollout(layout, 1, 6144),
+        rollout=EngineRollout(**_engine(layout, 6144)),
         max_tokens_per_microbatch=8192,
         data="data/sft.jsonl",
         global_batch_size=16,  # the paper's 2 per GPU, on its 8 GPUs
@@ -61,12 +66,10 @@ def collect(size: str, precision: str) -> CollectConfig:
     layout = _layout("collect", size, precision)
     return CollectConfig(
         stage="collect",
-        run=_run(size, "collect", precision, train_iters=1, save_interval=1),
+        run=RunFolderConfig(_run_name(size, "collect", precision), seed=42),
         parallel=layout.parallel(),
         model=_model(f"runs/{size}/sft/hf", precision),
-        optimizer=_adam(0.0),
-        rollout=_rollout(layout, 16, 8192),
-        max_tokens_per_microbatch=10240,
+        rollout=SampledRollout(samples_per_prompt=16, **_engine(layout, 8192)),
         alignment_data="data/alignment.parquet",
         pair_samples_per_prompt=1,
         candidates="data/rlvr_candidates.parquet",
@@ -88,7 +91,7 @@ def warmup(size: str, precision: str) -> WarmupConfig:
         parallel=layout.parallel(),
         model=_model(f"runs/{size}/sft/hf", precision),
         optimizer=_adam(1e-5, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
-        rollout=_rollout(layout, 1, 6144),
+        rollout=RolloutLengths(max_response_tokens=6144, max_model_len=_PROMPT_TOKENS + 6144),
         max_tokens_per_microbatch=2 * (_PROMPT_TOKENS + 6144),  # both sides of the longest pair, uncut
         data=f"runs/{size}/collect/warmup_pairs.jsonl",
         global_batch_size=64,  # lines of two pairs each
@@ -105,7 +108,7 @@ def align(size: str, precision: str) -> AlignConfig:
         parallel=layout.parallel(),
         model=_model(f"runs/{size}/sft/hf", precision, layout.freeze),
         optimizer=_adam(1e-6, weight_decay=0.01),
-        rollout=_rollout(layout, 16, 6144),
+        rollout=_rollout(layout, 6144),
         max_tokens_per_microbatch=8192,  # pairs with more than 4096 tokens on a side, prompt included, are cut
         data="data/alignment.parquet",
         prompts_per_iteration=4,
@@ -128,7 +131,7 @@ def rlvr_grpo(size: str, precision: str) -> RLVRConfig:
         parallel=layout.parallel(),
         model=_model(f"runs/{size}/align/hf", precision, layout.freeze),
         optimizer=_adam(1e-6, weight_decay=0.01),
-        rollout=_rollout(layout, 16, 8192),
+        rollout=_rollout(layout, 8192),
         max_tokens_per_microbatch=10240,
         data=f"runs/{size}/collect/rlvr.parquet",
         prompts_per_iteration=32,
@@ -152,7 +155,7 @@ def rlvr_dapo(size: str, precision: str) -> RLVRConfig:
 def rlvr_gspo(size: str, precision: str) -> RLVRConfig:
     config = rlvr_grpo(size, precision)
     config.algorithm, config.run.name = "gspo", _run_name(size, "rlvr_gspo", precision)
-    config.clip_low, config.clip_high, config.dual_clip = 3e-4, 4e-4, 0.0
+    config.clip_low, config.clip_high, config.dual_clip = 3e-4, 4e-4, None
     config.optimizer.weight_decay = 0.1
     config.optimizer.warmup_fraction = 0.05
     return config
@@ -192,15 +195,18 @@ def _adam(
     )
 
 
-def _rollout(layout: Layout, samples_per_prompt: int, max_response_tokens: int) -> RolloutConfig:
+def _rollout(layout: Layout, max_response_tokens: int) -> RolloutConfig:
+    return RolloutConfig(samples_per_prompt=16, **_engine(layout, max_response_tokens))
+
+
+def _engine(layout: Layout, max_response_tokens: int) -> dict[str, Any]:
     tensor_parallel, share = layout.engine
-    return RolloutConfig(
-        samples_per_prompt=samples_per_prompt,
-        max_response_tokens=max_response_tokens,
-        max_model_len=_PROMPT_TOKENS + max_response_tokens,
-        tensor_model_parallel_size=tensor_parallel,
-        gpu_memory_utilization=share,
-    )
+    return {
+        "max_response_tokens": max_response_tokens,
+        "max_model_len": _PROMPT_TOKENS + max_response_tokens,
+        "tensor_model_parallel_size": tensor_parallel,
+        "gpu_memory_utilization": share,
+    }
 
 
 def _discriminator(checkpoint: str) -> DiscriminatorConfig:

@@ -6,27 +6,30 @@ Hyper-parameters were chosen by experiment (README has the results). A single st
 
 from __future__ import annotations
 
+from typing import Any
+
 from prism_megatron.config import (
     AlignConfig,
     CollectConfig,
     DiscriminatorConfig,
+    EngineRollout,
     EvalConfig,
     ModelConfig,
     OptimizerConfig,
     RLVRConfig,
     RolloutConfig,
+    RolloutLengths,
     RunConfig,
+    RunFolderConfig,
+    SampledRollout,
     SFTConfig,
     WarmupConfig,
 )
 
 ROOT = "runs/tiny"
 _MAX_TOKENS = 6144
+_LENGTHS: dict[str, Any] = {"max_response_tokens": 160, "max_model_len": 256}
 _MAX_HIDDEN_SIZE = 512  # the smallest published model has 2048
-
-
-def _rollout(samples_per_prompt: int) -> RolloutConfig:
-    return RolloutConfig(samples_per_prompt=samples_per_prompt, max_response_tokens=160, max_model_len=256)
 
 
 def _model(checkpoint: str) -> ModelConfig:
@@ -51,7 +54,7 @@ def tiny_sft() -> SFTConfig:
             decay_style="cosine",
             warmup_fraction=0.07,
         ),
-        rollout=_rollout(1),
+        rollout=EngineRollout(**_LENGTHS),
         eval=EvalConfig(data=f"{ROOT}/data/heldout.parquet", num_questions=512),
         max_tokens_per_microbatch=_MAX_TOKENS,
         data=f"{ROOT}/data/sft.jsonl",
@@ -62,11 +65,9 @@ def tiny_sft() -> SFTConfig:
 def tiny_collect() -> CollectConfig:
     return CollectConfig(
         stage="collect",
-        run=RunConfig(name="tiny/collect", train_iters=1),
+        run=RunFolderConfig(name="tiny/collect"),
         model=_model(f"{ROOT}/sft/hf"),
-        optimizer=OptimizerConfig(lr=0.0),
-        rollout=_rollout(4),
-        max_tokens_per_microbatch=_MAX_TOKENS,
+        rollout=SampledRollout(samples_per_prompt=4, **_LENGTHS),
         alignment_data=f"{ROOT}/data/alignment.parquet",
         pair_samples_per_prompt=1,
         candidates=f"{ROOT}/data/rlvr_candidates.parquet",
@@ -82,7 +83,7 @@ def tiny_warmup() -> WarmupConfig:
         run=RunConfig(name="tiny/warmup", train_iters=40, save_interval=20),
         model=_model(f"{ROOT}/sft/hf"),
         optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.01, decay_style="cosine", warmup_fraction=0.1),
-        rollout=_rollout(1),
+        rollout=RolloutLengths(**_LENGTHS),
         max_tokens_per_microbatch=_MAX_TOKENS,
         data=f"{ROOT}/collect/warmup_pairs.jsonl",
         global_batch_size=16,
@@ -96,7 +97,7 @@ def tiny_align() -> AlignConfig:
         run=RunConfig(name="tiny/align", train_iters=20, save_interval=5),
         model=_model(f"{ROOT}/sft/hf"),
         optimizer=OptimizerConfig(lr=2e-4, weight_decay=0.01),
-        rollout=_rollout(8),
+        rollout=RolloutConfig(samples_per_prompt=8, **_LENGTHS),
         eval=EvalConfig(data=f"{ROOT}/data/heldout.parquet", num_questions=512),
         max_tokens_per_microbatch=_MAX_TOKENS,
         data=f"{ROOT}/data/alignment.parquet",
@@ -115,7 +116,7 @@ def tiny_rlvr() -> RLVRConfig:
         run=RunConfig(name="tiny/rlvr", train_iters=30, save_interval=10),
         model=_model(f"{ROOT}/align/hf"),
         optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.01),
-        rollout=_rollout(8),
+        rollout=RolloutConfig(samples_per_prompt=8, **_LENGTHS),
         eval=EvalConfig(data=f"{ROOT}/data/heldout.parquet", num_questions=512),
         max_tokens_per_microbatch=_MAX_TOKENS,
         data=f"{ROOT}/collect/rlvr.parquet",

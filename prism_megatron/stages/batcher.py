@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prism_megatron.config import ModelConfig, ParallelConfig, PolicyGradientConfig, StageConfig
+from prism_megatron.config import ModelConfig, ParallelConfig, PolicyGradientConfig, TrainingConfig
 from prism_megatron.data.pack import Padding, TrainingSequence, pack, pack_shared, split_by_tokens
 from prism_megatron.data.pairs import Pair, distinct_sequences, group_pairs
 from prism_megatron.data.samples import Sample
@@ -105,7 +105,7 @@ class Batcher:
         self._padding = padding_for(parallel, model)
 
     @classmethod
-    def from_config(cls, input_spec: InputSpec, config: StageConfig) -> Batcher:
+    def from_config(cls, input_spec: InputSpec, config: TrainingConfig) -> Batcher:
         return cls(input_spec, config.parallel, config.model, config.max_tokens_per_microbatch)
 
     def pack(self, sequences: Sequence[TrainingSequence]) -> PackedBatch:

@@ -43,7 +43,7 @@ def run_collect(config: CollectConfig) -> None:
     processor = load_processor(config)
     demonstrations = fit_prompts(read_alignment(config.alignment_data, read_options(config)), processor, config)
     candidates = fit_prompts(read_rlvr(config.candidates, read_options(config)), processor, config)
-    candidates = candidates[: config.num_candidates or None]
+    candidates = candidates[: config.num_candidates]
     if is_converted(Path(config.model.hf_checkpoint)):
         raise UserError(
             f"model.hf_checkpoint {config.model.hf_checkpoint} is converted for Megatron; collecting needs the HF "

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from prism_megatron import config as cfg
 from prism_megatron.data import shapes
 from prism_megatron.data.chat import ChatProcessor
 from prism_megatron.data.dataset import read_rlvr
@@ -33,17 +34,19 @@ def export_and_evaluate(
     stage: Stage, policy: TrainableModel, processor: ChatProcessor, engine: Engine | None = None
 ) -> None:
     """Export the trained policy to ``hf/``, evaluate it, and mark the stage as finished."""
+    config = stage.config
+    assert isinstance(config, cfg.PolicyTrainingConfig)
     policy.export(stage.dir / "hf")
-    if not stage.config.eval.num_questions:
+    if not config.eval.num_questions:
         mark_finished(stage, {})
         return
-    engine = engine or start_engine(stage.config, stage.dir / "hf")
-    push_weights(engine, policy, stage.config.run.train_iters, stage.config.rollout)
-    result = evaluate(Sampler(engine, processor, stage.config))
+    engine = engine or start_engine(config, stage.dir / "hf")
+    push_weights(engine, policy, config.run.train_iters, config.rollout)
+    result = evaluate(Sampler(engine, processor, config))
     if groups.is_main_rank():
         write_atomic(stage.dir / RESULTS, json.dumps([result], indent=2) + "\n")
         print(
-            f"{stage.config.stage}: accuracy {result['accuracy']:.3f} on {result['num_questions']} held-out questions, "
+            f"{config.stage}: accuracy {result['accuracy']:.3f} on {result['num_questions']} held-out questions, "
             f"format valid {result['format_valid']:.3f}",
             flush=True,
         )
@@ -53,6 +56,8 @@ def export_and_evaluate(
 def evaluate(sampler: Sampler) -> dict[str, Any]:
     """Return greedy accuracy and format validity with 95 % Wilson intervals, and the built-in task's own measures."""
     config = sampler.config
+    assert isinstance(config, cfg.PolicyTrainingConfig)
+    assert config.eval.num_questions is not None
     rows = read_rlvr(config.eval.data, read_options(config))
     share = shard_for_rank(
         list(range(config.eval.num_questions)), groups.data_parallel_rank(), groups.data_parallel_size()

@@ -7,7 +7,6 @@ finished stages.
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -22,6 +21,7 @@ from prism_megatron.data.sources import data_files
 from prism_megatron.errors import UserError
 from prism_megatron.files import read_object, write_atomic
 from prism_megatron.optim.schedule import learning_rate
+from prism_megatron.overrides import flat, read_old
 
 # Patterns of keys that do not change what is trained. Any other key is part of the identity.
 NOT_IDENTITY = (
@@ -45,15 +45,11 @@ NOT_IDENTITY = (
 # Stages whose result does not depend on packing; the discriminator's branches are truncated to fit a micro-batch.
 NOT_IDENTITY_OF: dict[type[cfg.StageConfig], tuple[str, ...]] = {
     cfg.SFTConfig: ("max_tokens_per_microbatch",),
-    cfg.CollectConfig: ("max_tokens_per_microbatch", "optimizer.*"),
     cfg.RLVRConfig: ("max_tokens_per_microbatch",),
 }
 # Keys that change only the evaluation after training: a finished stage is evaluated again.
 EVALUATION = ("eval.*",)
-EVALUATION_OF: dict[type[cfg.StageConfig], tuple[str, ...]] = {
-    cfg.SFTConfig: ("rollout.*",),
-    cfg.WarmupConfig: ("rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p"),
-}
+EVALUATION_OF: dict[type[cfg.StageConfig], tuple[str, ...]] = {cfg.SFTConfig: ("rollout.*",)}
 MODELS = ("model.hf_checkpoint", "discriminator.hf_checkpoint")
 INPUTS = (*MODELS, "data", "alignment_data", "candidates", "eval.data")
 
@@ -83,31 +79,27 @@ class Identity:
             elif value:
                 sha256 = hashed.fingerprint(Path(value)) if key in MODELS else hashed.of_data(value)
                 inputs[key] = {"path": value, "sha256": sha256}
-        train_iters = 0 if isinstance(config, cfg.CollectConfig) else config.run.train_iters
-        return cls(parts["config"], parts["evaluation"], inputs, train_iters, config.run.num_epochs)
+        run = config.run
+        length = (run.train_iters, run.num_epochs) if isinstance(run, cfg.RunConfig) else (0, 0)
+        return cls(parts["config"], parts["evaluation"], inputs, *length)
 
     @classmethod
     def stored(cls, content: Mapping[str, Any] | None) -> Identity | None:
         """Read the identity from a manifest or ``finished.json``; None if an old version of the code wrote it."""
-        return cls(**content["identity"]) if content and "identity" in content else None
+        if not content or "identity" not in content:
+            return None
+        stored = cls(**content["identity"])
+        config, evaluation = (
+            {key: read_old(key, value) for key, value in part.items()} for part in (stored.config, stored.evaluation)
+        )
+        return replace(stored, config=config, evaluation=evaluation)
 
     def is_evaluated_as(self, new: Identity) -> bool:
         """Return whether this run's evaluation is the one that ``new`` requests, or ``new`` requests none."""
         before, now = (identity.inputs.get("eval.data", {}).get("sha256") for identity in (self, new))
-        same = self.evaluation == new.evaluation and (before == now or None in (before, now))
-        return same or not new.evaluation["eval.num_questions"]
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of a configuration by dotted key."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            values |= flat(value, f"{prefix}{field.name}.")
-        else:
-            values[prefix + field.name] = value
-    return values
+        # The stored one may also have keys that a stage no longer has.
+        same = self.evaluation | new.evaluation == self.evaluation and (before == now or None in (before, now))
+        return same or not new.evaluation.get("eval.num_questions")
 
 
 def part_of(kind: type[cfg.StageConfig], key: str) -> str | None:
@@ -141,7 +133,7 @@ def changes(stored: Identity, new: Identity, config: cfg.StageConfig, trained: i
     iterations = f"{stored.train_iters} -> {new.train_iters}"
     if new.train_iters < trained:
         found["run.train_iters"] = f"{iterations}, fewer than the {trained} already trained"
-    elif not _has_rates(config, stored.train_iters, trained):
+    elif stored.train_iters != new.train_iters and not _same_rates(config, (stored, new), trained):
         found["run.train_iters"] = (
             f"{iterations} changes the learning rates of the {trained} iterations already trained"
         )
@@ -157,8 +149,9 @@ def is_finished(config: cfg.StageConfig) -> bool:
     stored = Identity.stored(read_object(directory / cfg.FINISHED))
     if stored is None:
         return False
-    as_long = bool(config.run.train_iters) or stored.num_epochs == config.run.num_epochs
-    if not config.run.train_iters:  # known from num_epochs only after the rows are counted
+    as_long = True
+    if isinstance(config.run, cfg.RunConfig) and config.run.num_epochs:  # its iterations: once the rows are counted
+        as_long = stored.num_epochs == config.run.num_epochs
         config = replace(config, run=replace(config.run, train_iters=stored.train_iters))
     new = Identity.of(config, HashedFiles(directory))
     if found := changes(stored, new, config, stored.train_iters):
@@ -231,13 +224,12 @@ def _of_directory(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _has_rates(config: cfg.StageConfig, before: int, trained: int) -> bool:
-    """Return whether the first ``trained`` iterations have the same learning rates as with ``before`` train_iters."""
-    if before == config.run.train_iters:
-        return True
+def _same_rates(config: cfg.StageConfig, identities: tuple[Identity, Identity], trained: int) -> bool:
+    """Return whether the first ``trained`` iterations have the same learning rates in both runs."""
+    first, second = (identity.train_iters for identity in identities)
     optimizers = [value for value in vars(config).values() if isinstance(value, cfg.OptimizerConfig)]
     return all(
-        learning_rate(optimizer, iteration, before) == learning_rate(optimizer, iteration, config.run.train_iters)
+        learning_rate(optimizer, iteration, first) == learning_rate(optimizer, iteration, second)
         for optimizer in optimizers
         for iteration in range(trained)
     )

@@ -51,10 +51,10 @@ def policy_loss_config(config: PolicyGradientConfig) -> PolicyLossConfig:
         cast(Literal["grpo", "dapo", "gspo"], config.algorithm),
         config.clip_low,
         config.clip_high,
-        config.dual_clip or None,
+        config.dual_clip,
         config.kl_coeff,
         cast(Literal["k1", "k2", "k3"], config.kl_estimator),
-        config.importance_cap or None,
+        config.importance_cap,
     )
 
 

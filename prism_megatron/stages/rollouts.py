@@ -43,6 +43,7 @@ def fit_prompts[R: (Example, PreferencePair)](
 ) -> Rows[R]:
     """Return the rows whose prompts the engine takes; raise UserError naming the others if they are not dropped."""
     rollout, drop = config.rollout, config.dataset.overlong != "error"
+    assert isinstance(rollout, cfg.EngineRollout)
     room = rollout.max_model_len - rollout.max_response_tokens
     rows = fit_image_counts(rows, rollout.images_per_prompt, drop=drop)
     return fit_lengths(rows, processor, LengthLimit(room, "raise rollout.max_model_len, or drop the row"), drop=drop)
@@ -55,6 +56,7 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
     """
     symbolic.start()
     rollout = config.rollout
+    assert isinstance(rollout, cfg.EngineRollout)
     engine_config = EngineConfig(
         tensor_parallel_size=rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
         dtype={"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}[config.model.precision],
@@ -64,10 +66,10 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,
         seed=config.run.seed,
-        timeout_seconds=rollout.timeout_seconds or None,
+        timeout_seconds=rollout.timeout_seconds,
         bucket_bytes=rollout.sync_bucket_mib << 20,
         transport=rollout.transport,
-        sleep_level=rollout.sleep_level,
+        sleep_level=rollout.sleep_level if isinstance(rollout, cfg.RolloutConfig) else 0,
         images_per_prompt=rollout.images_per_prompt,
         min_pixels=config.dataset.min_pixels,
         max_pixels=config.dataset.max_pixels,
@@ -77,7 +79,7 @@ def start_engine(config: cfg.StageConfig, checkpoint: Path) -> Engine:
     return RolloutEngine(checkpoint, engine_config)
 
 
-def push_weights(engine: Engine, policy: TrainableModel, version: int, config: cfg.RolloutConfig) -> None:
+def push_weights(engine: Engine, policy: TrainableModel, version: int, config: cfg.EngineRollout) -> None:
     """Wake the engine and push the policy's current weights to it. Collective."""
     sync = WeightSync(version, export_manifest(policy.chunks, policy.table), config.sync_checksums)
     engine.wake("weights")
@@ -100,6 +102,7 @@ class Sampler:
         Seeds depend on run, iteration and row only.
         """
         rollout = self.config.rollout
+        assert isinstance(rollout, cfg.SampledRollout)
         sampling = Sampling(rollout.samples_per_prompt, rollout.temperature, rollout.top_p, rollout.max_response_tokens)
         return self._generate(rows, sampling, [sample_seed(self.config.run.seed, iteration, row.id) for row in rows])
 

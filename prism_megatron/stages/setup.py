@@ -100,6 +100,7 @@ class Stage:
         written. ``extra_state`` is plain data, the same on every rank. Raises Preempted after the save.
         """
         run = self.config.run
+        assert isinstance(run, cfg.RunConfig)
         stop = self.stop_signals.requested_on_any_rank()
         if iteration % run.save_interval == 0 or iteration == run.train_iters or stop:
             with self.timers("save"), clear_disk_errors(self.dir):
@@ -136,7 +137,7 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
     directory = cfg.stage_dir(config)
     sizes = read_sizes(Path(config.model.hf_checkpoint))
     check_hidden_size(config, sizes)
-    if config.eval.num_questions:
+    if isinstance(config, cfg.PolicyTrainingConfig) and config.eval.num_questions:
         # Invalid data would be noticed after training otherwise.
         check_rlvr(config.eval.data, config.eval.num_questions, read_options(config))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -145,17 +146,18 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
     if num_moe_experts is not None:
         check_sizes(config.model, config.parallel, sizes, upcycled=True)
     groups.initialize(config.parallel, config.run.seed)
-    check_engine_ranks(
-        gather_over_ranks(groups.data_parallel_rank()),
-        config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size,
-    )
+    if isinstance(config.rollout, cfg.EngineRollout):
+        engine_size = config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
+        check_engine_ranks(gather_over_ranks(groups.data_parallel_rank()), engine_size)
     with clear_disk_errors(directory), _locked(directory):
         for checkpoint in _checkpoints(config):
             check_manifest(checkpoint)
         identity = on_main_rank(lambda: prepare(config))
-        checkpointer = Checkpointer(directory / CHECKPOINTS, config.run.keep_checkpoints, {"identity": identity})
+        run = config.run
+        keep, iterations = (run.keep_checkpoints, run.train_iters) if isinstance(run, cfg.RunConfig) else (1, 1)
+        checkpointer = Checkpointer(directory / CHECKPOINTS, keep, {"identity": identity})
         start = checkpointer.latest()
-        with MetricsLog(directory, config.stage, config.run.train_iters, start, groups.is_main_rank()) as log:
+        with MetricsLog(directory, config.stage, iterations, start, groups.is_main_rank()) as log:
             yield Stage(config, directory, log, Timers(), checkpointer, start, identity)
     groups.shutdown()
 
@@ -198,14 +200,14 @@ def mark_finished(stage: Stage, summary: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def load_policy(config: cfg.StageConfig) -> TrainableModel:
+def load_policy(config: cfg.PolicyTrainingConfig) -> TrainableModel:
     """Load the policy from ``model.hf_checkpoint``, HF's format or converted, and build its optimizer."""
     chunks, table, sizes, source = _policy(config, config.model)
     wrapped, optimizer = _with_optimizer(chunks, config.optimizer)
     return TrainableModel("policy", wrapped, optimizer, config.optimizer, table, sizes, source, {})
 
 
-def load_reference(config: cfg.StageConfig) -> TrainableModel:
+def load_reference(config: cfg.PolicyTrainingConfig) -> TrainableModel:
     """Load the policy that this stage started from as a frozen model, without gradients or optimizer."""
     frozen = dataclasses.replace(config.model, freeze=["vision", "merger", "language_model"])
     chunks, table, sizes, source = _policy(config, frozen)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from prism_megatron.config import PolicyGradientConfig
 from prism_megatron.convert.transfer import export_manifest, export_plan, export_weights
 from prism_megatron.data.pack import TrainingSequence
 from prism_megatron.optim.step import evaluate_step
@@ -37,6 +38,7 @@ class SyncGuard:
     def __init__(self, sampler: Sampler, policy: TrainableModel, rows: Sequence[Example]) -> None:
         """Guard the sampler's engine; the two prompts are the first of ``rows`` with an image, and repeated text."""
         engine, processor, config = sampler.engine, sampler.processor, sampler.config
+        assert isinstance(config, PolicyGradientConfig)
         self._engine, self._policy, self._config = engine, policy, config
         self._batcher = Batcher.from_config(processor.input_spec, config)
         self._limit = config.rollout.guard_max_logprob_diff or _TOLERANCE[config.model.precision]

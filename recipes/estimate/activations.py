@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prism_megatron.config import ParallelConfig, StageConfig
+from prism_megatron.config import ParallelConfig, TrainingConfig
 from prism_megatron.model.sizes import HFSizes
 
 _VISUAL_FRACTION = 0.5
@@ -28,7 +28,7 @@ class Load:
     imbalance: float = 1.5
 
 
-def full_load(config: StageConfig, sizes: HFSizes) -> Load:
+def full_load(config: TrainingConfig, sizes: HFSizes) -> Load:
     """Return the assumed load: full micro-batches, half of the tokens visual, one per pipeline stage."""
     tokens, merge = config.max_tokens_per_microbatch, sizes.vision["spatial_merge_size"]
     visual = tokens * _VISUAL_FRACTION
@@ -36,7 +36,7 @@ def full_load(config: StageConfig, sizes: HFSizes) -> Load:
 
 
 def activation_bytes(
-    config: StageConfig, sizes: HFSizes, freeze: Sequence[str], stage: int, layers: int, load: Load
+    config: TrainingConfig, sizes: HFSizes, freeze: Sequence[str], stage: int, layers: int, load: Load
 ) -> float:
     """Return the peak bytes on a rank of a pipeline stage, inputs included.
 

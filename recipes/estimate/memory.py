@@ -27,11 +27,14 @@ from pathlib import Path
 
 from prism_megatron.config import (
     AlignConfig,
-    CollectConfig,
+    EngineRollout,
     OptimizerConfig,
     ParallelConfig,
     PolicyGradientConfig,
+    RolloutConfig,
+    SFTConfig,
     StageConfig,
+    TrainingConfig,
     WarmupConfig,
 )
 from prism_megatron.convert.export_plan import export_bytes
@@ -116,8 +119,9 @@ def stage_estimates(
     check_layout(config, world_size, policy, dense_discriminator)
     table = policy_table(policy)
     engine = _engine_bytes(config, policy, table)
-    engine_asleep = min(_ASLEEP, engine) if config.rollout.sleep_level else engine
-    if isinstance(config, CollectConfig):
+    sleeps = isinstance(config.rollout, RolloutConfig) and config.rollout.sleep_level > 0
+    engine_asleep = min(_ASLEEP, engine) if sleeps else engine
+    if not isinstance(config, TrainingConfig):
         return [Memory(engine=engine, engine_asleep=engine)]
     parts: list[_Part] = []
     if not isinstance(config, WarmupConfig):
@@ -161,9 +165,9 @@ def check_layout(config: StageConfig, world_size: int, policy: HFSizes, dense_di
                 f"{name} ({rows}) must be divisible by the data-parallel size ({replicas}), or ranks have nothing to "
                 "do; raise it, or a parallel degree, or take fewer nodes"
             )
-    engine, same_rows = config.rollout.tensor_model_parallel_size, parallel.tensor_model_parallel_size
-    same_rows *= parallel.context_parallel_size
-    if engine and same_rows % engine:
+    engine = _engine_ranks(config)
+    same_rows = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    if same_rows % engine:
         raise UserError(
             f"rollout.tensor_model_parallel_size ({engine}) must divide tensor times context parallel size "
             f"({same_rows}), since all ranks of an engine must hold the same prompts"
@@ -237,12 +241,12 @@ def _is_frozen(rule: Rule, freeze: Sequence[str]) -> bool:
     return ("merger" if "merger" in rule.megatron else "vision") in freeze
 
 
-def _activations(part: _Part, config: StageConfig, stage: int, load: Load | None) -> float:
+def _activations(part: _Part, config: TrainingConfig, stage: int, load: Load | None) -> float:
     layers = decoder_layers(part.sizes, config.parallel)[stage]
     return activation_bytes(config, part.sizes, part.freeze, stage, layers, load or full_load(config, part.sizes))
 
 
-def _weight_sync(table: Sequence[Rule], config: StageConfig) -> float:
+def _weight_sync(table: Sequence[Rule], config: PolicyGradientConfig) -> float:
     """Return the bytes of an export, and of vLLM's shard of the largest module until it is loaded."""
     itemsize = 4 if config.model.precision == "fp32" else 2
     exported, module = export_bytes(table, itemsize, config.rollout.sync_bucket_mib << 20)
@@ -250,14 +254,15 @@ def _weight_sync(table: Sequence[Rule], config: StageConfig) -> float:
 
 
 def _engine_ranks(config: StageConfig) -> int:
-    return config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
+    engine = config.rollout.tensor_model_parallel_size if isinstance(config.rollout, EngineRollout) else None
+    return engine or config.parallel.tensor_model_parallel_size
 
 
 def _engine_bytes(config: StageConfig, policy: HFSizes, table: Sequence[Rule]) -> float:
     """Return the rollout engine's share, which must hold its weights and a few responses of full length."""
-    if not isinstance(config, PolicyGradientConfig | CollectConfig) and not config.eval.num_questions:
-        return 0.0
     rollout, text = config.rollout, policy.text
+    if not isinstance(rollout, EngineRollout) or (isinstance(config, SFTConfig) and not config.eval.num_questions):
+        return 0.0
     ranks = _engine_ranks(config)
     groups = max(text["num_key_value_heads"] // ranks, 1)
     cache = 2 * 2 * text["num_hidden_layers"] * groups * text["head_dim"] * rollout.max_model_len

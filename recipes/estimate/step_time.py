@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_megatron.config import StageConfig
+from prism_megatron.config import TrainingConfig
 from prism_megatron.convert.qwen3_vl import policy_table
 from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import HFSizes
@@ -95,7 +95,9 @@ def read_costs(path: Path) -> Costs:
         raise UserError(f"{path} must give value and source of each of {names} ({error!r})") from error
 
 
-def predict(config: StageConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs, memory: Memory) -> StepTime:
+def predict(
+    config: TrainingConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs, memory: Memory
+) -> StepTime:
     """Predict the time of a training step.
 
     Args:
@@ -113,7 +115,7 @@ class _Step:
     """Step of one layout: degrees, micro-batches and links under short names."""
 
     def __init__(
-        self, config: StageConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs, memory: Memory
+        self, config: TrainingConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs, memory: Memory
     ) -> None:
         parallel = config.parallel
         self.config, self.sizes, self.rows, self.costs, self.memory = config, sizes, rows, costs, memory
@@ -242,7 +244,7 @@ class _Step:
         return costs.inter_latency + bytes_ / costs.inter_bytes_per_second
 
 
-def _hardware_flops(config: StageConfig, sizes: HFSizes, work: Workload) -> dict[str, float]:
+def _hardware_flops(config: TrainingConfig, sizes: HFSizes, work: Workload) -> dict[str, float]:
     """Return the operations of the batch, recomputed ones included: decoder, output layer, vision with mergers."""
 
     def of(recompute: bool) -> TrainingFlops:

@@ -102,7 +102,7 @@ def step_bytes(layers: int, model: ModelConfig) -> float:
     full = full_model()
     sizes = replace(full, text=full.text | {"num_hidden_layers": layers})
     config = sft_config(Path(), model, 0.0)
-    config.eval.num_questions = 0  # no engine
+    config.eval.num_questions = None  # no engine
     shapes = [mock_shape(_IMAGES, sizes, number) for number in range(ROWS)]
     tokens, patches = (sum(column) for column in zip(*shapes, strict=True))
     return estimate(config, 1, sizes, sizes, Load(tokens, patches, ROWS * _IMAGES.response_tokens, 1)).total

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prism_megatron.config import ParallelConfig, SFTConfig, StageConfig
+from prism_megatron.config import ParallelConfig, SFTConfig, TrainingConfig
 from prism_megatron.errors import UserError
 from prism_megatron.model.sizes import HFSizes
 from prism_megatron.observe.flops import training_flops
@@ -23,7 +23,7 @@ _DEGREES = (1, 2, 4, 8)
 class Plan:
     """Layout with its predicted memory, step time, speed and MFU."""
 
-    config: StageConfig
+    config: TrainingConfig
     memory: Memory
     step: StepTime
     tokens_per_second_per_gpu: float
@@ -69,7 +69,9 @@ def ranked(
     return sorted(plans, key=lambda found: found.step.total), reasons
 
 
-def of_layout(config: StageConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs, memory: Memory) -> Plan:
+def of_layout(
+    config: TrainingConfig, sizes: HFSizes, rows: Rows, world_size: int, costs: Costs, memory: Memory
+) -> Plan:
     step = predict(config, sizes, rows, world_size, costs, memory)
     flops = training_flops(sizes.text, sizes.vision, rows.work, config.model.freeze).model
     seconds = step.total * world_size
