@@ -1,4 +1,4 @@
-"""Starting from a checkpoint, HF or converted: each rank reads what it holds, at any layout."""
+"""Loading of initial weights, from an HF directory or a converted one, at any layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prism_megatron.upstream.megatron import CheckpointingException
 
 
 def load_checkpoint(model: Any, table: Sequence[Rule], directory: Path, part: str) -> None:
-    """Fill a module, or a list of virtual pipeline chunks, from an HF directory or a converted one."""
+    """Load a module, or a list of virtual pipeline chunks, from an HF directory or a converted one."""
     if is_converted(directory):
         load_megatron(model, directory, part)
         return
@@ -29,7 +29,7 @@ def load_checkpoint(model: Any, table: Sequence[Rule], directory: Path, part: st
 
 
 def load_megatron(model: Any, directory: Path, part: str) -> None:
-    """Fill a module, or a list of virtual pipeline chunks, from a directory that ``tools/convert.py`` wrote.
+    """Load a module, or a list of virtual pipeline chunks, from a directory that ``tools/convert.py`` wrote.
 
     ``part`` is policy or discriminator. Raises UserError if a file does not have its checksum or the model differs.
     """
@@ -37,7 +37,7 @@ def load_megatron(model: Any, directory: Path, part: str) -> None:
         raise SharedError(f"{directory}: {fault}; convert it again")
     state = sharded_weights(model, f"{part}.")
     for chunk in state.values():
-        # State of Transformer Engine's own that a converted checkpoint cannot have.
+        # Transformer Engine's extra state, which converted checkpoints do not have.
         for name in [name for name, value in chunk.items() if isinstance(value, ShardedObject)]:
             del chunk[name]
     strict = dist_checkpointing.validation.StrictHandling.RAISE_ALL
@@ -51,7 +51,7 @@ def load_megatron(model: Any, directory: Path, part: str) -> None:
 
 
 def sharded_weights(model: Any, prefix: str) -> dict[str, Any]:
-    """Megatron's sharded state dict of every chunk, under ``model0``, ``model1``, ...; keys start with ``prefix``."""
+    """Return Megatron's sharded state dict of each chunk as ``model0``, ``model1``, ...; keys begin with ``prefix``."""
     chunks = model if isinstance(model, list | tuple) else [model]
     state = {}
     for number, chunk in enumerate(chunks):
@@ -62,17 +62,17 @@ def sharded_weights(model: Any, prefix: str) -> dict[str, Any]:
 
 
 def load_weights_of(model: Any, loaded: dict[str, Any]) -> None:
-    """Put what was loaded for :func:`sharded_weights` into the model."""
+    """Copy a loaded state of :func:`sharded_weights` into the model."""
     for number, chunk in enumerate(model if isinstance(model, list | tuple) else [model]):
         inner: Any = unwrap(chunk)
         missing, unexpected = inner.load_state_dict(loaded[f"model{number}"], strict=False)
         left = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
         assert not left, left
-        inner.clear_padding()  # rows that a checkpoint of another degree does not have
+        inner.clear_padding()  # rows that checkpoints of other degrees lack
 
 
 def content_metadata() -> dict[str, Any]:
-    """How Megatron lays out optimizer state: so that it can be loaded at another layout."""
+    """Return Megatron's settings of a layout-independent optimizer state."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -82,16 +82,16 @@ def content_metadata() -> dict[str, Any]:
 
 
 def check_manifest(directory: Path) -> None:
-    """Raises SharedError if a directory that has a manifest is not as it was written. Collective."""
+    """Raise SharedError if a directory with a manifest differs from it. Collective."""
     if (directory / MANIFEST).is_file() and (fault := first_common_fault(directory)):
         raise SharedError(
-            f"{directory}: {fault}; make or copy the directory again (or, if it was changed on purpose, remove its "
-            f"{MANIFEST})"
+            f"{directory}: {fault}; make or copy the directory again (or remove its {MANIFEST}, if it was changed on "
+            "purpose)"
         )
 
 
 def first_common_fault(directory: Path) -> str | None:
-    """:func:`first_fault` by all ranks together, each checking its share of the files; all get the same answer."""
+    """Return :func:`first_fault` on all ranks, each of which verifies a share of the files. Collective."""
     if not dist.is_initialized():
         return first_fault(directory)
     faults: list[str | None] = [None] * dist.get_world_size()

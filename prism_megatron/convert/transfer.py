@@ -1,8 +1,8 @@
-"""Moving weights: HF checkpoint -> this rank's shards, and all ranks' shards -> HF tensors.
+"""Loading and exporting of weights: HF tensors to this rank's shards, and all ranks' shards to HF tensors.
 
-Every rank walks the table in the same order and knows from it who owns what, so the plan costs one small exchange.
-Export gathers over tensor-, expert- and expert-tensor-parallel ranks and then sends along the pipeline, in buckets of
-bounded size; every rank sees every tensor.
+All ranks iterate over the table in the same order and derive from it which rank has which shard, so planning needs one
+small exchange. An export gathers over tensor-, expert- and expert-tensor-parallel ranks and then broadcasts over the
+pipeline, in buckets of bounded size; every rank receives every tensor.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _LOCAL_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 _GROUPED_EXPERT = re.compile(r"(.*\.experts\.)(linear_fc[12]\.weight)(\d+)")  # Transformer Engine's grouped linears
 _REASONS = {
-    "whole": "that every rank of a stage has: not gathered",
-    "cut": "cut over {ranks} tensor-parallel ranks: gathered",
-    "expert": "of experts on {ranks} expert-parallel ranks: gathered, a layer's experts together",
+    "replicated": "on every rank of a pipeline stage: not gathered",
+    "sharded": "over {ranks} tensor-parallel ranks: gathered",
+    "expert": "of experts on {ranks} expert-parallel ranks: gathered, all experts of a layer together",
 }
 
 
 class TensorSource(Protocol):
-    """HF tensors by name: an open checkpoint or a plain dictionary wrapped by :class:`InMemory`."""
+    """HF tensors by name: an open checkpoint, or a dictionary in :class:`InMemory`."""
 
     @property
     def names(self) -> set[str]: ...
@@ -45,7 +45,7 @@ class TensorSource(Protocol):
 
 
 class InMemory:
-    """A dictionary of tensors as a :class:`TensorSource`."""
+    """A :class:`TensorSource` of a dictionary of tensors."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -62,9 +62,9 @@ class InMemory:
 
 
 def check_source(table: Sequence[Rule], source: TensorSource) -> None:
-    """Raises UserError if a tensor of the table is missing or has another shape, or one of the source has no place.
+    """Raise UserError for tensors that are missing, unknown or of another shape.
 
-    ``lm_head.weight`` may be left over: tied to the embedding, or of a model that becomes a discriminator.
+    An unused ``lm_head.weight`` is accepted: a tied one, or that of a model that becomes a discriminator.
     """
     expected = {name: shape for rule in table for name, shape in zip(rule.hf, rule.shapes, strict=True)}
     if SCORE_HEAD in expected.keys() - source.names:
@@ -75,7 +75,7 @@ def check_source(table: Sequence[Rule], source: TensorSource) -> None:
     if missing := sorted(expected.keys() - source.names):
         raise UserError(f"checkpoint lacks {len(missing)} tensors of this model: {', '.join(missing[:3])}")
     if extra := sorted(source.names - expected.keys() - {OUTPUT}):
-        raise UserError(f"checkpoint holds {len(extra)} tensors this model has no place for: {', '.join(extra[:3])}")
+        raise UserError(f"checkpoint has {len(extra)} tensors that this model does not have: {', '.join(extra[:3])}")
     for name, shape in expected.items():
         if name == SCORE_HEAD and source.lazy(name).shape[0] != shape[0]:
             raise UserError(
@@ -90,7 +90,7 @@ def check_source(table: Sequence[Rule], source: TensorSource) -> None:
 
 
 def check_tied(embedding: Tensor, output: Tensor) -> None:
-    """Refuse a stored output layer that config.json ties to the embedding but that differs. Raises UserError."""
+    """Raise UserError if a stored output layer differs from the embedding that config.json ties it to."""
     if output.shape != embedding.shape or not torch.equal(output, embedding):
         raise UserError(
             f"config.json ties {OUTPUT} to the embedding but the checkpoint stores another matrix; set "
@@ -99,10 +99,10 @@ def check_tied(embedding: Tensor, output: Tensor) -> None:
 
 
 def load_weights(model: Any, table: Sequence[Rule], source: TensorSource) -> None:
-    """Fill every parameter on this rank, of one module or of a list of virtual pipeline chunks, from HF tensors.
+    """Load every parameter on this rank, of a module or a list of virtual pipeline chunks, from HF tensors.
 
-    Reads this rank's part of each tensor only. Raises UserError as :func:`check_source` and :func:`check_tied`, and at
-    values that are not finite.
+    Reads this rank's part of each tensor only. Raises UserError as :func:`check_source` and :func:`check_tied` do, and
+    for values that are not finite.
     """
     check_source(table, source)
     rules = {rule.megatron: rule for rule in table}
@@ -111,11 +111,11 @@ def load_weights(model: Any, table: Sequence[Rule], source: TensorSource) -> Non
         for name, parameter in named_parameters(model).items():
             rule = rules[name]
             tensors = rule.sources([source.lazy(hf) for hf in rule.hf])
-            shard = rule.layout.join([rule.layout.cut(tensor, *_place(rule)) for tensor in tensors])
+            shard = rule.layout.join([rule.layout.cut(tensor, *_shard_rank_and_size(rule)) for tensor in tensors])
             assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
             check_finite(", ".join(rule.hf), shard)
             if rule.hf == (EMBEDDING,) and tied and OUTPUT in source.names:
-                check_tied(shard, rule.layout.cut(source.lazy(OUTPUT), *_place(rule)))
+                check_tied(shard, rule.layout.cut(source.lazy(OUTPUT), *_shard_rank_and_size(rule)))
             parameter.copy_(shard)
 
 
@@ -125,43 +125,49 @@ def export_weights(
     bucket_bytes: int = BUCKET_BYTES,
     read: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every (HF name, whole tensor) on every rank: all must iterate to the end. Tied copies are left out.
+    """Yield every (HF name, full tensor), except tied copies, on every rank. Collective: iterate to the end.
 
-    What no other rank has a part of is yielded as it lies in the model: copy what is kept past a training step.
-    ``read`` says what of a parameter is exported: its values, or another tensor of its shape such as its gradient.
+    Replicated tensors are yielded without a copy: copy those that are needed after a training step.
 
-    Parameters travel in halves of ``bucket_bytes``, or one module of the engine at a time if that is larger; one half
-    is gathered, in a thread of its own (on a GPU in this one's stream), while the one before is consumed. No module is
-    in two of them, so that an engine, which holds on to what it got until a module is complete, never holds more than
-    one: :func:`~prism_megatron.convert.export_plan.export_bytes` is what there is at a time, two buckets at most.
+    Parameters are gathered in halves of ``bucket_bytes``, or a single larger module; one half is gathered, in a thread
+    (on a GPU in this thread's stream), while the previous one is consumed. No module is in two halves, so that an
+    engine, which stores tensors until a module is complete, stores at most one module. Peak memory:
+    :func:`~prism_megatron.convert.export_plan.export_bytes`.
+
+    Args:
+        model: module, or list of virtual pipeline chunks.
+        table: its conversion table.
+        bucket_bytes: size of both halves.
+        read: returns the tensor to export for a parameter: its values, or another tensor of its shape such as the
+            gradient.
     """
-    here = {name: read(parameter) for name, parameter in named_parameters(model).items()}
-    buckets = plan_buckets(table, _owners(here), bucket_bytes // 2)
+    local = {name: read(parameter) for name, parameter in named_parameters(model).items()}
+    buckets = plan_buckets(table, _stages_and_dtypes(local), bucket_bytes // 2)
     routes = {kind: route_of(kind) for kind in sorted({unit.kind for bucket in buckets for unit in bucket.units})}
-    with groups.worker_thread() as ahead:
-        coming = ahead.submit(gather_bucket, buckets[0], here, routes)
+    with groups.worker_thread() as thread:
+        pending = thread.submit(gather_bucket, buckets[0], local, routes)
         for following in [*buckets[1:], None]:
-            gathered = coming.result()
+            gathered = pending.result()
             if following is not None:
-                coming = ahead.submit(gather_bucket, following, here, routes)
+                pending = thread.submit(gather_bucket, following, local, routes)
             for unit, shards in gathered:
-                yield from _apart(unit.rules, shards, routes[unit.kind].places)
+                yield from _split_to_hf(unit.rules, shards, routes[unit.kind].shards)
             del gathered, shards
 
 
 def export_manifest(model: Any, table: Sequence[Rule]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of everything :func:`export_weights` yields, by HF name. Collective."""
-    owners = _owners(named_parameters(model))
+    """Return shape and dtype of every tensor of :func:`export_weights` by HF name, in its order. Collective."""
+    stage_and_dtype = _stages_and_dtypes(named_parameters(model))
     manifest: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for rules in units(table):
-        _, dtype = next(owners[rule.megatron] for rule in rules if rule.megatron in owners)
+        _, dtype = next(stage_and_dtype[rule.megatron] for rule in rules if rule.megatron in stage_and_dtype)
         manifest |= {name: (shape, dtype) for name, shape in zip(rules[0].hf, rules[0].shapes, strict=True)}
     return manifest
 
 
 def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = BUCKET_BYTES) -> str:
-    """What an export sends where, and why, in a few lines. Collective."""
-    buckets = plan_buckets(table, _owners(named_parameters(model)), bucket_bytes // 2)
+    """Describe an export in a few lines: bytes, buckets, and what is gathered over which ranks. Collective."""
+    buckets = plan_buckets(table, _stages_and_dtypes(named_parameters(model)), bucket_bytes // 2)
     sizes = dict.fromkeys(_REASONS, 0)
     for unit in (unit for bucket in buckets for unit in bucket.units):
         sizes[unit.kind] += unit.bytes
@@ -170,32 +176,38 @@ def export_plan(model: Any, table: Sequence[Rule], bucket_bytes: int = BUCKET_BY
     effective = bucket_in_effect(bucket_bytes, largest)
     lines = [
         f"weight sync: {sum(sizes.values()) / 1e6:.1f} MB to every rank in {len(buckets)} parts of half a bucket, "
-        f"{effective / 1e6:.1f} MB; the engine's loader takes whole tensors and cuts them itself"
+        f"{effective / 1e6:.1f} MB; the engine's loader takes full tensors and shards them"
     ]
     if effective > bucket_bytes:
         lines.append(
-            f"  rollout.sync_bucket_mib asks for {bucket_bytes / 1e6:.1f} MB, of which the {largest / 1e6:.1f} MB of "
-            f"{module} would be more than half; the engine takes a module only whole"
+            f"  rollout.sync_bucket_mib is {bucket_bytes / 1e6:.1f} MB, less than twice the {largest / 1e6:.1f} MB of "
+            f"{module}; the engine needs complete modules"
         )
     for kind, size in sizes.items():
         if size:
-            ranks = len(route_of(kind).places)
-            lines.append(f"  {size / 1e6:.1f} MB {_REASONS[kind if ranks > 1 else 'whole']}".format(ranks=ranks))
+            ranks = len(route_of(kind).shards)
+            lines.append(f"  {size / 1e6:.1f} MB {_REASONS[kind if ranks > 1 else 'replicated']}".format(ranks=ranks))
     if stages > 1:
-        lines.append(f"  all of it goes down {stages} pipeline stages, each of which has layers that all engines need")
+        lines.append(f"  all of it is broadcast over {stages} pipeline stages, since every engine needs all layers")
     return "\n".join(lines)
 
 
-def _apart(
-    unit: Sequence[Rule], shards: Sequence[Sequence[Tensor]], places: Sequence[tuple[int, int]]
+def _split_to_hf(
+    unit: Sequence[Rule], shards: Sequence[Sequence[Tensor]], ranks: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors of one unit, from the shards of every member of the group; a stack is filled expert by expert."""
+    """Yield the HF tensors of one unit; a stack is filled expert by expert.
+
+    Args:
+        unit: the unit's rules.
+        shards: shards of each member of the group.
+        ranks: (expert-parallel, tensor-parallel) rank of each member.
+    """
     per_member = len(shards[0])
 
     def tensors(number: int) -> list[Tensor]:
-        part, index = divmod(number, per_member)
-        owners = sorted((place, member) for member, (owned, place) in enumerate(places) if owned == part)
-        return unit[number].layout.to_hf([shards[member][index] for _, member in owners])
+        expert_rank, index = divmod(number, per_member)
+        members = sorted((rank, member) for member, (of_expert, rank) in enumerate(ranks) if of_expert == expert_rank)
+        return unit[number].layout.to_hf([shards[member][index] for _, member in members])
 
     if unit[0].expert is None:
         yield from zip(unit[0].hf, tensors(0), strict=True)
@@ -206,19 +218,19 @@ def _apart(
     yield unit[0].hf[0], stack
 
 
-def _owners(here: Mapping[str, Tensor]) -> dict[str, tuple[int, torch.dtype]]:
-    """Pipeline stage and dtype of every parameter in this rank's column of the pipeline."""
-    mine = {name: tensor.dtype for name, tensor in here.items()}
-    stages: list[dict[str, torch.dtype]] = [mine]
+def _stages_and_dtypes(local: Mapping[str, Tensor]) -> dict[str, tuple[int, torch.dtype]]:
+    """Return pipeline stage and dtype of every parameter in this rank's pipeline group. Collective."""
+    dtypes = {name: tensor.dtype for name, tensor in local.items()}
+    stages: list[dict[str, torch.dtype]] = [dtypes]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         stages = [{}] * pipeline.size()
-        dist.all_gather_object(stages, mine, group=pipeline)
+        dist.all_gather_object(stages, dtypes, group=pipeline)
     return {name: (stage, dtype) for stage, names in enumerate(stages) for name, dtype in names.items()}
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The model inside Megatron's wrappers, if it is wrapped."""
+    """Return the model inside Megatron's wrappers."""
     while hasattr(model, "module"):
         model = model.module
     inner: nn.Module = model
@@ -226,9 +238,9 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def named_parameters(model: Any) -> dict[str, Tensor]:
-    """Parameters of a module, or of a list of virtual pipeline chunks, by global name.
+    """Return parameters of a module, or of a list of virtual pipeline chunks, by global name.
 
-    Layers and experts are numbered from zero on every rank; here they have their numbers in the whole model.
+    Megatron numbers layers and experts from zero on every rank; global names have their numbers in the full model.
     """
     chunks = [unwrap(chunk) for chunk in (model if isinstance(model, list | tuple) else [model])]
     expert_rank = parallel_state.get_expert_model_parallel_rank()
@@ -241,13 +253,13 @@ def named_parameters(model: Any) -> dict[str, Tensor]:
 
 
 def global_layer(name: str, numbers: Sequence[int]) -> str:
-    """``decoder.layers.{i}`` of a pipeline stage whose layers have these ``numbers`` in the whole model."""
+    """Replace the layer number in a name, on a pipeline stage with these ``numbers`` in the full model."""
     match = _LAYER.fullmatch(name)
     return f"decoder.layers.{numbers[int(match[1])]}.{match[2]}" if match else name
 
 
 def global_experts(parameters: Mapping[str, Tensor], expert_rank: int) -> dict[str, Tensor]:
-    """Number experts in the whole model; grouped linears get the names of single ones."""
+    """Replace expert numbers by those in the full model; grouped linears get the names of single experts."""
     single = {_GROUPED_EXPERT.sub(r"\1local_experts.\3.\2", name): p for name, p in parameters.items()}
     counts: dict[str, int] = {}
     for name in single:
@@ -261,8 +273,8 @@ def global_experts(parameters: Mapping[str, Tensor], expert_rank: int) -> dict[s
     return {numbered(name): parameter for name, parameter in single.items()}
 
 
-def _place(rule: Rule) -> tuple[int, int]:
-    """(rank, size) of the group that cuts a parameter."""
+def _shard_rank_and_size(rule: Rule) -> tuple[int, int]:
+    """Return this rank and the size of the group that a parameter is sharded over."""
     if rule.expert is not None:
         return (
             parallel_state.get_expert_tensor_parallel_rank(),

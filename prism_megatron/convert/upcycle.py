@@ -22,11 +22,11 @@ NOISES = ("relative", "absolute")
 
 
 class WithScoreHead:
-    """A checkpoint and a freshly initialised score head, [heads, H] (spec 3.1)."""
+    """A checkpoint and a new score head, [heads, H] (spec 3.1)."""
 
     def __init__(self, source: TensorSource, heads: int, hidden_size: int, seed: int) -> None:
         if SCORE_HEAD in source.names:
-            raise UserError("the checkpoint has a score head already; initialise none")
+            raise UserError("the checkpoint already has a score head; initialise none")
         self._source = source
         self._head = initial_head(heads, hidden_size, seed)
 
@@ -42,18 +42,17 @@ class WithScoreHead:
 
 
 class UpcycledWeights:
-    """The discriminator's tensors (spec 8.2 names), made one at a time from a dense checkpoint.
+    """The discriminator's tensors (names of spec 8.2), computed one at a time from a dense checkpoint.
 
-    Every expert is the dense MLP plus noise: of ``upcycle_noise`` times each weight's own standard deviation, or, as in
-    the paper's code, of that standard deviation itself, which is a very different perturbation from one width to
-    another. Every tensor has its own generator, so the result depends on nothing but the seed.
+    Every expert is the dense MLP plus Gaussian noise. Its standard deviation is ``upcycle_noise`` times that of each
+    weight (``noise`` relative) or ``upcycle_noise`` itself (absolute, as in the paper's code), which is a different
+    perturbation for each width. Every tensor has its own generator, so the result depends on the seed only.
     """
 
     def __init__(
         self, dense: TensorSource, sizes: HFSizes, config: DiscriminatorConfig, seed: int, noise: str = "relative"
     ) -> None:
-        if noise not in NOISES:
-            raise UserError(f"noise must be {' or '.join(NOISES)}, got {noise!r}")
+        assert noise in NOISES, noise
         self._dense, self._config, self._seed, self._noise = dense, config, seed, noise
         hidden, width, experts = sizes.text["hidden_size"], sizes.text["intermediate_size"], config.num_experts
         self._made: dict[str, tuple[int, ...]] = {SCORE_HEAD: (2 if config.experts == "dedicated" else 1, hidden)}
@@ -75,7 +74,7 @@ class UpcycledWeights:
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._made:
             return self._dense[name]
-        if self._last is None or self._last[0] != name:  # the experts of a stack are asked for one after another
+        if self._last is None or self._last[0] != name:  # the experts of a stack are requested one after another
             self._last = (name, self._make(name))
         return self._last[1]
 
@@ -99,7 +98,7 @@ class UpcycledWeights:
 
 @dataclass(frozen=True)
 class _Made:
-    """A tensor that is made when it is looked at."""
+    """A tensor that is computed when it is indexed."""
 
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
@@ -114,7 +113,7 @@ def initial_head(heads: int, hidden_size: int, seed: int) -> Tensor:
 
 
 def upcycled_config(sizes: HFSizes, num_experts: int, topk: int, load_balance_coeff: float) -> Mapping[str, Any]:
-    """What changes in ``config.json`` when a dense model becomes experts."""
+    """Return the changes to ``config.json`` of a dense model whose MLPs become experts."""
     return {
         "model_type": "qwen3_vl_moe",
         "architectures": ["Qwen3VLMoeForConditionalGeneration"],

@@ -61,7 +61,7 @@ def loaded(directory: Path) -> Tensors:
 
 
 def refused(directory: Path, tmp_path: Path) -> str:
-    """What both readers say, training and conversion."""
+    """Return the error that both readers raise, training and conversion."""
     with pytest.raises(UserError) as training:
         loaded(directory)
     with pytest.raises(UserError) as conversion:

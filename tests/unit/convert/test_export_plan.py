@@ -1,4 +1,4 @@
-"""The plan of an export: table order, bounded parts, no module of the engine in two of them."""
+"""The plan of an export: table order, bounded buckets, and no module in two buckets."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def table(layers: int) -> list[Rule]:
 
 
 def plan(layers: int, bucket_bytes: int) -> list[Bucket]:
-    owners = {rule.megatron: (int(rule.megatron[0]) // 2, torch.float32) for rule in table(layers)}
-    return plan_buckets(table(layers), owners, bucket_bytes)
+    stage_and_dtype = {rule.megatron: (int(rule.megatron[0]) // 2, torch.float32) for rule in table(layers)}
+    return plan_buckets(table(layers), stage_and_dtype, bucket_bytes)
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 2 * KIB, 5 * KIB, 8 * KIB, 1 << 30])
@@ -36,10 +36,10 @@ def test_parts(bucket_bytes: int) -> None:
     names = [unit.rules[0].hf[0] for bucket in buckets for unit in bucket.units]
     assert names == list(dict.fromkeys(name for rule in table(4) for name in rule.hf))
     modules = [[unit.module for unit in bucket.units] for bucket in buckets]
-    for bucket, held in zip(buckets, modules, strict=True):
-        assert bucket.bytes <= bucket_bytes or len(set(held)) == 1, "more than one module beyond the limit"
-    for (one, held), (next_one, following) in pairwise(zip(buckets, modules, strict=True)):
-        assert held[-1] != following[0], "a module is cut"
+    for bucket, names_of in zip(buckets, modules, strict=True):
+        assert bucket.bytes <= bucket_bytes or len(set(names_of)) == 1, "more than one module beyond the limit"
+    for (one, previous), (next_one, following) in pairwise(zip(buckets, modules, strict=True)):
+        assert previous[-1] != following[0], "a module is split"
         if one.stage == next_one.stage:
             first = [unit.bytes for unit in next_one.units if unit.module == following[0]]
             assert one.bytes + sum(first) > bucket_bytes, "there was room"
@@ -50,16 +50,16 @@ def test_a_stage_has_parts_of_its_own() -> None:
     assert len(plan(4, 1 << 30)) == 2
 
 
-@pytest.mark.parametrize(("bucket_bytes", "held"), [(2 * KIB, 4 + 1 + 4), (16 * KIB, 8 + 7 + 4), (1 << 30, 4 * 7 + 4)])
-def test_what_is_held_is_bounded_by_two_parts_and_a_module(bucket_bytes: int, held: int) -> None:
-    """A layer's four expert matrices are one module; the part beside them is a norm, where nothing larger fits."""
-    assert export_bytes(table(4), 4, bucket_bytes) == (held * KIB, 4 * KIB)
+@pytest.mark.parametrize(("bucket_bytes", "peak"), [(2 * KIB, 4 + 1 + 4), (16 * KIB, 8 + 7 + 4), (1 << 30, 4 * 7 + 4)])
+def test_the_peak_is_two_buckets_and_a_module(bucket_bytes: int, peak: int) -> None:
+    """A layer's four expert matrices are one module; the bucket after them is a norm if nothing larger fits."""
+    assert export_bytes(table(4), 4, bucket_bytes) == (peak * KIB, 4 * KIB)
 
 
 @pytest.mark.parametrize("bucket_bytes", [2 * KIB, 7 * KIB, 8 * KIB, 9 * KIB, 16 * KIB, 40 * KIB])
-def test_export_and_engine_hold_two_buckets_at_most(bucket_bytes: int) -> None:
-    """The engine keeps its copy of a module until that is complete; four experts of 1 KiB are one."""
-    held, module = export_bytes(table(4), 4, bucket_bytes)
+def test_export_and_engine_take_two_buckets_at_most(bucket_bytes: int) -> None:
+    """The engine stores a module until it is complete; four experts of 1 KiB are one."""
+    peak, module = export_bytes(table(4), 4, bucket_bytes)
     bucket = bucket_in_effect(bucket_bytes, module)
     assert bucket == max(bucket_bytes, 8 * KIB)
-    assert held + module <= 2 * bucket
+    assert peak + module <= 2 * bucket

@@ -1,4 +1,4 @@
-"""The thread that an export gathers in is on the device and the stream of the rank, on a GPU."""
+"""The thread of an export, which uses the device and the stream of the rank on a GPU."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_rank_s_stream_is_set_in_it_before_anything_is_gathered(
+def test_the_thread_sets_the_rank_s_stream_before_it_gathers(
     one_parameter: tuple[nn.Module, list[Rule]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there is no GPU, what CUDA would be told. A stream belongs to a device: setting it sets both."""
+    """Record the calls to CUDA, without a GPU. A stream belongs to a device: setting it sets both."""
     model, table = one_parameter
     streams = {threading.get_ident(): "of the rank"}
     gathered_on: list[str | None] = []

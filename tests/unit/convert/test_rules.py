@@ -73,7 +73,7 @@ def test_round_trip_is_exact(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_are_blocks_of_the_megatron_matrix(kind: str) -> None:
-    """What a distributed checkpoint relies on: shards are equal blocks of one axis, section by section."""
+    """Shards are equal blocks of one axis in each section, as distributed checkpoints assume."""
     rng = random.Random(f"blocks of {kind}")
     for _ in range(20):
         layout, shapes = some_case(kind, 2, rng)

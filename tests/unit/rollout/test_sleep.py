@@ -1,4 +1,4 @@
-"""When the engine is put to sleep and woken. It sleeps on a GPU only: here is what vLLM would be told there."""
+"""Calls to vLLM that put the engine to sleep and wake it, which it does on a GPU only."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from prism_megatron.stages.setup import TrainableModel
 PUSH = ["start", "a.weight", "finish"]
 
 
-class ToldLLM:
-    """In the place of vLLM's LLM and its engine: notes what it is told, and sleeps until both parts are woken."""
+class RecordedLLM:
+    """A replacement for vLLM's LLM and its engine: records calls, and sleeps until both parts are woken."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.calls: list[str] = []
         self.asleep: set[str] = set()
         self.llm_engine = self
 
@@ -36,13 +36,13 @@ class ToldLLM:
         return SimpleNamespace(vocab={})
 
     def start_weight_update(self) -> None:
-        self.told.append("start")
+        self.calls.append("start")
 
     def update_weights(self, request: dict[str, Any]) -> None:
-        self.told += [name for name, _ in request["update_info"]["named"]]
+        self.calls += [name for name, _ in request["update_info"]["named"]]
 
     def finish_weight_update(self, version: str) -> None:
-        self.told.append("finish")
+        self.calls.append("finish")
 
     def reset_prefix_cache(self) -> None: ...
 
@@ -54,11 +54,11 @@ class ToldLLM:
         return bool(self.asleep)
 
     def sleep(self, level: int) -> None:
-        self.told.append(f"sleep {level}")
+        self.calls.append(f"sleep {level}")
         self.asleep = {"weights", "kv_cache"}
 
     def wake_up(self, tags: list[str]) -> None:
-        self.told += [f"wake {tag}" for tag in tags]
+        self.calls += [f"wake {tag}" for tag in tags]
         self.asleep -= set(tags)
 
 
@@ -71,9 +71,9 @@ def policy(tiny_checkpoint: Path, one_parameter: tuple[nn.Module, list[Rule]]) -
     groups.shutdown()
 
 
-def told(policy: TrainableModel, level: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of two iterations: a push, sleep when all is sampled, which may be said twice."""
-    llm = ToldLLM()
+def recorded_calls(policy: TrainableModel, level: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Push and sleep in two iterations; a second call of sleep does nothing."""
+    llm = RecordedLLM()
     monkeypatch.setattr(engine_module, "_start", lambda *_: llm)
     sizes = EngineConfig(1, "float32", 512, 16, 1.0, 0.5, enforce_eager=True, seed=1, sleep_level=level)
     engine = RolloutEngine(policy.source, sizes)
@@ -81,7 +81,7 @@ def told(policy: TrainableModel, level: int, monkeypatch: pytest.MonkeyPatch) ->
         push_weights(engine, policy, iteration, RolloutConfig())
         engine.sleep()
         engine.sleep()
-    return llm.told
+    return llm.calls
 
 
 @pytest.fixture
@@ -97,15 +97,15 @@ def test_weights_are_woken_before_an_update_and_the_cache_after_it(
     level: int, policy: TrainableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asleep = f"sleep {level}"
-    assert told(policy, level, monkeypatch) == [*PUSH, asleep, "wake weights", *PUSH, "wake kv_cache", asleep]
+    assert recorded_calls(policy, level, monkeypatch) == [*PUSH, asleep, "wake weights", *PUSH, "wake kv_cache", asleep]
 
 
 @pytest.mark.usefixtures("gpu")
 def test_level_0_never_sleeps(policy: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert told(policy, 0, monkeypatch) == [*PUSH, *PUSH]
+    assert recorded_calls(policy, 0, monkeypatch) == [*PUSH, *PUSH]
 
 
 def test_on_a_cpu_nothing_sleeps(policy: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert told(policy, 1, monkeypatch) == [*PUSH, *PUSH]
+    assert recorded_calls(policy, 1, monkeypatch) == [*PUSH, *PUSH]

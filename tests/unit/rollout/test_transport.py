@@ -1,6 +1,6 @@
-"""Tensors come out as they went in, however the halves cut them, and an end that is gone is noticed.
+"""Tensors arrive unchanged for any size of the buffer, and a missing process is noticed.
 
-The ends are threads here: what each half holds is told through queues, as through the pipes of an engine.
+The other ends run in threads; the content of each half is announced through queues, instead of an engine's pipes.
 """
 
 from __future__ import annotations
@@ -32,28 +32,32 @@ Named = list[tuple[str, Tensor]]
 
 
 class Process:
-    """An end of its own, which keeps what it received."""
+    """Another end of the transport, which returns what it received."""
 
     def __init__(self, invitation: Invitation) -> None:
-        self._invitation, self._told, self.waits = invitation, Queue[list[Piece] | None](), threading.Semaphore(0)
+        self._invitation, self._announcements, self.waits = (
+            invitation,
+            Queue[list[Piece] | None](),
+            threading.Semaphore(0),
+        )
 
     def run(self) -> Named:
         return list(self._invitation().receive(self._announced()))
 
     def tell(self, pieces: list[Piece] | None) -> None:
-        self._told.put(pieces)
+        self._announcements.put(pieces)
 
     def _announced(self) -> Iterator[list[Piece]]:
         while True:
             self.waits.release()
-            if (pieces := self._told.get()) is None:
+            if (pieces := self._announcements.get()) is None:
                 return
             yield pieces
 
 
-def sent(owner: Transport, named: Named, processes: int) -> tuple[list[Named], list[list[Piece]]]:
-    """What every process received, and what was announced."""
-    ends = [Process(invitation) for invitation in owner.invitations(processes)]
+def sent(own_end: Transport, named: Named, processes: int) -> tuple[list[Named], list[list[Piece]]]:
+    """Send tensors; return what every process received, and what was announced."""
+    ends = [Process(invitation) for invitation in own_end.invitations(processes)]
     cuts: list[list[Piece]] = []
 
     def announce(pieces: list[Piece]) -> None:
@@ -65,8 +69,8 @@ def sent(owner: Transport, named: Named, processes: int) -> tuple[list[Named], l
 
     with ThreadPoolExecutor(processes) as threads:
         running = [threads.submit(end.run) for end in ends]
-        owner.connect()
-        owner.send(named, announce)
+        own_end.connect()
+        own_end.send(named, announce)
         for end in ends:
             end.tell(None)
         return [one.result() for one in running], cuts
@@ -88,32 +92,32 @@ def test_everything_arrives(kind: str, processes: int, size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["shared_memory", "collective"])
 def test_an_end_lives_through_a_restart_of_the_others(kind: str) -> None:
-    owner = create_transport(kind, 8)
+    own_end = create_transport(kind, 8)
     for first in (0, 6):
         named = [(str(number), torch.tensor(number)) for number in range(first, first + 6)]
-        (arrived,), _ = sent(owner, named, 1)
+        (arrived,), _ = sent(own_end, named, 1)
         assert [int(tensor) for _, tensor in arrived] == list(range(first, first + 6))
 
 
 def test_a_process_that_never_joins_is_not_waited_for() -> None:
-    owner = Collective(8, SOON)
-    owner.invitations(1)
+    own_end = Collective(8, SOON)
+    own_end.invitations(1)
     with pytest.raises(Disconnected, match=r"no process group formed within 0:00:02"):
-        owner.connect()
+        own_end.connect()
 
 
 @pytest.mark.parametrize("gone", [True, False], ids=["gone", "hangs"])
 def test_a_process_that_does_not_take_part_is_not_waited_for(gone: bool) -> None:
-    owner = Collective(1 << 26, SOON)
-    (invitation,) = owner.invitations(1)
+    own_end = Collective(1 << 26, SOON)
+    (invitation,) = own_end.invitations(1)
     with ThreadPoolExecutor(1) as threads:
         ends = [threads.submit(invitation)]
-        owner.connect()
+        own_end.connect()
         ends[0].result()
     if gone:
         ends.clear()
     with pytest.raises(Disconnected, match="Connection closed by peer" if gone else "[Tt]imed out"):
-        owner.send([("large", torch.zeros(1 << 25, dtype=torch.uint8))], lambda _: None)
+        own_end.send([("large", torch.zeros(1 << 25, dtype=torch.uint8))], lambda _: None)
 
 
 def test_memory_of_a_gpu_needs_one() -> None:
