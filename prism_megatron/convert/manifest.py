@@ -136,7 +136,7 @@ def first_fault(directory: Path, part: int = 0, parts: int = 1) -> str | None:
     """
     try:
         files: dict[str, FileEntry] = read_manifest(directory)["files"]
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     for name, expected in files.items():
         if not (directory / name).is_file():

@@ -97,7 +97,7 @@ class EngineProcesses:
 
     def send(self, command: str, named: Iterable[tuple[str, Tensor]], *arguments: Any) -> list[Any]:
         """Answers of all processes to a command with tensors."""
-        refusal: ValueError | None = None
+        refusal: UserError | None = None
 
         def announce(pieces: list[Piece]) -> None:
             self._tell("pieces", pieces)
@@ -106,7 +106,7 @@ class EngineProcesses:
         self._tell(command, arguments)
         try:
             self._transport.send(named, announce)
-        except ValueError as error:
+        except UserError as error:
             refusal = error
         except Disconnected as error:
             raise self._death(f"was lost while receiving weights: {error}") from error
@@ -137,7 +137,7 @@ class EngineProcesses:
 
         Raises:
             EngineDied: a process ended, or the limit was exceeded.
-            ValueError, NoWeights: what a process raised.
+            UserError, NoWeights: what a process raised.
         """
         deadline = None if limit is None else time.monotonic() + limit
         answers: dict[Connection, Any] = {}

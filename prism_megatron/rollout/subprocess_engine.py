@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prism_megatron.errors import UserError
 from prism_megatron.observe.progress import ProgressBar
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_ranks
@@ -166,7 +167,7 @@ def _on_all_ranks[Result](attempt: Callable[[], Result]) -> Result:
     failure: Exception | None = None
     try:
         result.append(attempt())
-    except (EngineDied, NoWeights, ValueError) as error:
+    except (EngineDied, NoWeights, UserError) as error:
         failure = error
     for of_rank in gather_over_ranks(failure):
         if of_rank is not None:

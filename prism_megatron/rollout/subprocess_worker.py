@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prism_megatron.errors import UserError
 from prism_megatron.rollout.engine import RolloutEngine
 from prism_megatron.rollout.interface import NoWeights
 from prism_megatron.rollout.transport import Piece, Transport
@@ -49,7 +50,7 @@ def _serve(connection: Connection) -> None:
         command, arguments = connection.recv()
         try:
             answer = commands[command](*arguments)
-        except (ValueError, NoWeights) as refusal:
+        except (UserError, NoWeights) as refusal:
             connection.send(("refused", refusal))
         else:
             connection.send(("done", answer))
