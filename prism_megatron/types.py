@@ -69,7 +69,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """What the engine needs to answer a prompt: token ids with one image token per image, and the encoded images."""
+    """A request for the engine: token ids with one image token per image, the encoded images, and a seed."""
 
     prompt_token_ids: tuple[int, ...]
     images: tuple[bytes, ...]
@@ -116,7 +116,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What packing must know of a model: its visual tokens, how it cuts and merges patches, its longest position."""
+    """Properties of a model for packing: visual tokens, sizes of patches and of merged patches, longest position."""
 
     image_token_id: int
     video_token_id: int

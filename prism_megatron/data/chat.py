@@ -22,11 +22,12 @@ from prism_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, Example, Inpu
 class ChatProcessor:
     """Tokenizer, chat template and image processor of one HF checkpoint.
 
-    Images are scaled to between ``min_pixels`` and ``max_pixels``, 0 for the checkpoint's own limits. Raises UserError
-    for a directory whose files are missing, damaged, or of different models.
+    Images are scaled to between ``min_pixels`` and ``max_pixels``, None for the checkpoint's own limits.
+
+    Raises UserError for a directory whose files are missing, damaged, or of different models.
     """
 
-    def __init__(self, checkpoint_dir: Path, min_pixels: int = 0, max_pixels: int = 0) -> None:
+    def __init__(self, checkpoint_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
         from transformers import AutoProcessor
 
         check_processor_files(checkpoint_dir)
@@ -60,12 +61,12 @@ class ChatProcessor:
         self._check_image_processor(vision)
         self._check_template()
 
-    def _limit_pixels(self, min_pixels: int, max_pixels: int) -> None:
+    def _limit_pixels(self, min_pixels: int | None, max_pixels: int | None) -> None:
         processor = self._processor.image_processor
         low, high = min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"]
         if low > high:
             raise UserError(
-                f"dataset.min_pixels ({low}) must be at most dataset.max_pixels ({high}; 0 is the checkpoint's own "
+                f"dataset.min_pixels ({low}) must be at most dataset.max_pixels ({high}; none is the checkpoint's own "
                 "limit); raise the latter"
             )
         processor.size = {"shortest_edge": low, "longest_edge": high}

@@ -26,7 +26,7 @@ class EngineConfig:
         timeout_seconds: limit for one batch of responses; None for no limit.
         bucket_bytes: memory through which weights reach the subprocesses of an engine.
         transport: way of the weights to the subprocesses of an engine (``transport.py``).
-        min_pixels, max_pixels: limits that images are scaled to; 0 for those of the checkpoint.
+        min_pixels, max_pixels: limits that images are scaled to; None for those of the checkpoint.
         sleep_level: 0 never sleeps, 1 moves weights to the host, 2 drops them; on a GPU only.
     """
 
@@ -43,8 +43,8 @@ class EngineConfig:
     transport: str = "auto"
     sleep_level: int = 0
     images_per_prompt: int = 8
-    min_pixels: int = 0
-    max_pixels: int = 0
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
