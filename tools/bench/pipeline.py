@@ -74,7 +74,7 @@ def stage_times(directory: Path) -> dict[str, Any] | None:
     """Return one stage's seconds by timer; None if it has neither logged an iteration nor finished."""
     rows = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
     config, finished = OmegaConf.load(directory / "config.yaml"), directory / FINISHED
-    found: dict[str, Any] = {"config": {"train_iters": config.run.train_iters}, "commit": _commit(directory)}
+    found: dict[str, Any] = {"config": {"train_iters": config.run.get("train_iters", 1)}, "commit": _commit(directory)}
     if not rows:  # a stage without iterations, such as collect
         if not finished.is_file():
             return None

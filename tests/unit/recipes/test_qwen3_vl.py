@@ -100,7 +100,7 @@ def test_hyper_parameters_are_the_papers() -> None:
     grpo, dapo, gspo = (build("8b", "bf16") for build in (qwen3_vl.rlvr_grpo, qwen3_vl.rlvr_dapo, qwen3_vl.rlvr_gspo))
     assert (grpo.clip_low, grpo.clip_high, grpo.dual_clip, grpo.optimizer.weight_decay) == (0.2, 0.2, 3.0, 0.01)
     assert (dapo.clip_low, dapo.clip_high, dapo.dual_clip, dapo.overlong_buffer_tokens) == (0.2, 0.28, 10.0, 4096)
-    assert (gspo.clip_low, gspo.clip_high, gspo.dual_clip) == (3e-4, 4e-4, 0.0)
+    assert (gspo.clip_low, gspo.clip_high, gspo.dual_clip) == (3e-4, 4e-4, None)
     warmup = qwen3_vl.warmup("8b", "bf16")
     assert isinstance(warmup, WarmupConfig)
     assert (2 * warmup.global_batch_size, warmup.optimizer.lr, warmup.run.num_epochs) == (128, 1e-5, 1)

@@ -58,7 +58,7 @@ def test_a_score_head_is_made_only_when_asked_for(
     assert made.keys() == tensors.keys()
     assert all(torch.equal(made[name], tensors[name]) for name in tensors)
     assert main(["--hf", str(tmp_path / "again"), "--out", str(tmp_path / "more"), *SIZES, "--init-score-head"]) == 2
-    assert "has a score head already" in capsys.readouterr().err
+    assert "already has a score head" in capsys.readouterr().err
     assert main(["--hf", str(tiny_checkpoint), "--out", str(tmp_path / "x"), *SIZES, "--init-score-head"]) == 2
     assert main(["--hf", str(tiny_checkpoint), "--out", str(headless), *SIZES]) == 2
     assert "exists; remove it" in capsys.readouterr().err
