@@ -34,6 +34,7 @@ check: lint types test ## lint, format, types, layers and tests
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	$(PYTHON) -m tools.check_words
 
 format: setup ## rewrite the sources as ruff formats them
 	.venv/bin/ruff check --fix .
