@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def tracked_files() -> list[Path]:
-    """Return Python and Markdown files under version control, without the paper's specification, this file and its test."""
+    """Return Python and Markdown files under version control, without SPEC.md, this file and its test."""
     listed = subprocess.run(["git", "ls-files", "*.py", "*.md"], capture_output=True, text=True, check=True)
     paths = [Path(line) for line in listed.stdout.splitlines() if Path(line).exists()]
     return [path for path in paths if path.name not in ("SPEC.md", "check_words.py", "test_check_words.py")]

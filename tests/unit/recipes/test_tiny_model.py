@@ -64,7 +64,7 @@ def test_the_tokenizer_splits_as_qwens_does_and_loses_nothing(checkpoint: Path):
 
 
 def test_the_tower_separates_pictures(checkpoint: Path):
-    """Features of the two images differ; with HF's default initialization they are nearly equal, and nothing is learned."""
+    """Features of two images differ; with HF's default initialization they are nearly equal, and nothing learns."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     processor = AutoProcessor.from_pretrained(checkpoint)
     images = [Image.new("RGB", (96, 96), color) for color in ((220, 40, 40), (40, 180, 60))]
