@@ -43,9 +43,9 @@ def fit_prompts[R: (Example, PreferencePair)](
 ) -> Rows[R]:
     """Return the rows whose prompts the engine takes; raise UserError naming the others if they are not dropped."""
     rollout, drop = config.rollout, config.dataset.overlong != "error"
-    assert isinstance(rollout, cfg.EngineRollout)
     room = rollout.max_model_len - rollout.max_response_tokens
-    rows = fit_image_counts(rows, rollout.images_per_prompt, drop=drop)
+    if isinstance(rollout, cfg.EngineRollout):  # the warm-up has none
+        rows = fit_image_counts(rows, rollout.images_per_prompt, drop=drop)
     return fit_lengths(rows, processor, LengthLimit(room, "raise rollout.max_model_len, or drop the row"), drop=drop)
 
 
