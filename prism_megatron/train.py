@@ -80,8 +80,10 @@ def run_stage(config: cfg.StageConfig) -> None:
             print(f"{config.stage}: already finished in {cfg.stage_dir(config)}", flush=True)
         return
     from prism_megatron.model.fp8 import check_hardware
+    from prism_megatron.stages.setup import check_settings
 
     check_hardware(config.model)
+    check_settings(config)
     if isinstance(config, cfg.SFTConfig):
         from prism_megatron.stages.sft import run_sft
 

@@ -55,7 +55,7 @@ def run_align(config: AlignConfig) -> None:
     rows = fit_prompts(read_alignment(config.data, read_options(config)), processor, config)
     config, passes = count_passes(config, len(rows))
     run = config.run
-    with open_stage(config, config.discriminator.num_experts) as stage:
+    with open_stage(config) as stage:
         log_line(passes)
         report_skipped(stage, rows)
         batcher = Batcher.from_config(processor.input_spec, config)

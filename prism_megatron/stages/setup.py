@@ -129,22 +129,15 @@ def _states(models: Mapping[str, TrainableModel]) -> dict[str, tuple[list[Any], 
 
 
 @contextmanager
-def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> Iterator[Stage]:
-    """Check the configuration, initialize the process groups and open the run folder; shut the groups down at the end.
+def open_stage(config: cfg.StageConfig) -> Iterator[Stage]:
+    """Initialize the process groups and open the run folder; shut the groups down at the end.
 
-    ``num_moe_experts`` is that of the discriminator, if the stage has one.
+    ``check_settings`` is called before. Raises UserError for evaluation data that cannot be read.
     """
     directory = cfg.stage_dir(config)
-    sizes = read_sizes(Path(config.model.hf_checkpoint))
-    check_hidden_size(config, sizes)
     if isinstance(config, cfg.PolicyTrainingConfig) and config.eval.num_questions:
         # Invalid data would be noticed after training otherwise.
         check_rlvr(config.eval.data, config.eval.num_questions, read_options(config))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
-    check_sizes(config.model, config.parallel, sizes)
-    if num_moe_experts is not None:
-        check_sizes(config.model, config.parallel, sizes, upcycled=True)
     groups.initialize(config.parallel, config.run.seed)
     if isinstance(config.rollout, cfg.EngineRollout):
         engine_size = config.rollout.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
@@ -160,6 +153,23 @@ def open_stage(config: cfg.StageConfig, num_moe_experts: int | None = None) -> I
         with MetricsLog(directory, config.stage, iterations, start, groups.is_main_rank()) as log:
             yield Stage(config, directory, log, Timers(), checkpointer, start, identity)
     groups.shutdown()
+
+
+def check_settings(config: cfg.StageConfig) -> None:
+    """Check the configuration with the model's sizes and the number of ranks, before any data is read.
+
+    Raises UserError for a model that the recipe is not for, or that the layout or the precision cannot split.
+    """
+    sizes = read_sizes(Path(config.model.hf_checkpoint))
+    check_hidden_size(config, sizes)
+    num_moe_experts = None
+    if isinstance(config, cfg.WarmupConfig | cfg.AlignConfig):
+        num_moe_experts = config.discriminator.num_experts
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_degrees(config.parallel, world_size, sizes.degrees(num_moe_experts))
+    check_sizes(config.model, config.parallel, sizes)
+    if num_moe_experts is not None:
+        check_sizes(config.model, config.parallel, sizes, upcycled=True)
 
 
 def check_hidden_size(config: cfg.StageConfig, sizes: HFSizes) -> None:

@@ -39,7 +39,7 @@ def run_warmup(config: WarmupConfig) -> None:
     rows = fit_prompts(read_pairs(config.data, read_options(config)), processor, config)
     config, passes = count_passes(config, len(rows))
     run = config.run
-    with open_stage(config, config.discriminator.num_experts) as stage:
+    with open_stage(config) as stage:
         log_line(passes)
         report_skipped(stage, rows)
         batcher = Batcher.from_config(processor.input_spec, config)
