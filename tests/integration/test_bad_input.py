@@ -49,7 +49,7 @@ def sft(checkpoint: Path, data: Path, runs: Path, *overrides: str) -> list[str]:
         (["tiny_sft", "model.fp8.recipe=int8"], "model.fp8.recipe must be delayed or tensorwise or blockwise or mxfp8"),
         (
             ["tiny_sft", "model.fp8.recipe=delayed", "model.fp8.last_layers_bf16=1"],
-            "model.fp8.recipe delayed keeps one history for all layers, so first_layers_bf16 (0) and last_layers_bf16 "
+            "model.fp8.recipe delayed has one history for all layers, so first_layers_bf16 (0) and last_layers_bf16 "
             "(1) must be 0; use recipe tensorwise",
         ),
     ],
