@@ -14,6 +14,7 @@ from typing import Any
 from prism_megatron.config import (
     AlignConfig,
     CollectConfig,
+    DatasetConfig,
     DiscriminatorConfig,
     EngineRollout,
     FP8Config,
@@ -32,6 +33,7 @@ from prism_megatron.config import (
 from recipes.layouts import LAYOUTS, VISION, Layout, parse_name, recipe_name
 
 ALGORITHMS = ("grpo", "dapo", "gspo")
+_DATA_WORKERS = 2  # for each GPU
 _PROMPT_TOKENS = 2048  # longer prompts are not in the released data
 # Under FP8 the engine runs the policy in BF16, so trainer and engine differ.
 _IMPORTANCE_CAP = {"bf16": None, "fp8": 2.0}
@@ -58,6 +60,7 @@ def sft(size: str, precision: str) -> SFTConfig:
         max_tokens_per_microbatch=8192,
         data="data/sft.jsonl",
         global_batch_size=16,  # the paper's 2 per GPU, on its 8 GPUs
+        dataset=DatasetConfig(workers=_DATA_WORKERS),
     )
 
 
@@ -95,6 +98,7 @@ def warmup(size: str, precision: str) -> WarmupConfig:
         max_tokens_per_microbatch=2 * (_PROMPT_TOKENS + 6144),  # both sides of the longest pair, uncut
         data=f"runs/{size}/collect/warmup_pairs.jsonl",
         global_batch_size=64,  # lines of two pairs each
+        dataset=DatasetConfig(workers=_DATA_WORKERS),
         discriminator=_discriminator(f"checkpoints/{released('2b')}"),
     )
 

@@ -18,7 +18,7 @@ from prism_megatron.observe import metrics as names
 from prism_megatron.parallel import groups
 from prism_megatron.parallel.collectives import gather_over_data_parallel, sum_over_data_parallel
 from prism_megatron.rollout.interface import Engine
-from prism_megatron.stages.rollouts import Sampler, push_weights, start_engine
+from prism_megatron.stages.rollouts import Sampler, fit_prompts, push_weights, start_engine
 from prism_megatron.stages.setup import (
     Stage,
     TrainableModel,
@@ -58,11 +58,10 @@ def evaluate(sampler: Sampler) -> dict[str, Any]:
     config = sampler.config
     assert isinstance(config, cfg.PolicyTrainingConfig)
     assert config.eval.num_questions is not None
-    rows = read_rlvr(config.eval.data, read_options(config))
-    share = shard_for_rank(
-        list(range(config.eval.num_questions)), groups.data_parallel_rank(), groups.data_parallel_size()
-    )
-    samples = sampler.greedy([rows[i] for i in share])
+    rows = fit_prompts(read_rlvr(config.eval.data, read_options(config)), sampler.processor, config)
+    count = min(config.eval.num_questions, len(rows))
+    local = shard_for_rank(range(count), groups.data_parallel_rank(), groups.data_parallel_size())
+    samples = sampler.greedy([rows[i] for i in local])
     outcomes = gather_over_data_parallel([_outcome(sample) for sample in samples])
     correct = sum(outcome["correct"] for outcome in outcomes)
     valid = sum(outcome["valid"] for outcome in outcomes)
