@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -16,6 +19,8 @@ from recipes.estimate.memory import PUBLISHED
 from recipes.launch import main as launch_main
 from recipes.local_run import launch as launch_pipeline
 from recipes.train import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def sft(checkpoint: Path, data: Path, runs: Path, *overrides: str) -> list[str]:
@@ -152,3 +157,18 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=message) as caught, clear_disk_errors(tmp_path), open("/dev/full", "w") as full:
         full.write("x" * 10000)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_nemo_runs_command_line_fails_with_its_stage(tmp_path: Path) -> None:
+    command = ["recipes", "--factory", "tiny_sft", "config.run.train_iters=1", "run.executor=local", "--yes"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 1
+    assert "error: runs/tiny/base has no config.json" in done.stdout + done.stderr
