@@ -123,7 +123,7 @@ def test_on_policy_nothing_is_clipped(logged: Logged) -> None:
 
 
 def test_a_shared_pool_trained_twice_per_step(logged: Logged, root: Path) -> None:
-    scored = [json.loads(line) for line in (root / "shared" / "rollouts.jsonl").read_text().splitlines()]
+    scored = [json.loads(line) for line in (root / "shared" / "rollouts.jsonl").read_text().strip("\n").split("\n")]
     for row in logged("shared"):
         valid = row[names.FORMAT_VALID] * 16
         assert row[names.PERCEPTION_PAIRS] == row[names.REASONING_PAIRS] == pytest.approx(valid)

@@ -75,7 +75,7 @@ def run(pool: list[Example], out: Path, endpoint: Endpoint, verifier: Endpoint |
 
 
 def saved(out: Path) -> list[Answer]:
-    return [Answer(**json.loads(line)) for line in (out / "responses.jsonl").read_text().splitlines()]
+    return [Answer(**json.loads(line)) for line in lines_of(out / "responses.jsonl")]
 
 
 def no_client(*_: object) -> NoReturn:
@@ -125,7 +125,7 @@ def test_a_pool_becomes_two_sets(
 
     # Stopped in the middle of a line, it asks for what is missing, and for nothing else.
     path = tmp_path / "responses.jsonl"
-    lines = path.read_text().splitlines()
+    lines = lines_of(path)
     path.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:20])
     again = run(pool, tmp_path, endpoint, None)
     assert len({(a.kind, a.row_id, a.number) for a in complete(path)}) == len(lines)
@@ -141,9 +141,14 @@ def test_a_pool_becomes_two_sets(
     assert (tmp_path / "alignment.parquet").exists() == bool(yes), "no set of an earlier run is left behind"
 
 
+def lines_of(path: Path) -> list[str]:
+    """Lines of JSON Lines, which may contain characters that ``str.splitlines`` splits at."""
+    return path.read_text().removesuffix("\n").split("\n")
+
+
 def complete(path: Path) -> list[Answer]:
     answers = []
-    for line in path.read_text().splitlines():
+    for line in lines_of(path):
         try:
             answers.append(Answer(**json.loads(line)))
         except json.JSONDecodeError:

@@ -188,7 +188,7 @@ def test_tied_output_that_is_stored_comes_back(tiny_checkpoint: Path, tmp_path: 
     ("change", "message"),
     [
         (lambda t: t.pop("model.visual.pos_embed.weight"), r"lacks 1 tensors of this model: model\.visual\.pos_embed"),
-        (lambda t: t.update(more=torch.ones(1)), "holds 1 tensors this model has no place for: more"),
+        (lambda t: t.update(more=torch.ones(1)), "checkpoint has 1 tensors that this model does not have: more"),
         (
             lambda t: t.update({"model.language_model.norm.weight": torch.ones(127)}),
             r"model\.language_model\.norm\.weight has shape \(127,\), not \(128,\)",

@@ -101,7 +101,7 @@ def run(server: Server, pool: list[Example], out: Path, workers: int = 4, **chan
 
 def saved(out: Path) -> list[dict[str, Any]]:
     path = out / "responses.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().strip("\n").split("\n")] if path.exists() else []
 
 
 def test_a_refusal_rejects_its_row_and_nothing_else(server: Server, tmp_path: Path) -> None:
